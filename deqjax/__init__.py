@@ -1,0 +1,21 @@
+"""Implicit models in JAX: fixed-point solvers, their gradients, and layers and models on them."""
+
+from importlib.metadata import version as _version
+
+from . import nn as nn
+from ._fixed_point import fixed_point as fixed_point
+from ._solution import RESULTS as RESULTS, Solution as Solution
+from .adjoints import (
+    AbstractAdjoint as AbstractAdjoint,
+    ImplicitAdjoint as ImplicitAdjoint,
+    RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
+    ReversibleAdjoint as ReversibleAdjoint,
+    implicit_vjp as implicit_vjp,
+)
+from .solvers import (
+    AbstractSolver as AbstractSolver,
+    FixedPointIteration as FixedPointIteration,
+    Reversible as Reversible,
+)
+
+__version__ = _version("deqjax")

@@ -1,0 +1,58 @@
+"""One step: evaluate, measure, mix. Nothing else calls the function whose fixed point is sought."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
+
+from ._solution import too_large
+from ._tree import per_problem, widen
+
+Fn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+class Step(NamedTuple):
+    """What one evaluation of `f` at `z` tells; the flags have one entry per problem."""
+
+    z: PyTree  # the next iterate
+    memory: PyTree  # what the solver wants to see at the next step
+    aux: PyTree  # the auxiliary output of f(z)
+    small: Bool[Array, "..."]  # the solver's stopping test, at z
+    broken: Bool[Array, "..."]  # f(z) is non-finite or has diverged
+
+
+def evaluate(fn: Fn, z: PyTree, args: PyTree) -> tuple[PyTree, PyTree]:
+    """`(f(z), aux)`, strongly typed as `z` is."""
+    fz, aux = fn(z, args)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), fz), aux
+
+
+def residual(z: PyTree, _: Any, inputs: tuple) -> PyTree:
+    """`f(z) - z`, with the signature that Optimistix gives to an adjoint's `rewrite_fn`."""
+    fn, _, _, args, *_ = inputs
+    fz, _ = evaluate(fn, z, args)
+    return jax.tree.map(jnp.subtract, fz, z)
+
+
+def is_small(solver: Any, z: PyTree, fz: PyTree) -> Bool[Array, ""]:
+    """`norm((f(z) - z) / (atol + rtol |f(z)|)) < 1`; never with both tolerances zero."""
+    rtol, atol = jnp.asarray(solver.rtol), jnp.asarray(solver.atol)
+
+    def scaled(z, fz):
+        gap, size = widen(fz) - widen(z), jnp.abs(widen(fz))
+        scale = atol.astype(size.dtype) + rtol.astype(size.dtype) * size
+        return jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, scale))
+
+    measurable = (rtol >= 0) & (atol >= 0) & (rtol + atol > 0)
+    return measurable & (solver.norm(jax.tree.map(scaled, z, fz)) < 1)
+
+
+def step(fn: Fn, solver: Any, z: PyTree, args: PyTree, memory: PyTree, *, batched: bool) -> Step:
+    """One evaluation of `fn` at `z`, its verdict, and the solver's next iterate."""
+    fz, aux = evaluate(fn, z, args)
+    small = per_problem(lambda z, fz: is_small(solver, z, fz), batched)(z, fz)
+    broken = per_problem(too_large, batched)(fz)
+    z, memory = per_problem(solver.mix, batched)(z, fz, memory)
+    return Step(z, memory, aux, small, broken)

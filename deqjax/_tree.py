@@ -1,0 +1,98 @@
+"""Pytree arithmetic, norms with a safe gradient at zero, and mesh axes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Inexact, PyTree, Shaped
+
+Axes = frozenset[Any]
+
+
+def scale(a: Any, x: PyTree) -> PyTree:
+    """`a x` leaf by leaf, in the dtype of `x`; `a` is a float or a scalar array."""
+    return jax.tree.map(lambda x: jnp.asarray(a, x.dtype) * x, x)
+
+
+def add(x: PyTree, y: PyTree) -> PyTree:
+    """`x + y` leaf by leaf, in the dtype of `x`."""
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), x, y)
+
+
+def lincomb(a: Any, x: PyTree, b: Any, y: PyTree) -> PyTree:
+    """`a x + b y` leaf by leaf, in the dtype of `x`; `a` and `b` are floats or scalar arrays."""
+    return add(scale(a, x), scale(b, y))
+
+
+def dot(x: PyTree, y: PyTree) -> Inexact[Array, ""]:
+    """The inner product of `x` and `y`, in float32 or wider."""
+    terms = jax.tree.map(lambda x, y: jnp.sum(widen(x) * widen(y)), x, y)
+    return _join(jnp.sum, jax.tree.leaves(terms))
+
+
+def select(mask: Bool[Array, "..."], new: PyTree, old: PyTree) -> PyTree:
+    """`new` where `mask`, `old` elsewhere; `mask` lines up with the leading axes of each leaf."""
+
+    def leaf(n, o):
+        return jnp.where(mask.reshape(mask.shape + (1,) * (n.ndim - mask.ndim)), n, o)
+
+    return jax.tree.map(leaf, new, old)
+
+
+def widen(x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
+    """`x` in float32 or wider, so that an error is never measured in half precision."""
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+
+
+def _join(combine: Callable, scalars: list[Array]) -> Array:
+    # NumPy's promotion: JAX's strict mode refuses to join float32 and float64 leaves.
+    dtype = np.result_type(*(x.dtype for x in scalars))
+    return combine(jnp.stack([x.astype(dtype) for x in scalars]))
+
+
+def max_abs(tree: PyTree) -> Inexact[Array, ""]:
+    """The largest magnitude in `tree`, float32 or wider; NaN if any entry is; 0 for no entries."""
+    return _join(jnp.max, [jnp.max(jnp.abs(widen(x)), initial=0) for x in jax.tree.leaves(tree)])
+
+
+def two_norm(tree: PyTree) -> Inexact[Array, ""]:
+    """Euclidean norm of all of `tree`, float32 or wider, with derivative 0 at 0."""
+    total = _join(jnp.sum, [jnp.sum(jnp.square(widen(x))) for x in jax.tree.leaves(tree)])
+    # sqrt has an infinite derivative at 0, and 0 * inf = NaN; the inner where keeps it away.
+    return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
+
+
+def per_problem(fn: Callable, batched: bool) -> Callable:
+    """`fn` of one problem's leaves, mapped over axis 0 if `batched`."""
+    return jax.vmap(fn) if batched else fn
+
+
+def mesh_axes(*trees: PyTree) -> Axes:
+    """Names of the `jax.shard_map` mesh axes over which some leaf varies; empty outside one."""
+
+    avals = [jax.typeof(x) for x in jax.tree.leaves(eqx.filter(trees, eqx.is_array))]
+    return frozenset().union(*(x.mat.varying if hasattr(x, "mat") else x.vma for x in avals))
+
+
+def _cast(x: Array, axes: tuple) -> Array:
+    # Like `.vma` above, `pvary` is the name in JAX 0.8.
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)
+
+
+def vary(tree: PyTree, axes: Axes) -> PyTree:
+    """Mark every array of `tree` as varying over `axes`.
+
+    Loop carries must have one type throughout: inside `jax.shard_map` a constant initial value is
+    "invariant" while f's output varies. Differentiating this cast gives the sum over devices.
+    """
+
+    def leaf(x: Shaped[Array, "..."]):
+        missing = tuple(sorted(axes - mesh_axes(x), key=str))
+        return _cast(x, missing) if missing else x
+
+    return jax.tree.map(lambda x: leaf(x) if eqx.is_array(x) else x, tree) if axes else tree

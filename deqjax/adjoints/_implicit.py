@@ -1,0 +1,237 @@
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax
+import optimistix
+from jaxtyping import Array, Inexact, PyTree
+
+from .._iterate import Budget, iterate, lax_while
+from .._solution import RESULTS, relative_residual
+from .._tree import lincomb, max_abs, mesh_axes, per_problem, scale, select, vary, widen
+from ..solvers import AbstractSolver
+from ._base import AbstractAdjoint, no_gradient, stop_gradient, unpack
+
+LinearMap = Callable[[PyTree], PyTree]
+
+
+class _Neumann(AbstractSolver):
+    """Picard iteration that remembers the relative size of its last increment."""
+
+    rtol: float | Inexact[Array, ""]
+    atol: float | Inexact[Array, ""]
+    norm: Callable[[PyTree], Any] = optimistix.max_norm
+
+    def memory(self, z0):
+        return jnp.asarray(jnp.inf, max_abs(z0).dtype)
+
+    def mix(self, z, fz, memory):
+        return fz, relative_residual(z, fz).astype(memory.dtype)
+
+
+class ImplicitAdjoint(AbstractAdjoint):
+    """Differentiates the fixed point by the implicit function theorem, matrix-free.
+
+    With J the Jacobian of `f` with respect to z at the solution, and g the cotangent of `z*`,
+
+        dz* = (I - J)^-1 (df/dtheta) dtheta,        dtheta = (df/dtheta)^T (I - J)^-T g,
+
+    and the inverse is applied by products with J or its transpose alone. `z0` and the
+    solver's own fields have derivative zero.
+
+    **Arguments:**
+
+    - `linear_solver`: `None` sums the Neumann series `y <- g + J^T y`, which converges at the rate of
+        the spectral radius of J; each problem of a batch stops by itself. Or any Lineax solver
+        (`lineax.GMRES(rtol=..., atol=...)`), for which a batch is one system.
+    - `tol`: relative tolerance of the series; `None` is 10 eps of float32 or of the state's dtype,
+        whichever is wider. The ceiling on its terms is `max_steps` of the call.
+    - `on_failure`: what a linear solve that fails gives: `"nan"`, `"keep"` its best value, `"raise"`
+        a run-time error. The series has failed if it does not meet its tolerance and its last term is
+        above 100 times it (or 4 eps of the state's dtype, if that is more: in bfloat16 the products
+        themselves are no better); a Lineax solver if it says so.
+
+    **Cost:** one evaluation of `f` with its linearisation, one Jacobian product a term; three copies
+    of `z`. The number of terms to a tolerance t is about `log(t) / log(rho(J))`.
+
+    **When not to use it:** away from a fixed point (a fixed small number of steps): it then
+    differentiates a point that the solve did not reach; `deqjax.ReversibleAdjoint` and
+    `deqjax.RecursiveCheckpointAdjoint` differentiate the steps taken.
+
+    Forward mode, higher derivatives, and `jax.shard_map` hold for the series; a Lineax solver raises
+    `ValueError` inside `jax.shard_map`.
+
+    Reference: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019, theorem 1.
+    """
+
+    linear_solver: lineax.AbstractLinearSolver | None = None
+    tol: float | None = None
+    on_failure: Literal["nan", "keep", "raise"] = eqx.field(static=True, default="nan")
+
+    def __check_init__(self):
+        if self.on_failure not in ("nan", "keep", "raise"):
+            raise ValueError(
+                f'ImplicitAdjoint expects on_failure="nan", "keep" or "raise", got '
+                f"{self.on_failure!r}; choose one of the three."
+            )
+        if self.tol is not None and not self.tol > 0:
+            raise ValueError(
+                f"ImplicitAdjoint expects a tolerance above 0, got tol={self.tol}; None chooses one."
+            )
+
+    def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
+        """See `deqjax.adjoints`."""
+        del tags
+        z, extras = primal_fn((*stop_gradient(inputs), lax_while))
+        return _attach(z, inputs, rewrite_fn, self), no_gradient(extras)
+
+    def solve(
+        self, matvec: LinearMap, b: PyTree, *, max_steps: int | None, batched: bool
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """`y` with `matvec(y) = b`, where `matvec` is `I - J` or its transpose; and its stats."""
+        if self.linear_solver is None:
+            y, stats = self._series(matvec, b, max_steps, batched)
+        else:
+            y, stats = self._lineax(self.linear_solver, matvec, b)
+        failed = stats["result"] != RESULTS.successful
+        if self.on_failure == "nan":
+            y = select(failed, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), y), y)
+        elif self.on_failure == "raise":
+            message = "ImplicitAdjoint: the linear solve of the implicit function theorem failed."
+            y = eqx.error_if(y, jnp.any(failed), message)
+        return y, stats
+
+    def _series(self, matvec, b, max_steps, batched):
+        wide = jax.tree.map(widen, b)
+        eps = lambda tree: max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
+        tol = 10 * eps(wide) if self.tol is None else self.tol
+        # The equation is linear: at unit size a relative tolerance serves as the absolute one.
+        size = per_problem(max_abs, batched)(b)
+        size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+        divide = lambda x, s: jax.tree.map(lambda x: x / s.astype(x.dtype), x)
+        unit = per_problem(divide, batched)(wide, size)
+
+        def fn(y, unit):
+            narrow = jax.tree.map(lambda y, b: y.astype(b.dtype), y, b)
+            return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, matvec(narrow), unit), None
+
+        ceiling = 256 if max_steps is None else max_steps
+        budget = Budget(ceiling, jnp.asarray(ceiling, jnp.int32), batched, fixed=False)
+        y, (num_steps, small, state) = iterate(
+            (fn, _Neumann(tol, tol), unit, unit, budget, lax_while)
+        )
+        # Small at once means that the first term was the whole sum.
+        residual = jnp.where(small & (num_steps == 0), 0, state.memory)
+        good = small | (residual <= max(100 * tol, 4 * eps(b)))
+        code = lambda good: RESULTS.where(
+            good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached
+        )
+        restore = lambda y, s, b: jax.tree.map(
+            lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b
+        )
+        stats = {
+            "num_steps": num_steps,
+            "residual": residual,
+            "result": per_problem(code, batched)(good),
+        }
+        return per_problem(restore, batched)(y, size, b), stats
+
+    def _lineax(self, linear_solver, matvec, b):
+        axes = mesh_axes(b)
+        if axes:
+            raise ValueError(
+                f"A Lineax solver expects to run outside jax.shard_map, got a system that varies over "
+                f"the mesh axes {sorted(map(str, axes))}; use ImplicitAdjoint() there."
+            )
+        operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: b))
+        sol = lineax.linear_solve(operator, b, linear_solver, throw=False)
+        residual = relative_residual(matvec(sol.value), b)
+        num_steps = jnp.asarray(sol.stats.get("num_steps", 1), jnp.int32)
+        result = RESULTS.promote(sol.result)
+        return sol.value, {"num_steps": num_steps, "residual": residual, "result": result}
+
+
+@eqx.filter_custom_jvp
+def _attach(z: PyTree, inputs: tuple, rewrite_fn: Callable, adjoint: ImplicitAdjoint) -> PyTree:
+    """`z` itself, with the derivative of the implicit function theorem."""
+    del inputs, rewrite_fn, adjoint
+    return z
+
+
+@_attach.def_jvp
+def _attach_jvp(primals, tangents):
+    z, inputs, rewrite_fn, adjoint = primals
+    _, t_inputs, _, _ = tangents
+    z = _attach(z, inputs, rewrite_fn, adjoint)  # so that z has a derivative here too
+    is_none = lambda x: x is None
+    moved = jax.tree.map(lambda t: t is not None, t_inputs, is_leaf=is_none)
+    moving, still = eqx.partition(inputs, moved, is_leaf=is_none)
+
+    def residual(z, moving):
+        return rewrite_fn(z, None, eqx.combine(moving, still))
+
+    _, b = jax.jvp(lambda moving: residual(z, moving), (moving,), (t_inputs,))
+    # Linearised once, outside the loop: and then no product needs f again, nor, inside shard_map,
+    # a cast of its constants whose transpose would sum over devices.
+    _, product = jax.linearize(lambda z: residual(z, moving), z)
+    problem = unpack(inputs)
+    options = {"max_steps": problem.max_steps, "batched": problem.batched}
+    solve = lambda matvec, b: adjoint.solve(matvec, b, **options)[0]
+    matvec = lambda v: scale(-1, product(v))
+    b = vary(b, mesh_axes(z))
+    return z, jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve)
+
+
+def implicit_vjp(
+    fn: Callable[[PyTree, PyTree], PyTree],
+    z: PyTree,
+    args: PyTree,
+    cotangent: PyTree,
+    *,
+    adjoint: ImplicitAdjoint = ImplicitAdjoint(),
+    max_steps: int = 256,
+    batched: bool = False,
+) -> tuple[tuple[PyTree, PyTree], dict[str, Any]]:
+    """The backward pass of `deqjax.ImplicitAdjoint` as a plain function, with its outcome.
+
+    With g the cotangent and J the Jacobian of `fn` at the fixed point `z`:
+    `(df/dtheta)^T (I - J)^-T g`, for the arrays theta of `fn` and of `args`.
+
+    **Arguments:**
+
+    - `fn`, `z`, `args`: `fn(z, args)` is approximately `z`, a pytree of float arrays.
+    - `cotangent`: of the structure, shapes and dtypes of `z`.
+    - `adjoint`, `max_steps`, `batched`: as in `deqjax.fixed_point`.
+
+    **Returns:** `((d_fn, d_args), stats)`. `d_fn` has the structure of `fn` if that is a pytree with
+    inexact arrays (an Equinox module), `None` elsewhere; if `fn` is a plain function, it is a list
+    of the cotangents of the inexact arrays it closes over, in order of first use. `stats` has
+    `"num_steps"`, `"residual"` and `"result"`, one entry per problem: terms of the series, size of
+    the last term relative to the sum (of a Lineax solver: its steps, and `||b - A y|| / ||b||`).
+
+    **Cost:** one evaluation of `fn` with its linearisation, and one VJP a term.
+
+    **Raises:** `ValueError` if `fn` both holds and closes over inexact arrays.
+    """
+    is_array = eqx.is_inexact_array
+    own, static = eqx.partition(fn, is_array)
+    whole = lambda own, z, args: eqx.combine(own, static)(z, args)
+    call = eqx.filter_closure_convert(whole, own, z, args)
+    hidden, body = eqx.partition(call, is_array)
+    moving, still = eqx.partition(args, is_array)
+    if jax.tree.leaves(own) and jax.tree.leaves(hidden):
+        raise ValueError(
+            "implicit_vjp expects an fn that either holds its arrays (an Equinox module) or closes "
+            "over them, got one that does both; pass the arrays it closes over through args."
+        )
+
+    def f(own, hidden, moving, z):
+        return eqx.combine(hidden, body)(own, z, eqx.combine(moving, still))
+
+    _, pull = jax.vjp(f, own, hidden, moving, z)
+    matvec = lambda v: lincomb(1, v, -1, pull(v)[3])
+    y, stats = adjoint.solve(matvec, cotangent, max_steps=max_steps, batched=batched)
+    d_own, d_hidden, d_args, _ = pull(y)
+    return (d_own if jax.tree.leaves(own) else jax.tree.leaves(d_hidden), d_args), stats

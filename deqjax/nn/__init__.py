@@ -1,0 +1,9 @@
+"""Equinox layers and cells."""
+
+from ._conv import Conv2d as Conv2d
+from ._deq import DEQ as DEQ
+from ._norm import GroupNorm as GroupNorm
+from ._positive import (
+    PositiveConcaveConv2d as PositiveConcaveConv2d,
+    PositiveConcaveLinear as PositiveConcaveLinear,
+)

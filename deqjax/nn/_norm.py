@@ -1,0 +1,69 @@
+"""Group normalisation with the channels last."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float
+
+from .._tree import widen
+
+
+class GroupNorm(eqx.Module):
+    """Group normalisation of one channels-last example.
+
+        y = weight (x - mean) / sqrt(var + eps) + bias
+
+    mean and (biased) variance over all leading axes and the channels of one group; weight, bias per
+    channel. It sees one example at a time, so that it may stand inside an equilibrium's cell.
+
+    **Arguments:**
+
+    - `groups`: number of groups of consecutive channels; divides `channels`.
+    - `channels`: length of the last axis.
+    - `eps`: added to the variance.
+    - `dtype`: of weight (ones) and bias (zeros); default: JAX's default float.
+
+    **Call:** `x` of shape (..., channels), any float dtype. Returns the same shape and dtype; what
+    lies between, statistics included, is float32 or wider.
+
+    **When not to use it:** channels first: `equinox.nn.GroupNorm`.
+
+    **Raises:** `ValueError` if `groups` does not divide `channels`, or x has other channels.
+
+    Reference: Wu and He, Group normalization, ECCV 2018, arXiv 1803.08494, equations 1, 2 and 7.
+    """
+
+    # `equinox.nn.GroupNorm` is channels-first: two transposes of the state at every evaluation.
+
+    weight: Float[Array, " c"]
+    bias: Float[Array, " c"]
+    groups: int = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+
+    def __init__(
+        self, groups: int, channels: int, eps: float = 1e-5, dtype: DTypeLike | None = None
+    ):
+        if groups < 1 or channels % groups != 0:
+            raise ValueError(
+                f"GroupNorm expected groups to divide channels, got {groups} groups of {channels} "
+                "channels. Choose a divisor."
+            )
+        self.weight = jnp.ones(channels, dtype)
+        self.bias = jnp.zeros(channels, dtype)
+        self.groups = groups
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*space c"]) -> Float[Array, "*space c"]:
+        """Normalise one example."""
+        if x.shape[-1:] != self.weight.shape:
+            raise ValueError(
+                f"GroupNorm expected {self.weight.size} channels on the last axis, got shape "
+                f"{x.shape}. Move the channels last."
+            )
+        grouped = (-1, self.groups, self.weight.size // self.groups)
+        y = widen(x).reshape(grouped)
+        mean = jnp.mean(y, (0, 2), keepdims=True)
+        var = jnp.mean(jnp.square(y - mean), (0, 2), keepdims=True)
+        y = (y - mean) * lax.rsqrt(var + self.eps)
+        weight, bias = (p.astype(y.dtype).reshape(grouped) for p in (self.weight, self.bias))
+        return (weight * y + bias).reshape(x.shape).astype(x.dtype)

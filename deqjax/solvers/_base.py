@@ -1,0 +1,99 @@
+"""The mixing rule that every solver is, and its Optimistix face."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optimistix
+from equinox import AbstractVar
+from jaxtyping import Array, Bool, Inexact, PyTree
+
+from .._solution import RESULTS
+from .._step import step
+from .._tree import mesh_axes, vary
+
+Number = float | Inexact[Array, ""]
+
+
+class OptimistixState(eqx.Module):
+    """What Optimistix carries between steps: the memory of the method and its last verdict."""
+
+    memory: PyTree
+    small: Bool[Array, ""]
+    broken: Bool[Array, ""]
+
+
+class AbstractSolver(optimistix.AbstractFixedPointSolver):
+    """A fixed-point method as a pure mixing rule `(z, f(z), memory) -> (z_next, memory)`.
+
+    A rule never calls `f` and never measures anything; it acts on one problem, and
+    `deqjax.fixed_point(..., batched=True)` maps it over the batch. Subclasses define `memory` and
+    `mix`, and extend `requirements` for the fields they add.
+    """
+
+    rtol: AbstractVar[Number]
+    atol: AbstractVar[Number]
+    norm: AbstractVar[Callable[[PyTree], Any]]
+
+    @abc.abstractmethod
+    def memory(self, z0: PyTree) -> PyTree:
+        """The memory before the first step, for the initial iterate `z0` of one problem."""
+
+    @abc.abstractmethod
+    def mix(self, z: PyTree, fz: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
+        """The next iterate and memory, from `z`, `f(z)` and the memory of one problem."""
+
+    def requirements(self) -> list[tuple[str, Any, Callable[[Any], Any], str]]:
+        """Rows `(field, value, test, expectation)` that the numerical fields have to meet."""
+        nonnegative = lambda x: x >= 0
+        return [
+            ("rtol", self.rtol, nonnegative, "a relative tolerance of at least 0"),
+            ("atol", self.atol, nonnegative, "an absolute tolerance of at least 0"),
+        ]
+
+    def check(self) -> None:
+        """Raises `ValueError` for a field whose value is known and out of its range."""
+        for name, value, test, expectation in self.requirements():
+            if jnp.shape(value) != ():
+                raise ValueError(
+                    f"{type(self).__name__} expects a scalar {name}, got shape {jnp.shape(value)}; "
+                    f"pass a float or an array of shape ()."
+                )
+            if not isinstance(value, jax.core.Tracer) and not test(value):
+                raise ValueError(
+                    f"{type(self).__name__} expects {expectation}, got {name}={float(value)}; "
+                    f"choose {name} in that range."
+                )
+
+    def in_range(self) -> Bool[Array, ""]:
+        """What `check` tests, as an array, for fields whose values are traced."""
+        rows = [jnp.asarray(test(value)) for _, value, test, _ in self.requirements()]
+        return jnp.all(jnp.stack(rows))
+
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags) -> OptimistixState:
+        """Optimistix: the state before the first step."""
+        del options, f_struct, aux_struct, tags
+        self.check()
+        no = jnp.asarray(False)
+        return vary(OptimistixState(self.memory(y), no, no), mesh_axes(fn, y, args))
+
+    def step(self, fn, y, args, options, state, tags):
+        """Optimistix: one evaluation and one mix."""
+        del options, tags
+        out = step(fn, self, y, args, state.memory, batched=False)
+        return out.z, OptimistixState(out.memory, out.small, out.broken), out.aux
+
+    def terminate(self, fn, y, args, options, state, tags):
+        """Optimistix: whether the last evaluation met the tolerance, or has diverged."""
+        del fn, y, args, options, tags
+        failed = state.broken | ~self.in_range()
+        result = RESULTS.where(failed, RESULTS.nonlinear_divergence, RESULTS.successful)
+        return state.small, result
+
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
+        """Optimistix: nothing is left to do."""
+        del fn, args, options, state, tags, result
+        return y, aux, {}

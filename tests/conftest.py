@@ -1,0 +1,29 @@
+"""Eight simulated devices, strict dtypes and shapes, warnings as errors, seeded keys."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import itertools  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def getkey():
+    """A function that gives a new key at each call, the same ones in each run."""
+    seeds = itertools.count(2025)
+    return lambda: jax.random.key(next(seeds))
+
+
+@pytest.fixture(autouse=True)
+def precision(request):
+    """float64 for tests marked `x64`; off elsewhere, as users have it."""
+    with jax.enable_x64(request.node.get_closest_marker("x64") is not None):
+        yield
