@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix
 from jaxtyping import Array, Int, PyTree
 
@@ -99,7 +100,7 @@ def fixed_point(
     known_zero = lambda x: not isinstance(x, jax.core.Tracer) and float(x) == 0
     fixed = known_zero(solver.rtol) and known_zero(solver.atol)
     # As arrays, so that another tolerance or budget does not recompile.
-    tolerances = jnp.asarray(solver.rtol), jnp.asarray(solver.atol)
+    tolerances = [jnp.asarray(x, jnp.result_type(float)) for x in (solver.rtol, solver.atol)]
     solver = eqx.tree_at(lambda s: (s.rtol, s.atol), solver, tolerances)
     requested = _check_steps(steps, max_steps, problems(z0, batched))
     budget = Budget(max_steps, jnp.clip(requested, 0, max_steps), batched, fixed)
@@ -109,11 +110,12 @@ def fixed_point(
 
 @eqx.filter_jit
 def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solution:
-    axes = mesh_axes(_convert(fn, z0, args, has_aux), solver, z0, args, budget)
-    # After this only what f closes over may still be constant over a mesh axis.
-    fn, solver, z0, args, budget = vary((fn, solver, z0, args, budget), axes)
-    fn = _convert(fn, z0, args, has_aux)
-    inputs = (fn, solver, z0, args, budget)
+    converted = _convert(fn, z0, args, has_aux)
+    axes = mesh_axes(converted, solver, z0, args, budget)
+    if axes:  # Then only what f closes over may still be constant over a mesh axis.
+        fn, solver, z0, args, budget = vary((fn, solver, z0, args, budget), axes)
+        converted = _convert(fn, z0, args, has_aux)
+    fn, inputs = converted, (converted, solver, z0, args, budget)
     z, (num_steps, small, _) = adjoint.apply(iterate, residual, inputs, frozenset())
 
     # Outside the differentiated loop: gradients of aux and residual come free, and what is not
@@ -209,20 +211,20 @@ def _check_batch(z0):
 
 def _check_steps(steps, max_steps, shape):
     """The requested number of steps as an int32 array of shape `()` or `shape`."""
-    steps = jnp.asarray(max_steps if steps is None else steps)
+    known = not isinstance(steps, jax.core.Tracer)
+    steps = np.asarray(max_steps if steps is None else steps) if known else steps
     if not jnp.issubdtype(steps.dtype, jnp.integer) or steps.shape not in {(), shape}:
         allowed = " or ".join(map(str, {(): None, shape: None}))
         raise ValueError(
             f"fixed_point expects steps to be an integer array of shape {allowed}, got "
             f"{steps.dtype} of shape {steps.shape}; one budget per problem needs batched=True."
         )
-    known = not isinstance(steps, jax.core.Tracer)
-    if known and not bool(jnp.all((steps >= 0) & (steps <= max_steps))):
+    if known and not np.all((steps >= 0) & (steps <= max_steps)):
         raise ValueError(
             f"fixed_point expects 0 <= steps <= max_steps={max_steps}, got steps={steps}; "
             f"raise max_steps, which is the ceiling."
         )
-    return steps.astype(jnp.int32)
+    return jnp.asarray(steps, jnp.int32)
 
 
 def _check_adjoint(adjoint):

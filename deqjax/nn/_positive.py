@@ -12,7 +12,7 @@ from equinox import AbstractVar
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from ..positive import qualify
-from ._conv import check_kernel_size, conv2d
+from ._base import check_kernel_size, conv2d
 
 Weight = paramax.AbstractUnwrappable[Array] | Float[Array, "..."]
 

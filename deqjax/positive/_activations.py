@@ -59,9 +59,9 @@ def qualify(activation: Callable[..., Any]) -> Activation:
         raise ValueError(
             f"Expected an activation known to be concave and nondecreasing on u >= 0 and to grow "
             f"slower than any line, one of the JAX functions {', '.join(names)}; got "
-            f"{name(activation)}. relu, the identity and softplus do not qualify: with them a fixed "
-            "point exists only if the spectral radius of W is below 1, which training does not "
-            "keep. Pass one of these functions itself, neither its name nor a lambda around it: "
+            f"{name(activation)}. relu, the identity and softplus do not qualify: with them a "
+            "fixed point exists only if the spectral radius of W is below 1, which no training "
+            "keeps. Pass one of these functions itself, neither its name nor a lambda around it: "
             "jax.nn.relu6 in the place of relu, jax.nn.sigmoid in the place of softplus."
         ) from None
 

@@ -1,0 +1,4 @@
+"""Whole networks from the papers: composition only."""
+
+from ._implicit_resnet import ImplicitResNet as ImplicitResNet
+from ._positive_concave import PositiveConcaveNet as PositiveConcaveNet

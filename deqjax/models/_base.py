@@ -1,0 +1,84 @@
+"""What the models share: their interface, batch normalisation outside the solve, pooling."""
+
+from typing import TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float
+
+from .._solution import Solution
+
+# What a model returns: logits, the new state, and for each equilibrium layer in order the batch x
+# and the solution of its solve, which `layer.batch(x)` repeats.
+Output: TypeAlias = tuple[
+    Float[Array, "b classes"], eqx.nn.State, tuple[tuple[Float[Array, "b ..."], Solution], ...]
+]
+ImageShape = tuple[int, int, int]
+
+
+def check_image_shape(image_shape: ImageShape) -> None:
+    """Raises `ValueError` unless this is (height, width, channels)."""
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(
+            f"Expected image_shape=(height, width, channels), all at least 1, got {image_shape}; "
+            "a grey image has one channel, (28, 28, 1)."
+        )
+
+
+def check_images(images: Float[Array, "b h w c"], image_shape: ImageShape) -> None:
+    """Raises `ValueError` unless this is a batch of floating-point images of that shape."""
+    if images.shape[1:] != image_shape or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"Expected a batch of floating-point images of shape (batch, "
+            f"{', '.join(map(str, image_shape))}), channels last; got {images.shape} of "
+            f"{images.dtype}. Add the batch axis, scale integers to [0, 1], or build the model for "
+            "this image_shape."
+        )
+
+
+def make_batch_norm(channels: int, dtype: DTypeLike | None) -> eqx.nn.BatchNorm:
+    """Batch normalisation for `batch_norm`; momentum 0.9 as in the references."""
+    return eqx.nn.BatchNorm(channels, "batch", momentum=0.9, mode="batch", dtype=dtype)
+
+
+def batch_norm(
+    norm: eqx.nn.BatchNorm, x: Float[Array, "b ... c"], state: eqx.nn.State
+) -> tuple[Float[Array, "b ... c"], eqx.nn.State]:
+    """Normalise a channels-last batch.
+
+    Only ever outside a solve: inside, it would couple the examples of a batch.
+    """
+    # Equinox has one example's channels first.
+    normalise = jax.vmap(norm, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
+    y, state = normalise(jnp.moveaxis(x, -1, 1), state)
+    return jnp.moveaxis(y, 1, -1), state
+
+
+def max_pool(x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+    """The maximum over 3 x 3 neighbourhoods, cut off at the border."""
+    return lax.reduce_window(x, -jnp.inf, lax.max, (3, 3, 1), (1, 1, 1), "SAME")
+
+
+def average_pool(x: Float[Array, "h w c"], window: int) -> Float[Array, "i j c"]:
+    """Means of whole, disjoint windows; a window is never larger than the image."""
+    a, b = (min(window, n) for n in x.shape[:2])
+    rows, columns = x.shape[0] // a, x.shape[1] // b
+    x = x[: rows * a, : columns * b]
+    return jnp.mean(x.reshape(rows, a, columns, b, -1), (1, 3))
+
+
+def adaptive_average_pool(x: Float[Array, "h w c"], size: int) -> Float[Array, "i j c"]:
+    """Means of at most `size` x `size` windows that cover the image, fewer if it is smaller."""
+    rows, columns = (jnp.asarray(_bins(n, min(size, n)), x.dtype) for n in x.shape[:2])
+    return jnp.einsum("ih,jw,hwc->ijc", rows, columns, x, precision="highest")
+
+
+def _bins(n: int, size: int) -> np.ndarray:
+    # PyTorch's windows: from floor(i n / size) to ceil((i + 1) n / size), which overlap if n is not
+    # a multiple of size.
+    i, pixel = np.arange(size)[:, None], np.arange(n)[None]
+    inside = (pixel >= i * n // size) & (pixel < -(-(i + 1) * n // size))
+    return inside / inside.sum(1, keepdims=True)

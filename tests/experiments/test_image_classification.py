@@ -1,0 +1,232 @@
+"""`experiments/image_classification.py`, run as a user runs it, with --smoke."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
+DEFAULT = ("implicit-resnet", "pc-linear-kind1", "pc-linear-kind2", "resnet")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run the script in a folder, on so many simulated devices."""
+    cache = tmp_path_factory.mktemp("compiled")
+
+    def run(folder, *options, devices=1, **variables):
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        command = [sys.executable, str(SCRIPT), "--smoke", *options]
+        return subprocess.run(
+            command, cwd=folder, env=environment | variables, capture_output=True, text=True
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def default(run, tmp_path_factory):
+    """The folder and the output of a run without options."""
+    folder = tmp_path_factory.mktemp("default")
+    return folder, succeed(run(folder))
+
+
+def succeed(process):
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def fail(process):
+    assert process.returncode != 0
+    return " ".join(process.stderr.split())
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+
+
+def losses(folder):
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+def arrays(folder):
+    """The last checkpoint, as NumPy arrays under their names."""
+    with ocp.CheckpointManager((folder / "checkpoints").resolve()) as checkpoints:
+        step = checkpoints.latest_step()
+        leaves = checkpoints.restore(step, args=ocp.args.StandardRestore())
+    raw = lambda x: (
+        jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    )
+    return step, {name: np.asarray(raw(leaf)) for name, leaf in leaves.items()}
+
+
+def test_without_options_compares_four_models(default):
+    folder, output = default
+    assert "test accuracy" in output and "f backward" in output
+    for name in DEFAULT:
+        path = folder / "runs" / f"digits-{name}-0-smoke"
+        assert f"runs/{path.name}/" in output
+        config = json.loads((path / "config.json").read_text())
+        assert config["seed"] == 0 and config["config"]["batch_size"] % 8 == 0
+        assert {"python", "jax", "deqjax", "equinox", "optax", "device"} <= config[
+            "versions"
+        ].keys()
+        assert [line["step"] for line in metrics(path) if "loss" in line] == [*range(1, 13)]
+        assert [line["step"] for line in metrics(path) if "eval_accuracy" in line] == [6, 12]
+        assert (path / "curves.png").stat().st_size > 5_000
+        assert (path / "residual.png").exists() == (name != "resnet")
+        assert arrays(path)[0] == 12
+
+
+def test_the_baseline_has_the_parameters_of_the_implicit_network(default):
+    rows = [line.split("  ") for line in default[1].splitlines() if "runs/" in line]
+    counts = {row[0]: [x for x in row[1:] if x][0] for row in rows}
+    assert counts["RevDEQ (implicit-resnet)"] == counts["explicit resnet"]
+
+
+def test_eight_devices_compute_what_one_does(default, run, tmp_path):
+    succeed(run(tmp_path, "--model", "implicit-resnet", devices=8))
+    name = "digits-implicit-resnet-0-smoke"
+    one, eight = (losses(folder / "runs" / name) for folder in (default[0], tmp_path))
+    np.testing.assert_allclose(eight, one, atol=1e-4, rtol=0)
+
+
+def test_resuming_is_bit_for_bit(default, run, tmp_path):
+    options = ("--model", "pc-linear", "--checkpoint-every", "2")
+    succeed(run(tmp_path, *options, "--stop-after", "5"))  # in the middle of an epoch
+    path = tmp_path / "runs" / "digits-pc-linear-kind1-0-smoke"
+    with open(path / "metrics.jsonl", "a") as file:  # as if killed later, while writing
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
+    succeed(run(tmp_path, *options, "--resume"))
+    straight = default[0] / "runs" / path.name
+    assert metrics(path) == metrics(straight)
+    (step, resumed), (last, expected) = arrays(path), arrays(straight)
+    assert step == last == 12 and resumed.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(resumed[name], expected[name], err_msg=name)
+    assert sorted(int(x.name) for x in (path / "checkpoints").iterdir()) == [10, 12]
+
+    said = fail(run(tmp_path, *options, "--resume", "--learning-rate", "0.5"))
+    assert "learning_rate was 0.003 and is now 0.5" in said
+
+
+def test_a_taken_name_is_not_overwritten(run, tmp_path):
+    (tmp_path / "runs" / "digits-pc-linear-kind2-0-smoke").mkdir(parents=True)
+    output = succeed(run(tmp_path, "--model", "pc-linear", "--kind", "2", "--stop-after", "1"))
+    assert "runs/digits-pc-linear-kind2-0-smoke-2/" in output
+
+
+def test_resuming_nothing_is_refused(run, tmp_path):
+    said = fail(run(tmp_path, "--model", "resnet", "--resume"))
+    assert "--resume expected a run" in said and not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run, tmp_path):
+    said = fail(run(tmp_path, "--model", "implicit-resnet", "--learning-rate", "1e38"))
+    lines = metrics(tmp_path / "runs" / "digits-implicit-resnet-0-smoke")
+    bad = next(x["step"] for x in lines if x["loss"] is None or x["gradient_norm"] is None)
+    assert 1 < bad < 12 and f"at step {bad} of runs/" in said
+    assert "expected a finite" in said and "nonfinite" in said
+
+
+def test_a_batch_that_does_not_divide_is_refused(run, tmp_path):
+    # Smoke runs have a batch of 16.
+    said = fail(run(tmp_path, "--model", "pc-linear", devices=3))
+    assert "divides by the 3 devices" in said and "--batch-size" in said
+
+
+def test_an_activation_of_the_other_kind_is_refused(run, tmp_path):
+    said = fail(run(tmp_path, "--model", "pc-linear", "--kind", "2", "--activation", "tanh"))
+    assert "Expected an activation of kind 2, got tanh" in said
+
+
+def test_missing_data_is_explained(run, tmp_path):
+    said = fail(run(tmp_path, "--dataset", "svhn_cropped", TFDS_DATA_DIR=str(tmp_path)))
+    assert "Expected svhn_cropped prepared by TensorFlow Datasets" in said
+    assert "TFDS_DATA_DIR" in said and "pip install tensorflow" in said
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "expected"),
+    [
+        ("mnist", ("--model", "pc-multi"), "test: the official split, 40 images"),
+        ("cifar10", ("--model", "pc-single"), "held-out: last 10 training images"),
+        ("svhn_cropped", ("--model", "pc-linear"), "test: the official split, 40 images"),
+    ],
+)
+def test_tfds_data(run, tmp_path, dataset, options, expected):
+    """Data of the real builder's format, written here, so that no download is needed."""
+    write_tfds(dataset, tmp_path / "tfds")
+    output = succeed(
+        run(tmp_path, "--dataset", dataset, *options, TFDS_DATA_DIR=str(tmp_path / "tfds"))
+    )
+    assert expected in output
+    assert ("test accuracy" in output) == (dataset != "cifar10")
+
+
+def test_real_data_is_read_or_explained(run, tmp_path):
+    """With TFDS_DATA_DIR set, CIFAR-10 is there; without, the script says what to do."""
+    options = ("--dataset", "cifar10", "--model", "pc-linear", "--stop-after", "1")
+    if "TFDS_DATA_DIR" in os.environ:
+        assert "held-out" in succeed(run(tmp_path, *options))
+    else:
+        assert "prepare it once" in fail(run(tmp_path, *options, TFDS_DATA_DIR=str(tmp_path)))
+
+
+def write_tfds(name, data_dir, n=40):
+    """Write `n` small random examples a split as TFDS would, without TensorFlow."""
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    features, path = builder.info.features, Path(builder.data_path)
+    path.mkdir(parents=True)
+    features.save_config(str(path))
+    rng = np.random.default_rng(0)
+    splits = []
+    for split in ("train", "test"):
+        file = path / f"{name}-{split}.array_record-00000-of-00001"
+        writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
+        for i in range(n):
+            png = io.BytesIO()
+            image = rng.integers(0, 256, features["image"].shape, np.uint8)
+            Image.fromarray(image.squeeze()).save(png, "png")
+            values = {
+                "id": tf_feature_pb2.Feature(
+                    bytes_list=tf_feature_pb2.BytesList(value=[f"{i}".encode()])
+                ),
+                "image": tf_feature_pb2.Feature(
+                    bytes_list=tf_feature_pb2.BytesList(value=[png.getvalue()])
+                ),
+                "label": tf_feature_pb2.Feature(
+                    int64_list=tf_feature_pb2.Int64List(value=[i % 10])
+                ),
+            }
+            values = {key: values[key] for key in features}
+            example = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=values))
+            writer.write(example.SerializeToString())
+        writer.close()
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=path, dataset_name=name, split=split, filetype_suffix="array_record"
+        )
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=[n], num_bytes=0, filename_template=template
+            )
+        )
+    builder.info.set_splits(tfds.core.SplitDict(splits))
+    builder.info.write_to_directory(str(path))
