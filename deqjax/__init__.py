@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import nn as nn
+from . import models as models, nn as nn, positive as positive
 from ._fixed_point import fixed_point as fixed_point
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from .adjoints import (

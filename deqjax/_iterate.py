@@ -42,8 +42,10 @@ def lax_while(cond: Callable, body: Callable, init: Any, *, max_steps: int | Non
 
     Equinox's own raises a carry-type error inside `jax.shard_map`, whatever the carries.
     """
-    del max_steps
-    return jax.lax.while_loop(cond, body, init)
+    if max_steps is None:
+        return jax.lax.while_loop(cond, body, init)
+    going = lambda c: (c[0] < max_steps) & cond(c[1])
+    return jax.lax.while_loop(going, lambda c: (c[0] + 1, body(c[1])), (jnp.asarray(0), init))[1]
 
 
 def problems(z: PyTree, batched: bool) -> tuple[int, ...]:

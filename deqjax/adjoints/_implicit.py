@@ -61,7 +61,8 @@ class ImplicitAdjoint(AbstractAdjoint):
     `deqjax.RecursiveCheckpointAdjoint` differentiate the steps taken.
 
     Forward mode, higher derivatives, and `jax.shard_map` hold for the series; a Lineax solver raises
-    `ValueError` inside `jax.shard_map`.
+    `ValueError` inside `jax.shard_map`. Through an `f` that holds a `jax.custom_vjp` function, JAX
+    allows reverse mode alone, and no `jax.vmap` around it (`batched=True` does hold).
 
     Reference: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019, theorem 1.
     """
@@ -84,8 +85,9 @@ class ImplicitAdjoint(AbstractAdjoint):
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
         """See `deqjax.adjoints`."""
         del tags
-        z, extras = primal_fn((*stop_gradient(inputs), lax_while))
-        return _attach(z, inputs, rewrite_fn, self), no_gradient(extras)
+        out = primal_fn((*stop_gradient(inputs), lax_while))
+        z, extras = _attach(out, inputs, rewrite_fn, self)
+        return z, no_gradient(extras)
 
     def solve(
         self, matvec: LinearMap, b: PyTree, *, max_steps: int | None, batched: bool
@@ -154,17 +156,17 @@ class ImplicitAdjoint(AbstractAdjoint):
 
 
 @eqx.filter_custom_jvp
-def _attach(z: PyTree, inputs: tuple, rewrite_fn: Callable, adjoint: ImplicitAdjoint) -> PyTree:
-    """`z` itself, with the derivative of the implicit function theorem."""
+def _attach(out: PyTree, inputs: tuple, rewrite_fn: Callable, adjoint: ImplicitAdjoint) -> PyTree:
+    """`out = (z, extras)` itself, z with the derivative of the implicit function theorem."""
     del inputs, rewrite_fn, adjoint
-    return z
+    return out
 
 
 @_attach.def_jvp
 def _attach_jvp(primals, tangents):
-    z, inputs, rewrite_fn, adjoint = primals
+    out, inputs, rewrite_fn, adjoint = primals
     _, t_inputs, _, _ = tangents
-    z = _attach(z, inputs, rewrite_fn, adjoint)  # so that z has a derivative here too
+    z, extras = _attach(out, inputs, rewrite_fn, adjoint)  # so that z has a derivative here too
     is_none = lambda x: x is None
     moved = jax.tree.map(lambda t: t is not None, t_inputs, is_leaf=is_none)
     moving, still = eqx.partition(inputs, moved, is_leaf=is_none)
@@ -181,7 +183,10 @@ def _attach_jvp(primals, tangents):
     solve = lambda matvec, b: adjoint.solve(matvec, b, **options)[0]
     matvec = lambda v: scale(-1, product(v))
     b = vary(b, mesh_axes(z))
-    return z, jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve)
+    t_z = jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve)
+    # Zero, but present: so that `no_gradient` notices a loss of the extras.
+    t_extras = jax.tree.map(jnp.zeros_like, eqx.filter(extras, eqx.is_inexact_array))
+    return (z, extras), (t_z, t_extras)
 
 
 def implicit_vjp(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def run(tmp_path_factory):
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time is compilation
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
@@ -96,14 +98,14 @@ def test_without_options_compares_four_models(default):
 
 
 def test_the_baseline_has_the_parameters_of_the_implicit_network(default):
-    rows = [line.split("  ") for line in default[1].splitlines() if "runs/" in line]
-    counts = {row[0]: [x for x in row[1:] if x][0] for row in rows}
+    rows = [re.split(r" {2,}", line) for line in default[1].splitlines() if "runs/" in line]
+    counts = {row[0]: row[1] for row in rows}
     assert counts["RevDEQ (implicit-resnet)"] == counts["explicit resnet"]
 
 
 def test_eight_devices_compute_what_one_does(default, run, tmp_path):
-    succeed(run(tmp_path, "--model", "implicit-resnet", devices=8))
-    name = "digits-implicit-resnet-0-smoke"
+    succeed(run(tmp_path, "--model", "pc-linear", devices=8))
+    name = "digits-pc-linear-kind1-0-smoke"
     one, eight = (losses(folder / "runs" / name) for folder in (default[0], tmp_path))
     np.testing.assert_allclose(eight, one, atol=1e-4, rtol=0)
 
@@ -143,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run, tmp_pat
     lines = metrics(tmp_path / "runs" / "digits-implicit-resnet-0-smoke")
     bad = next(x["step"] for x in lines if x["loss"] is None or x["gradient_norm"] is None)
     assert 1 < bad < 12 and f"at step {bad} of runs/" in said
-    assert "expected a finite" in said and "nonfinite" in said
+    assert "expected a finite" in said and re.search(r"ended so: 16 \w+", said)
 
 
 def test_a_batch_that_does_not_divide_is_refused(run, tmp_path):

@@ -24,11 +24,6 @@ def build(name, shape, key, **options):
     return eqx.nn.make_with_state(make)(shape, 10, **small, **options, key=key)
 
 
-def parameters(model):
-    leaves = jax.tree.leaves(eqx.filter(model, lambda x: isinstance(x, jax.ShapeDtypeStruct)))
-    return sum(x.size for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
-
-
 @pytest.mark.parametrize(
     ("make", "shape", "options", "count"),
     [
@@ -43,8 +38,9 @@ def parameters(model):
 )
 def test_parameter_counts(make, shape, options, count, getkey):
     """Those of the papers, less one weight-norm gain per unit or channel."""
-    model = eqx.filter_eval_shape(make, shape, 10, **options, key=getkey())
-    assert parameters(model) == count
+    build = lambda key: eqx.nn.delete_init_state(make(shape, 10, **options, key=key))
+    leaves = jax.tree.leaves(eqx.filter_eval_shape(build, getkey()))
+    assert sum(x.size for x in leaves if isinstance(x, jax.ShapeDtypeStruct)) == count
 
 
 @models
@@ -119,9 +115,13 @@ def test_one_step_decreases_the_loss(name, getkey):
     assert step(after)[1] < before
 
 
+@pytest.mark.x64  # float32 reversal amplifies the rounding by which two layouts differ
 @pytest.mark.parametrize("name", ["resnet", "multi"])
 def test_data_parallel(name, getkey):
     model, state = build(name, (4, 4, 1), getkey())
+    # Away from the initial parameters of the residual cell: with all shifts zero its relu is at its
+    # kink at z0 = 0, and the rounding of the reversed z0 decides which side's derivative counts.
+    model = jax.tree.map(lambda p: p + 0.1 if eqx.is_inexact_array(p) else p, model)
     images = jax.random.uniform(getkey(), (16, 4, 4, 1))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     place = lambda tree, *spec: eqx.filter_shard(tree, NamedSharding(mesh, P(*spec)))
@@ -133,7 +133,7 @@ def test_data_parallel(name, getkey):
     one = gradient(model, state, images)
     eight = gradient(place(model), place(state), place(images, "data"))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(a)) + 1))
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9 * float(jnp.max(jnp.abs(a)) + 1))
 
 
 def test_a_new_model_does_not_compile_anew(getkey):

@@ -44,7 +44,8 @@ strides = pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.x64
 @strides
 @pytest.mark.parametrize(
-    ("kernel", "size"), [(3, (6, 8)), (3, (7, 5)), (3, (8, 7)), (3, (1, 2)), (5, (3, 4)), (1, (4, 3))]
+    ("kernel", "size"),
+    [(3, (6, 8)), (3, (7, 5)), (3, (8, 7)), (3, (1, 2)), (5, (3, 4)), (1, (4, 3))],
 )
 def test_value_and_cotangents(getkey, stride, kernel, size):
     w, x = problem(getkey, size, kernel)

@@ -8,7 +8,9 @@ from deqjax.nn import GroupNorm
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize(("groups", "shape"), [(1, (4, 5, 6)), (2, (5, 6)), (3, (4, 5, 6)), (3, (6,))])
+@pytest.mark.parametrize(
+    ("groups", "shape"), [(1, (4, 5, 6)), (2, (5, 6)), (3, (4, 5, 6)), (3, (6,))]
+)
 def test_against_equinox(getkey, groups, shape):
     x = 3 + 2 * jax.random.normal(getkey(), shape)
     weight, bias = jax.random.normal(getkey(), (2, 6))

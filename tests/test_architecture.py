@@ -1,0 +1,88 @@
+"""The rules of the house: imports point one way, none is inside a function, classes are flat."""
+
+import ast
+import pathlib
+
+import deqjax
+import equinox as eqx
+
+ROOT = pathlib.Path(deqjax.__file__).parent
+# A file imports only from files above it, or from its own room's _base.py.
+ORDER = [
+    "_tree",
+    "_solution",
+    "_step",
+    "solvers",
+    "_iterate",
+    "adjoints",
+    "_fixed_point",
+    "positive",
+    "nn",
+    "models",
+    "__init__",
+]
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def module(path):
+    """`("nn", "_conv")` for nn/_conv.py, `("_tree",)` for _tree.py."""
+    return path.relative_to(ROOT).with_suffix("").parts
+
+
+def imported(path, tree):
+    """The deqjax modules that a file imports, as paths in the package."""
+    package = module(path)[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = package[: len(package) - node.level + 1]
+            target = above + tuple(node.module.split(".") if node.module else ())
+            # `from . import nn` names modules, `from ._x import X` names what is in one.
+            yield from [(*target, a.name) for a in node.names] if not node.module else [target]
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
+            assert not any(n and n.split(".")[0] == "deqjax" for n in names), (
+                path,
+                "absolute import",
+            )
+            assert not any(n and n.startswith("jax._src") for n in names), (path, "private import")
+
+
+def test_imports_point_one_way():
+    for path in FILES:
+        room, *inner = module(path)
+        for target in imported(path, ast.parse(path.read_text())):
+            if target[0] != room:
+                assert ORDER.index(target[0]) < ORDER.index(room), (path, target)
+            elif inner != ["__init__"]:
+                assert target == (room, "_base"), (path, target)
+
+
+def test_no_import_inside_a_function():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                inside = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+                assert not inside, (path, node.lineno)
+
+
+def subclasses(cls):
+    return {cls, *(s for c in cls.__subclasses__() for s in subclasses(c))}
+
+
+def test_classes_are_abstract_or_final():
+    """And all fields and the constructor sit in one class: the final one."""
+    ours = [c for c in subclasses(eqx.Module) if c.__module__.startswith("deqjax.")]
+    assert len(ours) > 5
+    for cls in ours:
+        abstract = bool(cls.__abstractmethods__) or cls.__name__.startswith("Abstract")
+        derived = [c for c in ours if cls in c.__mro__[1:]]
+        assert abstract or not derived, (cls, "is neither abstract nor final")
+        if abstract:
+            assert "__init__" not in vars(cls) or not cls.__dataclass_fields__, cls
+
+
+def test_files_stay_small():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 250, path
