@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, PyTree
 from ._iterate import Budget, iterate, problems
 from ._solution import RESULTS, Solution, raise_unsuccessful, relative_residual, result_code
 from ._step import evaluate, is_small, residual
-from ._tree import mesh_axes, per_problem, vary
+from ._tree import is_traced, mesh_axes, per_problem, vary
 from .adjoints import AbstractAdjoint, ImplicitAdjoint
 from .solvers import AbstractSolver
 
@@ -43,8 +43,8 @@ def fixed_point(
 
     **Arguments:**
 
-    - `fn`: `fn(z, args) -> z'`, or `(z', aux)` with `has_aux=True`; `z'` has the structure, shapes and
-        dtypes of `z`.
+    - `fn`: `fn(z, args) -> z'`, or `(z', aux)` with `has_aux=True`; `z'` has the structure, shapes
+        and dtypes of `z`.
     - `solver`: a deqjax solver, or any Optimistix one (`optimistix.Newton(rtol=..., atol=...)`).
         With `rtol=0, atol=0` a deqjax solver takes exactly `max_steps` (or `steps`) steps.
     - `z0`: the initial iterate, any pytree of float arrays.
@@ -55,8 +55,8 @@ def fixed_point(
         what `fn` shares between problems is accumulated once. That is the fast form: `jax.vmap` of
         this function carries one parameter cotangent per example through the backward loop.
     - `max_steps`: the ceiling on mixes, an int of at least 1.
-    - `steps`: an int array, at most `max_steps`, of shape `()` or, batched, `(batch,)`: a ceiling that
-        may be traced and never recompiles.
+    - `steps`: an int array, at most `max_steps`, of shape `()` or, batched, `(batch,)`: a ceiling
+        that may be traced and never recompiles.
     - `adjoint`: how the solve is differentiated; a deqjax or an Optimistix adjoint.
     - `throw`: raise at run time unless every result is successful. Leave it off in training: the
         check gathers results on one device and defeats the compilation cache.
@@ -65,21 +65,23 @@ def fixed_point(
 
     - `value`: `z_n`, the iterate whose residual is reported.
     - `result`: one `deqjax.RESULTS` code per problem: `successful` (met its tolerance, or took the
-        fixed number of steps), `nonlinear_max_steps_reached`, `nonfinite`, or `nonlinear_divergence`
-        (an entry above sqrt(largest float), or a traced solver field out of its range).
+        fixed number of steps), `nonlinear_max_steps_reached`, `nonfinite`, or
+        `nonlinear_divergence` (an entry above sqrt(largest float), or a traced solver field out of
+        its range).
     - `aux`: of the evaluation at `value`, differentiated as such.
     - `stats`: `"num_steps"` mixes, `"num_fn_evals"` (one more), `"residual"`
-        `||f(z) - z||_2 / ||f(z)||_2` in float32 or wider, `"overflow"` (integer states only), each with
-        one entry per problem; and `"max_steps"`.
+        `||f(z) - z||_2 / ||f(z)||_2` in float32 or wider, `"overflow"` (integer states only), each
+        with one entry per problem; and `"max_steps"`.
 
     **Cost:** `num_steps + 1` evaluations of `f`. After a stop on a tolerance the last one is made
     again, outside the loop, if a residual, a result or an aux is used.
 
-    Like `jax.jit`, it traces `fn` once for each function object and shapes of its inputs: what changes
-    between calls has to come through `args`, `z0`, an Equinox module, or a new function object.
+    Like `jax.jit`, it traces `fn` once for each function object and shapes of its inputs: what
+    changes between calls has to come through `args`, `z0`, an Equinox module, or a new function
+    object.
 
-    **Raises:** `ValueError` when traced, if `fn` changes the structure, a shape or a dtype of z, if z0
-    is not of floating point, for `max_steps < 1`, a solver field out of its range, a solver and
+    **Raises:** `ValueError` when traced, if `fn` changes the structure, a shape or a dtype of z, if
+    z0 is not of floating point, for `max_steps < 1`, a solver field out of its range, a solver and
     an adjoint that do not go together, batch axes of unequal length, or `steps` out of place.
     """
     z0 = _float_state(z0)
@@ -97,7 +99,7 @@ def fixed_point(
         return raise_unsuccessful(sol) if throw else sol
 
     solver.check()
-    known_zero = lambda x: not isinstance(x, jax.core.Tracer) and float(x) == 0
+    known_zero = lambda x: not is_traced(x) and float(x) == 0
     fixed = known_zero(solver.rtol) and known_zero(solver.atol)
     # As arrays, so that another tolerance or budget does not recompile.
     tolerances = [jnp.asarray(x, jnp.result_type(float)) for x in (solver.rtol, solver.atol)]
@@ -171,7 +173,7 @@ def _convert(fn, z0, args, has_aux):
         return jax.tree.map(jnp.asarray, fz), aux
 
     converted = eqx.filter_closure_convert(call, z0, args)
-    got, _ = converted.out_struct
+    got, _ = converted.out_struct  # pyright: ignore[reportFunctionMemberAccess]
     show = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
     like = jax.eval_shape(lambda: z0)
     same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
@@ -180,8 +182,8 @@ def _convert(fn, z0, args, has_aux):
     ):
         raise ValueError(
             f"fn is expected to return the structure, shapes and dtypes of z0, {show(like)}, got "
-            f"{show(got)}; cast or reshape its output, start from another z0, or, if that is a pair "
-            f"(z', aux), pass has_aux=True."
+            f"{show(got)}; cast or reshape its output, start from another z0, or pass has_aux=True "
+            f"if that is a pair (z', aux)."
         )
     return converted
 
@@ -211,7 +213,7 @@ def _check_batch(z0):
 
 def _check_steps(steps, max_steps, shape):
     """The requested number of steps as an int32 array of shape `()` or `shape`."""
-    known = not isinstance(steps, jax.core.Tracer)
+    known = not is_traced(steps)
     steps = np.asarray(max_steps if steps is None else steps) if known else steps
     if not jnp.issubdtype(steps.dtype, jnp.integer) or steps.shape not in {(), shape}:
         allowed = " or ".join(map(str, {(): None, shape: None}))
@@ -244,6 +246,6 @@ def _check_optimistix(solver, batched, steps):
     name = type(solver).__name__
     if batched or steps is not None:
         raise ValueError(
-            f"batched=True and steps=... are expected with a deqjax solver, got the Optimistix solver "
-            f"{name}; use jax.vmap for a batch, and max_steps as the ceiling."
+            f"batched=True and steps=... are expected with a deqjax solver, got the Optimistix "
+            f"solver {name}; use jax.vmap for a batch, and max_steps as the ceiling."
         )

@@ -43,7 +43,7 @@ def raise_unsuccessful(sol: Solution) -> Solution:
 
 
 def relative_residual(z: PyTree, fz: PyTree) -> Array:
-    """`||f(z) - z||_2 / ||f(z)||_2` of one problem, in float32 or wider; 0 when both norms are 0."""
+    """`||f(z) - z||_2 / ||f(z)||_2` of one problem, in float32 or wider; 0 where it is 0 / 0."""
     scale = jax.lax.stop_gradient(max_abs(fz))
     # Squares of numbers below 1e-19 vanish in float32; the ratio does not depend on the scale.
     scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Inexact, PyTree, Shaped
@@ -70,6 +71,11 @@ def per_problem(fn: Callable, batched: bool) -> Callable:
     return jax.vmap(fn) if batched else fn
 
 
+def is_traced(x: Any) -> bool:
+    """Whether the value of `x` is unknown until run time."""
+    return isinstance(x, jax.core.Tracer)
+
+
 def mesh_axes(*trees: PyTree) -> Axes:
     """Names of the `jax.shard_map` mesh axes over which some leaf varies; empty outside one."""
 
@@ -81,7 +87,7 @@ def _cast(x: Array, axes: tuple) -> Array:
     # Like `.vma` above, `pvary` is the name in JAX 0.8.
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, axes, to="varying")
-    return jax.lax.pvary(x, axes)
+    return jax.lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def vary(tree: PyTree, axes: Axes) -> PyTree:

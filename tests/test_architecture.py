@@ -3,8 +3,9 @@
 import ast
 import pathlib
 
-import deqjax
 import equinox as eqx
+
+import deqjax
 
 ROOT = pathlib.Path(deqjax.__file__).parent
 # A file imports only from files above it, or from its own room's _base.py.

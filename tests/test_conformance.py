@@ -4,7 +4,6 @@ Tolerances follow from conditioning: a residual r leaves an error of at most r /
 rounding one of at most a few eps / (1 - rate). The gradient passes through (I - J)^-1 once more.
 """
 
-import deqjax
 import jax
 import jax.numpy as jnp
 import lineax
@@ -12,6 +11,8 @@ import numpy as np
 import optimistix
 import pytest
 from problems import relative_error, suite
+
+import deqjax
 
 DTYPES = {
     "float32": np.float32,
@@ -107,7 +108,7 @@ def test_steps_taken(dtype, beta, adjoint):
         with jax.enable_x64(True):
             up = lambda tree: jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
 
-            def unrolled(args, problem=problem):
+            def unrolled(args, problem=problem, up=up):
                 past = now = up(problem.z0)
                 for _ in range(n):
                     mixed = lambda p, f: (1 - beta) * p + beta * f

@@ -1,12 +1,13 @@
 """The front door: counting, stopping, codes, batches, pytrees, and what it refuses."""
 
-import deqjax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix
 import pytest
+
+import deqjax
 from deqjax import RESULTS
 
 PICARD = deqjax.FixedPointIteration(rtol=1e-6, atol=1e-6)

@@ -1,12 +1,13 @@
 """Both front doors: deqjax solvers and adjoints in Optimistix, Optimistix's in deqjax."""
 
-import deqjax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix
 import pytest
 from problems import pytree, relative_error, tanh
+
+import deqjax
 
 pytestmark = pytest.mark.x64
 
@@ -73,7 +74,7 @@ def test_every_pair_in_both_doors(solver, adjoint):
 
 
 def test_aux_and_steps_through_optimistix_door():
-    """Optimistix steps once more after the test that stops, and its aux is of the iterate before."""
+    """Optimistix steps once more after the test; its aux is of the iterate before."""
     fn = lambda z, b: (0.5 * z + b, z)
     solver = deqjax.FixedPointIteration(1e-6, 1e-6)
     ours = deqjax.fixed_point(fn, solver, 0.0, 1.0, has_aux=True)

@@ -1,10 +1,11 @@
 """Measured rates of convergence against theory."""
 
-import deqjax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import affine, relative_error
+
+import deqjax
 
 pytestmark = pytest.mark.x64
 

@@ -2,7 +2,6 @@
 
 import collections
 
-import deqjax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from problems import matrix
+
+import deqjax
 
 BATCH, SIZE = 16, 6
 REVERSIBLE = deqjax.Reversible(rtol=0.0, atol=0.0, beta=0.5)
@@ -57,8 +58,8 @@ def reference(pair):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
 
-def close(a, b, rtol=2e-5):
-    for a, b in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+def close(tree, truth, rtol=2e-5):
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(truth), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(b))))
 
 
@@ -142,7 +143,7 @@ def test_shard_map(pair, closed_over):
 
 @pairs
 def test_shard_map_from_constants(pair):
-    """A constant z0 and per-device stopping: unbatched, the initial carry has to be made varying."""
+    """A constant z0 and per-device stopping: the initial carry has to be made varying."""
     solver, adjoint, max_steps = pair
     loss, (gw, _) = reference(pair)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Inexact, PyTree
 
 from .._iterate import Budget, iterate, lax_while
 from .._solution import RESULTS, relative_residual
-from .._tree import lincomb, max_abs, mesh_axes, per_problem, scale, select, vary, widen
+from .._tree import dot, lincomb, max_abs, mesh_axes, per_problem, scale, select, vary, widen
 from ..solvers import AbstractSolver
 from ._base import AbstractAdjoint, no_gradient, stop_gradient, unpack
 
@@ -43,26 +43,26 @@ class ImplicitAdjoint(AbstractAdjoint):
 
     **Arguments:**
 
-    - `linear_solver`: `None` sums the Neumann series `y <- g + J^T y`, which converges at the rate of
-        the spectral radius of J; each problem of a batch stops by itself. Or any Lineax solver
+    - `linear_solver`: `None` sums the Neumann series `y <- g + J^T y`, which converges at the rate
+        of the spectral radius of J; each problem of a batch stops by itself. Or any Lineax solver
         (`lineax.GMRES(rtol=..., atol=...)`), for which a batch is one system.
     - `tol`: relative tolerance of the series; `None` is 10 eps of float32 or of the state's dtype,
         whichever is wider. The ceiling on its terms is `max_steps` of the call.
-    - `on_failure`: what a linear solve that fails gives: `"nan"`, `"keep"` its best value, `"raise"`
-        a run-time error. The series has failed if it does not meet its tolerance and its last term is
-        above 100 times it (or 4 eps of the state's dtype, if that is more: in bfloat16 the products
-        themselves are no better); a Lineax solver if it says so.
+    - `on_failure`: what a linear solve that fails gives: `"nan"`, `"keep"` its best value,
+        `"raise"` a run-time error. The series has failed if it does not meet its tolerance and its
+        last term is above 100 times it (or 4 eps of the state's dtype, if that is more: in bfloat16
+        the products themselves are no better); a Lineax solver if it says so.
 
-    **Cost:** one evaluation of `f` with its linearisation, one Jacobian product a term; three copies
-    of `z`. The number of terms to a tolerance t is about `log(t) / log(rho(J))`.
+    **Cost:** one evaluation of `f` with its linearisation, one Jacobian product a term; three
+    copies of `z`. The number of terms to a tolerance t is about `log(t) / log(rho(J))`.
 
     **When not to use it:** away from a fixed point (a fixed small number of steps): it then
     differentiates a point that the solve did not reach; `deqjax.ReversibleAdjoint` and
     `deqjax.RecursiveCheckpointAdjoint` differentiate the steps taken.
 
-    Forward mode, higher derivatives, and `jax.shard_map` hold for the series; a Lineax solver raises
-    `ValueError` inside `jax.shard_map`. Through an `f` that holds a `jax.custom_vjp` function, JAX
-    allows reverse mode alone, and no `jax.vmap` around it (`batched=True` does hold).
+    Forward mode, higher derivatives, and `jax.shard_map` hold for the series; a Lineax solver
+    raises `ValueError` inside `jax.shard_map`. Through an `f` that holds a `jax.custom_vjp`
+    function, JAX allows reverse mode alone, and no `jax.vmap` around it (`batched=True` does hold).
 
     Reference: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019, theorem 1.
     """
@@ -79,7 +79,8 @@ class ImplicitAdjoint(AbstractAdjoint):
             )
         if self.tol is not None and not self.tol > 0:
             raise ValueError(
-                f"ImplicitAdjoint expects a tolerance above 0, got tol={self.tol}; None chooses one."
+                f"ImplicitAdjoint expects a tolerance above 0, got tol={self.tol}; "
+                f"None chooses one."
             )
 
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
@@ -144,8 +145,8 @@ class ImplicitAdjoint(AbstractAdjoint):
         axes = mesh_axes(b)
         if axes:
             raise ValueError(
-                f"A Lineax solver expects to run outside jax.shard_map, got a system that varies over "
-                f"the mesh axes {sorted(map(str, axes))}; use ImplicitAdjoint() there."
+                f"A Lineax solver expects to run outside jax.shard_map, got a system that varies "
+                f"over the mesh axes {sorted(map(str, axes))}; use ImplicitAdjoint() there."
             )
         operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: b))
         sol = lineax.linear_solve(operator, b, linear_solver, throw=False)
@@ -184,8 +185,11 @@ def _attach_jvp(primals, tangents):
     matvec = lambda v: scale(-1, product(v))
     b = vary(b, mesh_axes(z))
     t_z = jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve)
-    # Zero, but present: so that `no_gradient` notices a loss of the extras.
-    t_extras = jax.tree.map(jnp.zeros_like, eqx.filter(extras, eqx.is_inexact_array))
+    # Zero, but made of tangents: so that `no_gradient` notices a loss of the extras.
+    zero = dot(b, scale(0, b))
+    t_extras = jax.tree.map(
+        lambda x: jnp.full_like(x, zero.astype(x.dtype)), eqx.filter(extras, eqx.is_inexact_array)
+    )
     return (z, extras), (t_z, t_extras)
 
 
@@ -210,9 +214,9 @@ def implicit_vjp(
     - `cotangent`: of the structure, shapes and dtypes of `z`.
     - `adjoint`, `max_steps`, `batched`: as in `deqjax.fixed_point`.
 
-    **Returns:** `((d_fn, d_args), stats)`. `d_fn` has the structure of `fn` if that is a pytree with
-    inexact arrays (an Equinox module), `None` elsewhere; if `fn` is a plain function, it is a list
-    of the cotangents of the inexact arrays it closes over, in order of first use. `stats` has
+    **Returns:** `((d_fn, d_args), stats)`. `d_fn` has the structure of `fn` if that is a pytree
+    with inexact arrays (an Equinox module), `None` elsewhere; if `fn` is a plain function, it is a
+    list of the cotangents of the inexact arrays it closes over, in order of first use. `stats` has
     `"num_steps"`, `"residual"` and `"result"`, one entry per problem: terms of the series, size of
     the last term relative to the sum (of a Lineax solver: its steps, and `||b - A y|| / ||b||`).
 

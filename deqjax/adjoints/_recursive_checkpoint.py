@@ -14,8 +14,8 @@ from ._base import AbstractAdjoint
 class RecursiveCheckpointAdjoint(AbstractAdjoint):
     """Differentiates the steps that were taken, recomputing them from checkpoints.
 
-    The gradient is exactly that of the unrolled solver, for every solver and any number of steps, in
-    forward and reverse mode and to any order.
+    The gradient is exactly that of the unrolled solver, for every solver and any number of steps,
+    in forward and reverse mode and to any order.
 
     **Arguments:**
 
@@ -30,10 +30,11 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
     **When not to use it:** at a converged fixed point `deqjax.ImplicitAdjoint` gives its derivative
     at O(1) memory, and within its bound `deqjax.ReversibleAdjoint` that of the steps.
 
-    **Raises:** `ValueError` for `checkpoints < 1`, or with no `max_steps` (Optimistix allows `None`).
+    **Raises:** `ValueError` for `checkpoints < 1`, or with no `max_steps` (Optimistix allows
+    `None`).
 
-    Reference: Griewank and Walther, Algorithm 799: revolve, ACM Trans. Math. Softw. 26 (2000); this is
-    their scheme with two levels.
+    Reference: Griewank and Walther, Algorithm 799: revolve, ACM Trans. Math. Softw. 26 (2000); this
+    is their scheme with two levels.
     """
 
     checkpoints: int | None = None
@@ -41,8 +42,8 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
     def __check_init__(self):
         if self.checkpoints is not None and self.checkpoints < 1:
             raise ValueError(
-                f"RecursiveCheckpointAdjoint expects at least 1 checkpoint, got {self.checkpoints}; "
-                f"None chooses their number."
+                f"RecursiveCheckpointAdjoint expects at least 1 checkpoint, got "
+                f"{self.checkpoints}; None chooses their number."
             )
 
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:

@@ -109,12 +109,14 @@ def _backward(residuals, g_out, perturbed, vjp_arg, primal_fn, rest):
         new = (before, c.y, scale(1 - solver.beta, gz), add(c.gy, dy))
         new = select(live, new, (c.y, c.z, c.gy, c.gz)) if masked else new
         gbeta = c.gbeta + dot(gz, lincomb(1, fy, -1, before))
-        return _Sweep(c.k - 1, *vary(new, axes), add(c.gp, dp), vary(gbeta, axes))
+        y, z, gy, gz = vary(new, axes)
+        return _Sweep(c.k - 1, y, z, gy, gz, add(c.gp, dp), vary(gbeta, axes))
 
     # Sums over steps are kept in float32 or wider, and like the sums over devices inside f.
     gp = jax.tree.map(lambda x: vary(jnp.zeros_like(widen(x)), mesh_axes(x)), params)
     gbeta = vary(jnp.zeros_like(dot(gz, gz)), axes)
-    init = _Sweep(total, *vary((y, z, zeros(gz), gz), axes), gp, gbeta)
+    y, z, gy, gz = vary((y, z, zeros(gz), gz), axes)
+    init = _Sweep(total, y, z, gy, gz, gp, gbeta)
     end = lax_while(lambda c: c.k > 0, body, init)
 
     g_fn, g_args = jax.tree.map(lambda g, x: g.astype(x.dtype), end.gp, params)

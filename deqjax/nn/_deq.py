@@ -25,8 +25,8 @@ class _Mapped(eqx.Module):
 class DEQ(eqx.Module):
     """A deep equilibrium layer: `z = cell(z, x)`, solved for z.
 
-    Parameters that `paramax` reparametrises are materialised once, before the solve. If the cell has
-    a method `inject`, then `inject(x)` is what it sees as x, also computed once.
+    Parameters that `paramax` reparametrises are materialised once, before the solve. If the cell
+    has a method `inject`, then `inject(x)` is what it sees as x, also computed once.
 
     **Arguments:**
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import optimistix
 from equinox import AbstractVar
@@ -13,7 +12,7 @@ from jaxtyping import Array, Bool, Inexact, PyTree
 
 from .._solution import RESULTS
 from .._step import step
-from .._tree import mesh_axes, vary
+from .._tree import is_traced, mesh_axes, vary
 
 Number = float | Inexact[Array, ""]
 
@@ -34,8 +33,9 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     `mix`, and extend `requirements` for the fields they add.
     """
 
-    rtol: AbstractVar[Number]
-    atol: AbstractVar[Number]
+    # Optimistix has float here, and means what a user may trace.
+    rtol: AbstractVar[Number]  # pyright: ignore[reportIncompatibleVariableOverride]
+    atol: AbstractVar[Number]  # pyright: ignore[reportIncompatibleVariableOverride]
     norm: AbstractVar[Callable[[PyTree], Any]]
 
     @abc.abstractmethod
@@ -62,7 +62,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
                     f"{type(self).__name__} expects a scalar {name}, got shape {jnp.shape(value)}; "
                     f"pass a float or an array of shape ()."
                 )
-            if not isinstance(value, jax.core.Tracer) and not test(value):
+            if not is_traced(value) and not test(value):
                 raise ValueError(
                     f"{type(self).__name__} expects {expectation}, got {name}={float(value)}; "
                     f"choose {name} in that range."

@@ -1,14 +1,15 @@
 """The implicit function theorem: orders, failure, observability."""
 
-import deqjax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
 import numpy as np
 import pytest
-from deqjax import RESULTS
 from problems import affine, relative_error, tanh
+
+import deqjax
+from deqjax import RESULTS
 
 PICARD = deqjax.FixedPointIteration(rtol=1e-12, atol=1e-12)
 

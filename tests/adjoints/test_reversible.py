@@ -1,12 +1,13 @@
 """What differentiates through ReversibleAdjoint, and what is refused."""
 
-import deqjax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import relative_error, tanh
+
+import deqjax
 
 pytestmark = pytest.mark.x64
 STEPS = 9
