@@ -16,6 +16,7 @@ ORDER = [
     "solvers",
     "_iterate",
     "adjoints",
+    "_check",
     "_fixed_point",
     "positive",
     "nn",

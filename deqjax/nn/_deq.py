@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import paramax
 from jaxtyping import Array, Int, PyTree
 
-from .._fixed_point import OptimistixSolver, fixed_point
+from .._check import OptimistixSolver
+from .._fixed_point import fixed_point
 from .._solution import Solution
 from ..adjoints import AbstractAdjoint
 

@@ -1,0 +1,117 @@
+"""What the front door refuses, when traced: sentences that say expected, got, and what to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix
+from jaxtyping import Array, Int, PyTree
+
+from ._tree import is_traced
+from .adjoints import AbstractAdjoint
+
+OptimistixSolver = (
+    optimistix.AbstractFixedPointSolver
+    | optimistix.AbstractRootFinder
+    | optimistix.AbstractLeastSquaresSolver
+    | optimistix.AbstractMinimiser
+)
+
+
+def convert(fn: Callable, z0: PyTree, args: PyTree, has_aux: bool) -> Callable:
+    """`fn` as `(z, args) -> (z', aux)`, a pytree of all arrays it holds or closes over, checked."""
+
+    def call(z, args):
+        out = fn(z, args)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(
+                f"With has_aux=True fn is expected to return a pair (z', aux), got "
+                f"{type(out).__name__}; return a pair, or leave has_aux out."
+            )
+        fz, aux = out if has_aux else (out, None)
+        return jax.tree.map(jnp.asarray, fz), aux
+
+    converted = eqx.filter_closure_convert(call, z0, args)
+    got, _ = converted.out_struct  # pyright: ignore[reportFunctionMemberAccess]
+    show = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
+    like = jax.eval_shape(lambda: z0)
+    same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
+    if jax.tree.structure(got) != jax.tree.structure(like) or not all(
+        map(same, jax.tree.leaves(got), jax.tree.leaves(like))
+    ):
+        raise ValueError(
+            f"fn is expected to return the structure, shapes and dtypes of z0, {show(like)}, got "
+            f"{show(got)}; cast or reshape its output, start from another z0, or pass has_aux=True "
+            f"if that is a pair (z', aux)."
+        )
+    return converted
+
+
+def float_state(z0: PyTree) -> PyTree:
+    """`z0` as strongly typed arrays of floating point."""
+    leaves = jax.tree.leaves(z0)
+    if not leaves:
+        raise ValueError(f"z0 is expected to hold at least one float array, got {z0!r}.")
+    for x in leaves:
+        dtype = jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"z0 is expected to be a pytree of real floating-point arrays, got a leaf of dtype "
+                f"{dtype}; cast it, for instance with jnp.asarray(z0, float)."
+            )
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), z0)
+
+
+def check_batch(z0: PyTree) -> None:
+    """Axis 0 of every leaf is the batch."""
+    shapes = [x.shape for x in jax.tree.leaves(z0)]
+    if any(len(s) == 0 for s in shapes) or len({s[0] for s in shapes}) > 1:
+        raise ValueError(
+            f"With batched=True every leaf of z0 is expected to have a batch of the same length on "
+            f"axis 0, got the shapes {shapes}; add or align that axis, or use batched=False."
+        )
+
+
+def check_steps(steps: Any, max_steps: int, shape: tuple[int, ...]) -> Int[Array, "..."]:
+    """The requested number of steps as an int32 array of shape `()` or `shape`."""
+    known = not is_traced(steps)
+    steps = np.asarray(max_steps if steps is None else steps) if known else steps
+    if not jnp.issubdtype(steps.dtype, jnp.integer) or steps.shape not in {(), shape}:
+        allowed = " or ".join(map(str, {(): None, shape: None}))
+        raise ValueError(
+            f"fixed_point expects steps to be an integer array of shape {allowed}, got "
+            f"{steps.dtype} of shape {steps.shape}; one budget per problem needs batched=True."
+        )
+    if known and not np.all((steps >= 0) & (steps <= max_steps)):
+        raise ValueError(
+            f"fixed_point expects 0 <= steps <= max_steps={max_steps}, got steps={steps}; "
+            f"raise max_steps, which is the ceiling."
+        )
+    return jnp.asarray(steps, jnp.int32)
+
+
+def check_adjoint(adjoint: Any) -> None:
+    """An instance of an adjoint."""
+    if not isinstance(adjoint, AbstractAdjoint):
+        raise ValueError(
+            f"fixed_point expects a deqjax or an Optimistix adjoint, got {adjoint!r}; "
+            f"pass an instance, for instance adjoint=deqjax.ImplicitAdjoint()."
+        )
+
+
+def check_optimistix(solver: Any, batched: bool, steps: Any) -> None:
+    """An instance of an Optimistix solver, and nothing that only ours can do."""
+    if not isinstance(solver, OptimistixSolver):
+        raise ValueError(
+            f"fixed_point expects a deqjax or an Optimistix solver, got {solver!r}; "
+            f"pass an instance, for instance deqjax.FixedPointIteration()."
+        )
+    name = type(solver).__name__
+    if batched or steps is not None:
+        raise ValueError(
+            f"batched=True and steps=... are expected with a deqjax solver, got the Optimistix "
+            f"solver {name}; use jax.vmap for a batch, and max_steps as the ceiling."
+        )
