@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from .._fixed_point import OptimistixSolver
+from .._check import OptimistixSolver
 from .._solution import Solution
 from ..adjoints import AbstractAdjoint, ImplicitAdjoint
 from ..nn import DEQ, Conv2d, PositiveConcaveConv2d, PositiveConcaveLinear
@@ -110,7 +110,7 @@ class PositiveConcaveNet(eqx.Module):
         max_steps: int = 256,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
-    ) -> Self:
+    ) -> "PositiveConcaveNet":
         """One dense equilibrium layer."""
         check_image_shape(image_shape)
         lift_key, cell_key, head_key = jax.random.split(key, 3)
@@ -139,7 +139,7 @@ class PositiveConcaveNet(eqx.Module):
         max_steps: int = 256,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
-    ) -> Self:
+    ) -> "PositiveConcaveNet":
         """One convolutional equilibrium layer at the image's resolution."""
         layer = partial(DEQ, solver=solver, adjoint=adjoint, max_steps=max_steps)
         make = partial(cls._convolutional, image_shape, num_classes, (channels,), activation, layer)
@@ -158,7 +158,7 @@ class PositiveConcaveNet(eqx.Module):
         max_steps: int = 256,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
-    ) -> Self:
+    ) -> "PositiveConcaveNet":
         """Convolutional equilibrium layers, each at half the resolution of the one before."""
         layer = partial(DEQ, solver=solver, adjoint=adjoint, max_steps=max_steps)
         make = partial(cls._convolutional, image_shape, num_classes, channels, activation, layer)
@@ -177,7 +177,7 @@ class PositiveConcaveNet(eqx.Module):
         window: int | None,  # None: the whole image
         dtype: DTypeLike | None,
         key: PRNGKeyArray,
-    ) -> Self:
+    ) -> "PositiveConcaveNet":
         check_image_shape(image_shape)
         head_key, *keys = jax.random.split(key, 2 * len(channels) + 1)
         height, width, depth = image_shape
