@@ -13,6 +13,8 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Most of the time goes into compilation; what is promised to the last bit is marked `optimised`.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -25,5 +27,7 @@ def getkey():
 @pytest.fixture(autouse=True)
 def precision(request):
     """float64 for tests marked `x64`; off elsewhere, as users have it."""
-    with jax.enable_x64(request.node.get_closest_marker("x64") is not None):
+    marked = lambda name: request.node.get_closest_marker(name) is not None
+    jax.config.update("jax_disable_most_optimizations", not marked("optimised"))
+    with jax.enable_x64(marked("x64")):
         yield

@@ -121,6 +121,7 @@ arrays = lambda tree: eqx.filter(tree, eqx.is_array)
 BATCH = jnp.asarray([0.1, 0.5, 0.9, 0.99])
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("solver", [PICARD, deqjax.Reversible(rtol=1e-6, atol=1e-6, beta=0.5)])
 def test_batch_mates_do_not_matter(solver):
     """Bit for bit: each problem stops by itself, and what it stops at is its own."""

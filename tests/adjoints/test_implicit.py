@@ -88,6 +88,7 @@ def test_closed_over_some_leaves_and_aux():
     assert relative_error(jax.grad(loss, (0, 1))(a, b), jax.grad(closed, (0, 1))(a, b)) < 1e-9
 
 
+@pytest.mark.optimised
 @pytest.mark.x64
 def test_batched_series_stops_per_problem():
     """Values and steps do not depend on batch-mates, bit for bit; memory mates stay finite."""

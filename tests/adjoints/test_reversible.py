@@ -147,6 +147,7 @@ def test_forward_mode_is_refused():
         jax.jvp(loss, (PROBLEM.args[1],), (PROBLEM.args[1],))
 
 
+@pytest.mark.optimised
 def test_memory_does_not_grow_with_depth():
     def temporary(steps):
         loss = lambda a: jnp.sum(solve(0.6, jnp.zeros(6), a, ADJOINTS[0], max_steps=steps).value)
@@ -156,6 +157,7 @@ def test_memory_does_not_grow_with_depth():
     assert temporary(4) == temporary(400)
 
 
+@pytest.mark.optimised
 def test_float32_reversal_degrades_as_documented():
     """The docstring's figures: good to 1e-2 within the bound, not far beyond it."""
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """`experiments/image_classification.py`, run as a user runs it, with --smoke."""
 
+import importlib
 import io
 import json
 import os
@@ -8,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
@@ -190,6 +194,28 @@ def test_real_data_is_read_or_explained(run, tmp_path):
         assert "held-out" in succeed(run(tmp_path, *options))
     else:
         assert "prepare it once" in fail(run(tmp_path, *options, TFDS_DATA_DIR=str(tmp_path)))
+
+
+def test_a_step_donates_its_buffers(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    train, models = (importlib.import_module(name) for name in ("_train", "_models"))
+    make = models.constructor(
+        "pc-linear", features=(8,), max_steps=20, tolerance=1e-4, beta=0.8, activation="tanh"
+    )
+    model, norms = eqx.nn.make_with_state(make)((4, 4, 1), 10, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    unit = np.ones((1, 1, 1, 1), np.float32)
+    prepare = train.Preparation(unit, unit, shift=1, mirror=True)
+    batch, replicated = train.mesh()
+    step = train.make_step(static, optax.adam(1e-3), prepare, batch, replicated)
+    zero, optimizer = jnp.zeros((), jnp.int32), optax.adam(1e-3).init(params)
+    state = train.TrainState(params, norms, optimizer, jax.random.key(1), zero)
+    state = jax.device_put(state, replicated)
+    examples = np.ones((8, 4, 4, 1), np.uint8), np.zeros(8, np.int32)
+    with jax.numpy_dtype_promotion("standard"):  # Optax itself is not strict
+        new, _ = step(state, *jax.device_put(examples, batch))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(new))
 
 
 def write_tfds(name, data_dir, n=40):

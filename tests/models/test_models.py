@@ -79,6 +79,7 @@ def test_no_batch_norm_inside_a_solve(name, getkey):
 
 
 @models
+@pytest.mark.optimised
 def test_inference_ignores_batch_mates(name, getkey):
     model, state = build(name, (8, 8, 1), getkey())
     images = jax.random.uniform(getkey(), (4, 8, 8, 1))

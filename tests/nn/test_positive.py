@@ -214,6 +214,7 @@ def test_a_row_of_zeros(getkey, activation, image):
 
 
 @pytest.mark.parametrize("image", [False, True])
+@pytest.mark.optimised
 def test_an_example_does_not_depend_on_its_batch_mates(getkey, image):
     if image:
         (_, _), (cell, shape) = cells(jnp.tanh, getkey)

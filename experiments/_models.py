@@ -1,0 +1,85 @@
+"""The networks by name, and the baseline: a residual network without a solve."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import deqjax
+from deqjax.models import ImplicitResNet, PositiveConcaveNet
+
+ACTIVATIONS = {
+    "tanh": jnp.tanh,
+    "softsign": jax.nn.soft_sign,
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def constructor(
+    model: str,
+    *,
+    features: tuple[int, ...],
+    max_steps: int,
+    tolerance: float,
+    beta: float,
+    activation: str,
+) -> Callable[..., Any]:
+    """What makes a network from `(image_shape, num_classes, key=key)`."""
+    reversible = {
+        # Zero tolerances: all examples take the same steps, and the gradient is that of these.
+        "solver": deqjax.Reversible(beta=beta, rtol=0.0, atol=0.0),
+        "adjoint": deqjax.ReversibleAdjoint(),
+        "max_steps": max_steps,
+    }
+    concave = {
+        "activation": ACTIVATIONS[activation],
+        "solver": deqjax.FixedPointIteration(rtol=tolerance, atol=1e-6),
+        "adjoint": deqjax.ImplicitAdjoint(),
+        "max_steps": max_steps,
+    }
+    match model:
+        case "implicit-resnet":
+            return partial(ImplicitResNet, channels=features[0], **reversible)
+        case "pc-linear":
+            return partial(PositiveConcaveNet.linear, size=features[0], **concave)
+        case "pc-single":
+            return partial(PositiveConcaveNet.single, channels=features[0], **concave)
+        case "pc-multi":
+            return partial(PositiveConcaveNet.multi, channels=features, **concave)
+        case _:
+            return partial(ResNet, channels=features[0])
+
+
+class Once(eqx.Module):
+    """Stands where a DEQ does, and gives z = cell(x, x)."""
+
+    cell: Callable[[Array, Array], Array]
+
+    def batch(self, xs: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], None]:
+        return jax.vmap(self.cell)(xs, xs), None
+
+
+class ResNet(eqx.Module):
+    """`ImplicitResNet` with x + cell(x, x) for x + DEQ(x): the same stem, head and parameters.
+
+    **Arguments and call:** those of `ImplicitResNet`; `deqs` and `solves` are empty.
+    """
+
+    twin: ImplicitResNet
+
+    def __init__(self, image_shape, num_classes, *, channels: int, key):
+        implicit = ImplicitResNet(image_shape, num_classes, channels=channels, key=key)
+        self.twin = eqx.tree_at(lambda net: net.deq, implicit, Once(implicit.deq.cell))
+
+    @property
+    def deqs(self) -> tuple[()]:
+        return ()
+
+    def __call__(self, images, state):
+        logits, state, _ = self.twin(images, state)
+        return logits, state, ()
