@@ -45,7 +45,6 @@ ADJOINTS = [
     deqjax.ImplicitAdjoint(),
     deqjax.RecursiveCheckpointAdjoint(),
     optimistix.ImplicitAdjoint(),
-    optimistix.RecursiveCheckpointAdjoint(),
 ]
 
 
@@ -108,5 +107,5 @@ def test_optimistix_statistics_are_not_differentiated_in_silence():
         solver = deqjax.FixedPointIteration()
         return optimistix.fixed_point(fn, solver, p.z0, args, has_aux=True, adjoint=adjoint).aux
 
-    with pytest.raises(RuntimeError, match="nondifferentiable"):
+    with pytest.raises(RuntimeError, match="cannot be reverse-mode"):
         jax.grad(lambda args: aux_of(args))(p.args)

@@ -28,7 +28,7 @@ def problems(draw):
     return z0, beta, steps
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(problems())
 def test_fixed_depth_is_a_python_loop(problem):
     z0, beta, steps = problem
@@ -52,7 +52,7 @@ def test_fixed_depth_is_a_python_loop(problem):
             np.testing.assert_allclose(np.asarray(x[i], np.float64), y, atol=20 * eps)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(problems())
 def test_reversal_finds_its_gradient(problem):
     """Of every leaf, at every number of steps, against the checkpointed loop, in float32."""
