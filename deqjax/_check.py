@@ -56,11 +56,12 @@ def float_state(z0: PyTree) -> PyTree:
     if not leaves:
         raise ValueError(f"z0 is expected to hold at least one float array, got {z0!r}.")
     for x in leaves:
-        dtype = jnp.result_type(x)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        dtype = jnp.result_type(x) if eqx.is_array_like(x) else type(x).__name__
+        if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"z0 is expected to be a pytree of real floating-point arrays, got a leaf of dtype "
-                f"{dtype}; cast it, for instance with jnp.asarray(z0, float)."
+                f"z0 is expected to be a pytree of real floating-point arrays, got a leaf of type "
+                f"{dtype}; cast it, for instance with jnp.asarray(z0, float). (nn.DEQ starts from "
+                f"zeros like x if it is given no z0.)"
             )
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), z0)
 

@@ -2,6 +2,7 @@
 
 import functools as ft
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import equinox as eqx
@@ -53,7 +54,9 @@ def fixed_point(
     - `batched`: axis 0 of every leaf of z is a batch of independent problems. `fn` sees the whole
         batch; each problem stops on its own tolerance and is frozen from then on; the cotangent of
         what `fn` shares between problems is accumulated once. That is the fast form: `jax.vmap` of
-        this function carries one parameter cotangent per example through the backward loop.
+        this function carries one parameter cotangent per example through the backward loop. As
+        everywhere in JAX, an example at which f is NaN makes the gradient of shared parameters
+        NaN, however the loss masks it: replace its input before the solve.
     - `max_steps`: the ceiling on mixes, an int of at least 1.
     - `steps`: an int array, at most `max_steps`, of shape `()` or, batched, `(batch,)`: a ceiling
         that may be traced and never recompiles.
@@ -76,6 +79,7 @@ def fixed_point(
     **Cost:** `num_steps + 1` evaluations of `f`. After a stop on a tolerance the last one is made
     again, outside the loop, if a residual, a result or an aux is used.
 
+    Inside `jax.shard_map`, `fn` may not communicate between devices, which stop at different steps.
     Like `jax.jit`, it traces `fn` once for each function object and shapes of its inputs: what
     changes between calls has to come through `args`, `z0`, an Equinox module, or a new function
     object.
@@ -87,11 +91,12 @@ def fixed_point(
     z0 = float_state(z0)
     if batched:
         check_batch(z0)
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+    if isinstance(max_steps, bool) or not isinstance(max_steps, Integral) or max_steps < 1:
         raise ValueError(
             f"fixed_point expects max_steps to be an int of at least 1, got {max_steps!r}; "
             f"pass a smaller, traced budget as steps=..."
         )
+    max_steps = int(max_steps)
     check_adjoint(adjoint)
     if not isinstance(solver, AbstractSolver):
         check_optimistix(solver, batched, steps)
@@ -132,15 +137,27 @@ def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solu
 
 def _solve_optimistix(fn, solver, z0, args, adjoint, *, max_steps, has_aux) -> Solution:
     fn = convert(fn, z0, args, has_aux)
-    sol = optimistix.fixed_point(
-        fn, solver, z0, args, has_aux=True, max_steps=max_steps, adjoint=adjoint, throw=False
-    )
-    fz, aux = evaluate(fn, sol.value, args)
-    num_steps = jnp.asarray(sol.stats["num_steps"], jnp.int32)
+    run = ft.partial(optimistix.fixed_point, has_aux=True, max_steps=max_steps, throw=False)
+
+    def primal(inputs):
+        sol = run(*inputs[:4])
+        return sol.value, (jnp.asarray(sol.stats["num_steps"], jnp.int32), sol.result)
+
+    if isinstance(adjoint, ImplicitAdjoint):
+        # Of f(z) - z itself: Optimistix's minimisers would hand over the gradient of its square.
+        terms = max(256, max_steps)
+        budget = Budget(terms, jnp.asarray(terms), batched=False, fixed=False)
+        inputs = (fn, solver, z0, args, budget)
+        z, (num_steps, result) = adjoint.apply(primal, residual, inputs, frozenset())
+    else:
+        sol = run(fn, solver, z0, args, adjoint=adjoint)
+        z, result = sol.value, sol.result
+        num_steps = jnp.asarray(sol.stats["num_steps"], jnp.int32)
+    fz, aux = evaluate(fn, z, args)
     budget = Budget(max_steps, num_steps, batched=False, fixed=False)
     ok = jnp.asarray(True)
-    mine = _solution(sol.value, fz, aux, ok, ok, num_steps, budget)
-    result = RESULTS.where(mine.result == RESULTS.successful, sol.result, mine.result)
+    mine = _solution(z, fz, aux, ok, ok, num_steps, budget)
+    result = RESULTS.where(mine.result == RESULTS.successful, result, mine.result)
     return eqx.tree_at(lambda s: s.result, mine, result)
 
 

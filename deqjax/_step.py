@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from ._solution import too_large
-from ._tree import per_problem, widen
+from ._tree import per_problem, unify, widen
 
 Fn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
@@ -46,7 +46,7 @@ def is_small(solver: Any, z: PyTree, fz: PyTree) -> Bool[Array, ""]:
         return jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, scale))
 
     measurable = (rtol >= 0) & (atol >= 0) & (rtol + atol > 0)
-    return measurable & (solver.norm(jax.tree.map(scaled, z, fz)) < 1)
+    return measurable & (solver.norm(unify(jax.tree.map(scaled, z, fz))) < 1)
 
 
 def step(fn: Fn, solver: Any, z: PyTree, args: PyTree, memory: PyTree, *, batched: bool) -> Step:

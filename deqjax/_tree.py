@@ -48,10 +48,14 @@ def widen(x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
+def unify(tree: PyTree) -> PyTree:
+    """All leaves in the widest of their dtypes, which JAX's strict promotion leaves to us."""
+    dtype = np.result_type(*(x.dtype for x in jax.tree.leaves(tree)))
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
 def _join(combine: Callable, scalars: list[Array]) -> Array:
-    # NumPy's promotion: JAX's strict mode refuses to join float32 and float64 leaves.
-    dtype = np.result_type(*(x.dtype for x in scalars))
-    return combine(jnp.stack([x.astype(dtype) for x in scalars]))
+    return combine(jnp.stack(unify(scalars)))
 
 
 def max_abs(tree: PyTree) -> Inexact[Array, ""]:

@@ -162,8 +162,9 @@ def backward_evaluations(model: PyTree, solves, key: PRNGKeyArray) -> float:
     `ReversibleAdjoint` evaluates f and its VJP once for each step of the forward solve:
     num_steps. `ImplicitAdjoint` solves (I - J^T) y = g by the VJPs of an iteration: their mean
     number over the batch is measured with `deqjax.implicit_vjp`, at the solution the model found
-    and with a cotangent g drawn from the unit normal distribution; one more VJP carries y to the
-    parameters. A network without solves applies the VJP of its cell once.
+    and with a cotangent g drawn from the unit normal distribution; one more VJP finds that the
+    tolerance is met, and another carries y to the parameters. A network without solves applies the
+    VJP of its cell once.
     """
     if not model.deqs:
         return 1.0
@@ -185,7 +186,7 @@ def backward_evaluations(model: PyTree, solves, key: PRNGKeyArray) -> float:
             max_steps=deq.max_steps,
             batched=True,
         )
-        total += float(jnp.mean(stats["num_steps"])) + 1.0
+        total += float(jnp.mean(stats["num_steps"])) + 2.0
     return total
 
 

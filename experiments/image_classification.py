@@ -150,9 +150,16 @@ def resolve(config: Config) -> Config:
         config = dataclasses.replace(config, **SMOKE, features=SMOKE_FEATURES.get(model, (8,)))
     if qualify(ACTIVATIONS[config.activation or activation]).kind != config.kind:
         raise SystemExit(
-            f"Expected an activation of kind {config.kind}, got {config.activation}. Pass --kind "
-            f"{3 - config.kind}, or leave --activation out."
+            f"Expected an activation of kind {config.kind} for {model}, got {config.activation}. "
+            f"Choose a --model with --kind {3 - config.kind}, or leave --activation out."
         )
+    for option in ("epochs", "learning_rate", "batch_size"):
+        value = getattr(config, option)
+        if value is not None and not value > 0:
+            raise SystemExit(
+                f"Expected --{option.replace('_', '-')} above 0, got {value}. Leave it out for the "
+                "preset."
+            )
     missing = {k: v for k, v in preset.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **missing)
 
@@ -205,7 +212,7 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
 
     # --- training
     last, pending, clock = None, [], time.perf_counter()
-    stop = min(total, config.stop_after or total)
+    stop = total if config.stop_after is None else min(total, config.stop_after)
     with tqdm(total=stop, initial=step, desc=folder.path.name, unit="step") as bar:
         while step < stop:
             examples = data.train.batch(step, batch_size, config.seed)

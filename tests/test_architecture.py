@@ -15,6 +15,7 @@ ORDER = [
     "_step",
     "solvers",
     "_iterate",
+    "_linear",
     "adjoints",
     "_check",
     "_fixed_point",

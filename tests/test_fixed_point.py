@@ -182,6 +182,7 @@ REFUSED = [
     (dict(z0=1), "floating-point"),
     (dict(z0=jnp.asarray([True])), "floating-point"),
     (dict(z0=jnp.asarray(1j)), "floating-point"),
+    (dict(z0={"a": 1.0, "f": jnp.tanh}), "floating-point"),
     (dict(z0=None), "at least one float array"),
     (dict(max_steps=0), "max_steps to be an int of at least 1, got 0"),
     (dict(max_steps=-3), "max_steps"),
@@ -228,6 +229,35 @@ def test_beta_refused(beta):
     sneaked_in = eqx.tree_at(lambda s: s.beta, deqjax.Reversible(), beta)
     with pytest.raises(ValueError, match=r"relaxation in \(0, 2\)"):
         solve(solver=sneaked_in)
+
+
+def test_array_fields_known_outside_jit():
+    """A solver built outside, with arrays for fields, may be closed over by jit and scan."""
+    solver = deqjax.Reversible(rtol=jnp.asarray(1e-5), beta=jnp.asarray(0.8))
+    run = lambda b: solve(solver=solver, args=b).value
+    assert np.isclose(jax.jit(run)(1.0), 2, rtol=1e-4)
+    assert np.isclose(jax.lax.scan(lambda c, b: (c, run(b)), 0, jnp.ones(2))[1][1], 2, rtol=1e-4)
+    bad = eqx.tree_at(lambda s: s.beta, solver, jnp.asarray(1.0))
+    with pytest.raises(ValueError, match="relaxation"):
+        jax.jit(lambda b: solve(solver=bad, args=b).value)(1.0)
+
+
+def test_empty_batch():
+    options = dict(solver=deqjax.Reversible(), adjoint=deqjax.ReversibleAdjoint(), batched=True)
+    loss = lambda b: jnp.sum(
+        solve(z0=jnp.zeros(0), args=jnp.zeros(0), fn=lambda z, x: b * z, **options).value
+    )
+    assert jax.grad(loss)(0.5) == 0
+
+
+@pytest.mark.x64
+def test_mixed_dtypes_of_state():
+    z0 = {"a": jnp.zeros(2, "float32"), "b": jnp.zeros(2), "c": jnp.zeros(2, "bfloat16")}
+    fn = lambda z, b: jax.tree.map(lambda x: (0.5 * x + 1).astype(x.dtype), z)
+    sol = solve(fn, z0=z0)
+    assert sol.result == RESULTS.successful
+    assert sol.stats["residual"].dtype == np.float64
+    assert np.allclose(sol.value["b"], 2, rtol=1e-5)
 
 
 def test_other_fields_refused():

@@ -84,6 +84,16 @@ def test_aux_and_steps_through_optimistix_door():
     assert theirs.value == 0.5 * ours.value + 1
 
 
+@pytest.mark.parametrize(
+    "solver", [optimistix.LevenbergMarquardt(1e-9, 1e-9), optimistix.Dogleg(1e-9, 1e-9)]
+)
+def test_minimisers_have_the_implicit_gradient(solver):
+    p = make()
+    value = lambda args: deqjax.fixed_point(p.fn, solver, p.z0, args, max_steps=20).value
+    grad = jax.jit(jax.grad(lambda args: loss(value(args), p.cotangent)))(p.args)
+    assert relative_error(grad, p.gradient) < 1e-6
+
+
 def test_failures_through_optimistix_door():
     fn = lambda z, b: 3 * z + b
     sol = optimistix.fixed_point(fn, deqjax.FixedPointIteration(), 0.0, 1.0, throw=False)

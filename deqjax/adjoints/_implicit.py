@@ -5,30 +5,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
-import optimistix
-from jaxtyping import Array, Inexact, PyTree
+from jaxtyping import PyTree
 
-from .._iterate import Budget, iterate, lax_while
-from .._solution import RESULTS, relative_residual
-from .._tree import dot, lincomb, max_abs, mesh_axes, per_problem, scale, select, vary, widen
-from ..solvers import AbstractSolver
+from .._iterate import lax_while
+from .._linear import LinearMap, by_lineax, series
+from .._solution import RESULTS
+from .._tree import dot, lincomb, mesh_axes, scale, select, vary
 from ._base import AbstractAdjoint, no_gradient, stop_gradient, unpack
-
-LinearMap = Callable[[PyTree], PyTree]
-
-
-class _Neumann(AbstractSolver):
-    """Picard iteration that remembers the relative size of its last increment."""
-
-    rtol: float | Inexact[Array, ""]
-    atol: float | Inexact[Array, ""]
-    norm: Callable[[PyTree], Any] = optimistix.max_norm
-
-    def memory(self, z0):
-        return jnp.asarray(jnp.inf, max_abs(z0).dtype)
-
-    def mix(self, z, fz, memory):
-        return fz, relative_residual(z, fz).astype(memory.dtype)
 
 
 class ImplicitAdjoint(AbstractAdjoint):
@@ -46,19 +29,23 @@ class ImplicitAdjoint(AbstractAdjoint):
     - `linear_solver`: `None` sums the Neumann series `y <- g + J^T y`, which converges at the rate
         of the spectral radius of J; each problem of a batch stops by itself. Or any Lineax solver
         (`lineax.GMRES(rtol=..., atol=...)`), for which a batch is one system.
-    - `tol`: relative tolerance of the series; `None` is 10 eps of float32 or of the state's dtype,
-        whichever is wider. The ceiling on its terms is `max_steps` of the call.
+    - `tol`: relative tolerance of the series' last term, a float: the gradient's error is then
+        about `tol / (1 - rho(J))`. `None` is 10 eps of float32 or of the state's dtype, whichever
+        is wider; 2 eps of a half precision state, whose products are no better. The ceiling on the
+        terms is `max_steps` of the call (256, if that is more, with an Optimistix solver): a call
+        that allows the solve very few steps allows the gradient no more.
     - `on_failure`: what a linear solve that fails gives: `"nan"`, `"keep"` its best value,
-        `"raise"` a run-time error. The series has failed if it does not meet its tolerance and its
-        last term is above 100 times it (or 4 eps of the state's dtype, if that is more: in bfloat16
-        the products themselves are no better); a Lineax solver if it says so.
+        `"raise"` a run-time error. The series has failed if it does not meet its tolerance and what
+        is left of it, extrapolated from the last two terms, is above 100 times that (or 4 eps of
+        the state's dtype, if that is more); a Lineax solver if it says so.
 
     **Cost:** one evaluation of `f` with its linearisation, one Jacobian product a term; three
     copies of `z`. The number of terms to a tolerance t is about `log(t) / log(rho(J))`.
 
     **When not to use it:** away from a fixed point (a fixed small number of steps): it then
     differentiates a point that the solve did not reach; `deqjax.ReversibleAdjoint` and
-    `deqjax.RecursiveCheckpointAdjoint` differentiate the steps taken.
+    `deqjax.RecursiveCheckpointAdjoint` differentiate the steps taken. Where rho(J) is 1 or more,
+    which Newton's method does not mind, pass a Lineax solver.
 
     Forward mode, higher derivatives, and `jax.shard_map` hold for the series; a Lineax solver
     raises `ValueError` inside `jax.shard_map`. Through an `f` that holds a `jax.custom_vjp`
@@ -77,9 +64,9 @@ class ImplicitAdjoint(AbstractAdjoint):
                 f'ImplicitAdjoint expects on_failure="nan", "keep" or "raise", got '
                 f"{self.on_failure!r}; choose one of the three."
             )
-        if self.tol is not None and not self.tol > 0:
+        if self.tol is not None and not (isinstance(self.tol, float) and self.tol > 0):
             raise ValueError(
-                f"ImplicitAdjoint expects a tolerance above 0, got tol={self.tol}; "
+                f"ImplicitAdjoint expects a float tolerance above 0, got tol={self.tol}; "
                 f"None chooses one."
             )
 
@@ -95,9 +82,9 @@ class ImplicitAdjoint(AbstractAdjoint):
     ) -> tuple[PyTree, dict[str, Any]]:
         """`y` with `matvec(y) = b`, where `matvec` is `I - J` or its transpose; and its stats."""
         if self.linear_solver is None:
-            y, stats = self._series(matvec, b, max_steps, batched)
+            y, stats = series(matvec, b, self.tol, max_steps=max_steps, batched=batched)
         else:
-            y, stats = self._lineax(self.linear_solver, matvec, b)
+            y, stats = by_lineax(self.linear_solver, matvec, b)
         failed = stats["result"] != RESULTS.successful
         if self.on_failure == "nan":
             y = select(failed, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), y), y)
@@ -105,55 +92,6 @@ class ImplicitAdjoint(AbstractAdjoint):
             message = "ImplicitAdjoint: the linear solve of the implicit function theorem failed."
             y = eqx.error_if(y, jnp.any(failed), message)
         return y, stats
-
-    def _series(self, matvec, b, max_steps, batched):
-        wide = jax.tree.map(widen, b)
-        eps = lambda tree: max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
-        tol = 10 * eps(wide) if self.tol is None else self.tol
-        # The equation is linear: at unit size a relative tolerance serves as the absolute one.
-        size = per_problem(max_abs, batched)(b)
-        size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
-        divide = lambda x, s: jax.tree.map(lambda x: x / s.astype(x.dtype), x)
-        unit = per_problem(divide, batched)(wide, size)
-
-        def fn(y, unit):
-            narrow = jax.tree.map(lambda y, b: y.astype(b.dtype), y, b)
-            return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, matvec(narrow), unit), None
-
-        ceiling = 256 if max_steps is None else max_steps
-        budget = Budget(ceiling, jnp.asarray(ceiling, jnp.int32), batched, fixed=False)
-        y, (num_steps, small, state) = iterate(
-            (fn, _Neumann(tol, tol), unit, unit, budget, lax_while)
-        )
-        # Small at once means that the first term was the whole sum.
-        residual = jnp.where(small & (num_steps == 0), 0, state.memory)
-        good = small | (residual <= max(100 * tol, 4 * eps(b)))
-        code = lambda good: RESULTS.where(
-            good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached
-        )
-        restore = lambda y, s, b: jax.tree.map(
-            lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b
-        )
-        stats = {
-            "num_steps": num_steps,
-            "residual": residual,
-            "result": per_problem(code, batched)(good),
-        }
-        return per_problem(restore, batched)(y, size, b), stats
-
-    def _lineax(self, linear_solver, matvec, b):
-        axes = mesh_axes(b)
-        if axes:
-            raise ValueError(
-                f"A Lineax solver expects to run outside jax.shard_map, got a system that varies "
-                f"over the mesh axes {sorted(map(str, axes))}; use ImplicitAdjoint() there."
-            )
-        operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: b))
-        sol = lineax.linear_solve(operator, b, linear_solver, throw=False)
-        residual = relative_residual(matvec(sol.value), b)
-        num_steps = jnp.asarray(sol.stats.get("num_steps", 1), jnp.int32)
-        result = RESULTS.promote(sol.result)
-        return sol.value, {"num_steps": num_steps, "residual": residual, "result": result}
 
 
 @eqx.filter_custom_jvp
@@ -220,10 +158,25 @@ def implicit_vjp(
     `"num_steps"`, `"residual"` and `"result"`, one entry per problem: terms of the series, size of
     the last term relative to the sum (of a Lineax solver: its steps, and `||b - A y|| / ||b||`).
 
-    **Cost:** one evaluation of `fn` with its linearisation, and one VJP a term.
+    **Cost:** one evaluation of `fn` with its linearisation, one VJP a term, one for the term that
+    meets the tolerance and one for the arrays of `fn` and `args`.
 
-    **Raises:** `ValueError` if `fn` both holds and closes over inexact arrays.
+    **Raises:** `ValueError` if `fn` both holds and closes over inexact arrays, if the cotangent is
+    not shaped like `z`, or for `max_steps < 1`.
     """
+    strong = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
+    z, cotangent = strong(z), strong(cotangent)
+    if jax.eval_shape(lambda: z) != jax.eval_shape(lambda: cotangent) or max_steps < 1:
+        raise ValueError(
+            f"implicit_vjp expects a cotangent of the structure, shapes and dtypes of z, and "
+            f"max_steps of at least 1; got {eqx.tree_pformat(cotangent)} for "
+            f"{eqx.tree_pformat(z)}, and {max_steps}."
+        )
+    return _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched)
+
+
+@eqx.filter_jit
+def _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched):
     is_array = eqx.is_inexact_array
     own, static = eqx.partition(fn, is_array)
     whole = lambda own, z, args: eqx.combine(own, static)(z, args)

@@ -23,8 +23,9 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
         start of each; `None` is `sqrt(max_steps)`, which needs the least memory.
 
     **Cost:** three evaluations of `f` and one VJP a step: once forwards, once to recompute its
-    stretch, once for its VJP. `checkpoints + max_steps / checkpoints` copies of the state. Steps
-    beyond a stop are skipped, except under `jax.vmap` and in `jax.shard_map`, where each call costs
+    stretch, once for its VJP. `checkpoints + max_steps / checkpoints` copies of the state, and
+    about four of the parameters. Steps beyond a stop are skipped, except under `jax.vmap` and in
+    `jax.shard_map`, where each call costs
     `max_steps` of them.
 
     **When not to use it:** at a converged fixed point `deqjax.ImplicitAdjoint` gives its derivative

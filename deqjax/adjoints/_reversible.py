@@ -91,7 +91,7 @@ def _backward(residuals, g_out, perturbed, vjp_arg, primal_fn, rest):
     # Inside shard_map the VJP of f sums over devices what f closes over and what does not vary:
     # then all devices have to take part in each, so they sweep as often as the slowest.
     collective = any(mesh_axes(x) != axes for x in jax.tree.leaves(params))
-    total = jnp.max(num_steps)
+    total = jnp.max(num_steps, initial=0)
     total = jax.lax.pmax(total, tuple(axes)) if collective else total
     masked = collective or num_steps.ndim > 0
 

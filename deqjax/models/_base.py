@@ -30,7 +30,7 @@ def check_image_shape(image_shape: ImageShape) -> None:
 
 def check_images(images: Float[Array, "b h w c"], image_shape: ImageShape) -> None:
     """Raises `ValueError` unless this is a batch of floating-point images of that shape."""
-    if images.shape[1:] != image_shape or not jnp.issubdtype(images.dtype, jnp.floating):
+    if images.shape[1:] != tuple(image_shape) or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"Expected a batch of floating-point images of shape (batch, "
             f"{', '.join(map(str, image_shape))}), channels last; got {images.shape} of "

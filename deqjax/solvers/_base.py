@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import optimistix
 from equinox import AbstractVar
@@ -62,7 +63,10 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
                     f"{type(self).__name__} expects a scalar {name}, got shape {jnp.shape(value)}; "
                     f"pass a float or an array of shape ()."
                 )
-            if not is_traced(value) and not test(value):
+            # Inside jit even a comparison of known arrays would be traced.
+            with jax.ensure_compile_time_eval():
+                wrong = not is_traced(value) and not test(value)
+            if wrong:
                 raise ValueError(
                     f"{type(self).__name__} expects {expectation}, got {name}={float(value)}; "
                     f"choose {name} in that range."

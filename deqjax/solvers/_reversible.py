@@ -28,9 +28,9 @@ class Reversible(AbstractSolver):
 
     **How far the reversal can be trusted:** this is floating point, unchecked. Each reversed step
     multiplies rounding noise by up to `1 / |1 - beta|`, so after n steps the early states carry a
-    relative error of about `eps |1 - beta|^-n` (float32, eps = 6e-8: 2e-5 after 8 steps and 0.4
-    after 22 at beta = 1/2; 2e-2 after 8 steps at beta = 0.8) and so, up to the contraction of `f`,
-    does the gradient. Keep `n log(1 / |1 - beta|)` below `log(1e-2 / eps)`, about 17 steps
+    relative error of about `eps |1 - beta|^-n` (float32, eps = 6e-8: 2e-5 after 8 steps and
+    0.25 after 22 at beta = 1/2; 2e-2 after 8 steps at beta = 0.8) and so, up to the contraction of
+    `f`, does the gradient. Keep `n log(1 / |1 - beta|)` below `log(1e-2 / eps)`, about 17 steps
     at beta = 1/2, 7 at 0.8 in float32, or differentiate with `deqjax.RecursiveCheckpointAdjoint`,
     which is exact for any number of steps.
 

@@ -242,3 +242,30 @@ def test_a_cell_with_its_own_vjp():
 
     grad = jax.grad(batched, (0, 1))(p.args[0], xs)
     assert relative_error((grad[0], grad[1][0]), p.gradient) < 1e-9
+
+
+@pytest.mark.parametrize("rate, terms", [(0.999, 2500), (0.9999, 10_000)])
+def test_a_small_last_term_is_no_success(rate, terms):
+    """The last term is below 100 tolerances, and 8 % or 37 % of the sum are still missing."""
+    grad = jax.grad(lambda b: value(lambda z, b: rate * z + b, 1 / (1 - rate), b, max_steps=terms))
+    assert jnp.isnan(grad(1.0))
+    d = jnp.asarray([0.0, 0.999])  # a large fast component hides the slow one
+    g = jnp.asarray([1.0, 1.5e-4])
+    (_, y), stats = deqjax.implicit_vjp(lambda z, b: d * z + b, 1 / (1 - d), jnp.ones(2), g)
+    assert stats["result"] != RESULTS.successful
+    assert jnp.all(jnp.isnan(y))
+
+
+def test_half_precision_needs_no_more_terms():
+    p = tanh(64, 0.5, dtype=jnp.bfloat16)
+    z = jnp.asarray(p.solution, jnp.bfloat16)
+    _, stats = deqjax.implicit_vjp(p.fn, z, p.args, p.cotangent)
+    assert int(stats["num_steps"]) < 20
+    assert stats["result"] == RESULTS.successful
+
+
+def test_implicit_vjp_refuses():
+    z = jnp.ones(2)
+    for bad in (dict(cotangent=jnp.ones(3)), dict(cotangent=None), dict(max_steps=0)):
+        with pytest.raises(ValueError, match="implicit_vjp expects"):
+            deqjax.implicit_vjp(lambda z, _: z / 2, z, None, **(dict(cotangent=z) | bad))
