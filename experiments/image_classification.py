@@ -18,13 +18,13 @@ becomes <name>-2. All options: --help.
 Hardware: two cores of a shared x86 CPU with other work on them, JAX 0.10.2. As printed:
 
     digits, test split of 360 images               seed 0   seed 1   f forward  backward  seconds
-    RevDEQ (implicit-resnet), 24,106 parameters    99.17%   98.89%         5.0       4.0       72
-    pcDEQ-1 (pc-linear, tanh), 12,730              98.06%   97.50%        15.6      15.5       33
-    pcDEQ-2 (pc-linear, sigmoid), 12,730           98.06%   97.50%         7.2       7.1       25
-    explicit resnet, 24,106                        99.44%   99.17%         1.0       1.0       33
+    RevDEQ (implicit-resnet), 24,106 parameters    99.17%   98.89%         5.0       4.0       36
+    pcDEQ-1 (pc-linear, tanh), 12,730              98.06%   97.50%        15.6      16.5       12
+    pcDEQ-2 (pc-linear, sigmoid), 12,730           98.06%   97.50%         7.2       8.1       10
+    explicit resnet, 24,106                        99.44%   99.17%         1.0       1.0       13
 
     mnist, the official test split                 seed 0            f forward  backward  seconds
-    pcDEQ-1 (pc-linear, tanh), 70,330              98.69%                 17.6      18.4       53
+    pcDEQ-1 (pc-linear, tanh), 70,330              98.66%                 17.6      19.2       55
     RevDEQ (implicit-resnet), 7,450                99.08%                  5.0       4.0    1,008
 """
 
