@@ -82,7 +82,7 @@ def fixed_point(
     Inside `jax.shard_map`, `fn` may not communicate between devices, which stop at different steps.
     Like `jax.jit`, it traces `fn` once for each function object and shapes of its inputs: what
     changes between calls has to come through `args`, `z0`, an Equinox module, or a new function
-    object.
+    object; a Python number in `args` is constant, so that another one is traced anew.
 
     **Raises:** `ValueError` when traced, if `fn` changes the structure, a shape or a dtype of z, if
     z0 is not of floating point, for `max_steps < 1`, a solver field out of its range, a solver and
