@@ -125,9 +125,9 @@ SESSION = ("log_every", "checkpoint_every", "stop_after", "resume", "name", "dat
 # What a data set asks for stands in lines of its own, and comes before the model's.
 PRESETS: dict[str, dict[str, Any]] = {
     "implicit-resnet": {"features": (32,), "max_steps": 4, "epochs": 15, "learning_rate": 3e-3},
-    "pc-linear": {"features": (80,), "max_steps": 50, "epochs": 60, "learning_rate": 3e-3},
-    "pc-single": {"features": (82,), "max_steps": 50, "epochs": 30, "learning_rate": 3e-3},
-    "pc-multi": {"features": (12, 24, 48), "max_steps": 50, "epochs": 30, "learning_rate": 3e-3},
+    "pc-linear": {"features": (80,), "max_steps": 200, "epochs": 60, "learning_rate": 3e-3},
+    "pc-single": {"features": (82,), "max_steps": 200, "epochs": 30, "learning_rate": 3e-3},
+    "pc-multi": {"features": (12, 24, 48), "max_steps": 200, "epochs": 30, "learning_rate": 3e-3},
     "resnet": {"features": (32,), "max_steps": 1, "epochs": 15, "learning_rate": 3e-3},
     "mnist implicit-resnet": {"features": (16,), "epochs": 2},
     "mnist resnet": {"features": (16,), "epochs": 2},

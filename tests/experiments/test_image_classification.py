@@ -160,7 +160,7 @@ def test_a_batch_that_does_not_divide_is_refused(run, tmp_path):
 
 def test_an_activation_of_the_other_kind_is_refused(run, tmp_path):
     said = fail(run(tmp_path, "--model", "pc-linear", "--kind", "2", "--activation", "tanh"))
-    assert "Expected an activation of kind 2, got tanh" in said
+    assert "Expected an activation of kind 2 for pc-linear, got tanh" in said
 
 
 def test_missing_data_is_explained(run, tmp_path):
