@@ -11,7 +11,7 @@ from jaxtyping import Array, Inexact, PyTree
 
 from ._iterate import Budget, iterate, lax_while
 from ._solution import RESULTS, relative_residual
-from ._tree import max_abs, mesh_axes, per_problem, unify, widen
+from ._tree import cast, max_abs, mesh_axes, per_problem, unify, widen
 from .solvers import AbstractSolver
 
 LinearMap = Callable[[PyTree], PyTree]
@@ -53,8 +53,8 @@ def series(
     unit = per_problem(divide, batched)(wide, size)
 
     def fn(y, unit):
-        narrow = jax.tree.map(lambda y, b: y.astype(b.dtype), y, b)
-        return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, matvec(narrow), unit), None
+        product = matvec(cast(y, b))
+        return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, product, unit), None
 
     ceiling = 256 if max_steps is None else max_steps
     budget = Budget(ceiling, jnp.asarray(ceiling, jnp.int32), batched, fixed=False)
@@ -85,11 +85,10 @@ def by_lineax(
             f"A Lineax solver expects to run outside jax.shard_map, got a system that varies "
             f"over the mesh axes {sorted(map(str, axes))}; use ImplicitAdjoint() there."
         )
-    narrow = lambda y: jax.tree.map(lambda y, b: y.astype(b.dtype), y, b)
-    product = lambda y: unify(matvec(narrow(y)))
+    product = lambda y: unify(matvec(cast(y, b)))
     operator = lineax.FunctionLinearOperator(product, jax.eval_shape(lambda: unify(b)))
     sol = lineax.linear_solve(operator, unify(b), linear_solver, throw=False)
-    y = narrow(sol.value)
+    y = cast(sol.value, b)
     residual = relative_residual(matvec(y), b)
     num_steps = jnp.asarray(sol.stats.get("num_steps", 1), jnp.int32)
     result = RESULTS.promote(sol.result)

@@ -48,6 +48,11 @@ def widen(x: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
+def cast(tree: PyTree, like: PyTree) -> PyTree:
+    """`tree` leaf by leaf in the dtypes of `like`."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
 def unify(tree: PyTree) -> PyTree:
     """All leaves in the widest of their dtypes, which JAX's strict promotion leaves to us."""
     dtype = np.result_type(*(x.dtype for x in jax.tree.leaves(tree)))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Inexact, Int, PyTree
 
 from .._iterate import lax_while
 from .._step import evaluate
-from .._tree import add, dot, lincomb, mesh_axes, scale, select, vary, widen
+from .._tree import add, cast, dot, lincomb, mesh_axes, scale, select, vary, widen
 from ..solvers import Reversible
 from ._base import AbstractAdjoint, no_gradient, unpack
 
@@ -119,7 +119,7 @@ def _backward(residuals, g_out, perturbed, vjp_arg, primal_fn, rest):
     init = _Sweep(total, y, z, gy, gz, gp, gbeta)
     end = lax_while(lambda c: c.k > 0, body, init)
 
-    g_fn, g_args = jax.tree.map(lambda g, x: g.astype(x.dtype), end.gp, params)
+    g_fn, g_args = cast(end.gp, params)
     g_solver = jax.tree.map(
         lambda x: jnp.zeros_like(x) if eqx.is_inexact_array(x) else None, solver
     )
