@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from . import models as models, nn as nn, positive as positive
 from ._fixed_point import fixed_point as fixed_point
+from ._reversible_vjp import reversible_vjp as reversible_vjp
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from .adjoints import (
     AbstractAdjoint as AbstractAdjoint,

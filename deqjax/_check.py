@@ -1,6 +1,7 @@
 """What the front door refuses, when traced: sentences that say expected, got, and what to do."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import equinox as eqx
@@ -74,6 +75,19 @@ def check_batch(z0: PyTree) -> None:
             f"With batched=True every leaf of z0 is expected to have a batch of the same length on "
             f"axis 0, got the shapes {shapes}; add or align that axis, or use batched=False."
         )
+
+
+def check_state(z0: PyTree, batched: bool, max_steps: Any) -> tuple[PyTree, int]:
+    """`z0` as arrays, with a batch if there is to be one, and the ceiling on steps."""
+    z0 = float_state(z0)
+    if batched:
+        check_batch(z0)
+    if isinstance(max_steps, bool) or not isinstance(max_steps, Integral) or max_steps < 1:
+        raise ValueError(
+            f"fixed_point expects max_steps to be an int of at least 1, got {max_steps!r}; "
+            f"pass a smaller, traced budget as steps=..."
+        )
+    return z0, int(max_steps)
 
 
 def check_steps(steps: Any, max_steps: int, shape: tuple[int, ...]) -> Int[Array, "..."]:

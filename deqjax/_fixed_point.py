@@ -2,7 +2,6 @@
 
 import functools as ft
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import equinox as eqx
@@ -13,11 +12,10 @@ from jaxtyping import Array, Int, PyTree
 from ._check import (
     OptimistixSolver,
     check_adjoint,
-    check_batch,
     check_optimistix,
+    check_state,
     check_steps,
     convert,
-    float_state,
 )
 from ._iterate import Budget, iterate, problems
 from ._solution import RESULTS, Solution, raise_unsuccessful, relative_residual, result_code
@@ -88,31 +86,35 @@ def fixed_point(
     z0 is not of floating point, for `max_steps < 1`, a solver field out of its range, a solver and
     an adjoint that do not go together, batch axes of unequal length, or `steps` out of place.
     """
-    z0 = float_state(z0)
-    if batched:
-        check_batch(z0)
-    if isinstance(max_steps, bool) or not isinstance(max_steps, Integral) or max_steps < 1:
-        raise ValueError(
-            f"fixed_point expects max_steps to be an int of at least 1, got {max_steps!r}; "
-            f"pass a smaller, traced budget as steps=..."
-        )
-    max_steps = int(max_steps)
+    z0, max_steps = check_state(z0, batched, max_steps)
     check_adjoint(adjoint)
     if not isinstance(solver, AbstractSolver):
         check_optimistix(solver, batched, steps)
         sol = _solve_optimistix(fn, solver, z0, args, adjoint, max_steps=max_steps, has_aux=has_aux)
         return raise_unsuccessful(sol) if throw else sol
 
+    solver, budget, requested = prepare(solver, z0, batched, max_steps, steps)
+    sol = _solve(fn, solver, z0, args, budget, requested, adjoint, has_aux=has_aux)
+    return raise_unsuccessful(sol) if throw else sol
+
+
+def prepare(
+    solver: AbstractSolver,
+    z0: PyTree,
+    batched: bool,
+    max_steps: int,
+    steps: int | Int[Array, "..."] | None,
+) -> tuple[AbstractSolver, Budget, Int[Array, "..."]]:
+    """The solver with its tolerances as arrays, its budget, and the steps that were asked for."""
     solver.check()
     known_zero = lambda x: not is_traced(x) and float(x) == 0
     fixed = known_zero(solver.rtol) and known_zero(solver.atol)
     # As arrays, so that another tolerance or budget does not recompile.
     tolerances = [jnp.asarray(x, jnp.result_type(float)) for x in (solver.rtol, solver.atol)]
     solver = eqx.tree_at(lambda s: (s.rtol, s.atol), solver, tolerances)
-    requested = check_steps(steps, max_steps, problems(z0, batched))
-    budget = Budget(max_steps, jnp.clip(requested, 0, max_steps), batched, fixed)
-    sol = _solve(fn, solver, z0, args, budget, requested, adjoint, has_aux=has_aux)
-    return raise_unsuccessful(sol) if throw else sol
+    requested = check_steps(steps, max_steps, problems(z0, int(batched)))
+    budget = Budget(max_steps, jnp.clip(requested, 0, max_steps), int(batched), fixed)
+    return solver, budget, requested
 
 
 @eqx.filter_jit
@@ -123,16 +125,16 @@ def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solu
         fn, solver, z0, args, budget = vary((fn, solver, z0, args, budget), axes)
         converted = convert(fn, z0, args, has_aux)
     fn, inputs = converted, (converted, solver, z0, args, budget)
-    z, (num_steps, small, _) = adjoint.apply(iterate, residual, inputs, frozenset())
+    z, (num_steps, small, state) = adjoint.apply(iterate, residual, inputs, frozenset())
 
     # Outside the differentiated loop: gradients of aux and residual come free, and what is not
     # used is not computed.
     fz, aux = evaluate(fn, z, args)
-    small = small | per_problem(ft.partial(is_small, solver), budget.batched)(z, fz)
+    small = small | per_problem(ft.partial(is_small, solver), budget.rank)(z, fz)
     # Zero tolerances, traced or not, ask for a number of steps.
     untested = (solver.rtol == 0) & (solver.atol == 0)
     complete = jnp.where(untested, num_steps == requested, small)
-    return _solution(z, fz, aux, complete, solver.in_range(), num_steps, budget)
+    return _solution(z, fz, aux, complete, solver.in_range(), state.overflow, num_steps, budget)
 
 
 def _solve_optimistix(fn, solver, z0, args, adjoint, *, max_steps, has_aux) -> Solution:
@@ -146,7 +148,7 @@ def _solve_optimistix(fn, solver, z0, args, adjoint, *, max_steps, has_aux) -> S
     if isinstance(adjoint, ImplicitAdjoint):
         # Of f(z) - z itself: Optimistix's minimisers would hand over the gradient of its square.
         terms = max(256, max_steps)
-        budget = Budget(terms, jnp.asarray(terms), batched=False, fixed=False)
+        budget = Budget(terms, jnp.asarray(terms), rank=0, fixed=False)
         inputs = (fn, solver, z0, args, budget)
         z, (num_steps, result) = adjoint.apply(primal, residual, inputs, frozenset())
     else:
@@ -154,23 +156,24 @@ def _solve_optimistix(fn, solver, z0, args, adjoint, *, max_steps, has_aux) -> S
         z, result = sol.value, sol.result
         num_steps = jnp.asarray(sol.stats["num_steps"], jnp.int32)
     fz, aux = evaluate(fn, z, args)
-    budget = Budget(max_steps, num_steps, batched=False, fixed=False)
-    ok = jnp.asarray(True)
-    mine = _solution(z, fz, aux, ok, ok, num_steps, budget)
+    budget = Budget(max_steps, num_steps, rank=0, fixed=False)
+    yes = jnp.asarray(True)
+    mine = _solution(z, fz, aux, yes, yes, ~yes, num_steps, budget)
     result = RESULTS.where(mine.result == RESULTS.successful, result, mine.result)
     return eqx.tree_at(lambda s: s.result, mine, result)
 
 
-def _solution(z, fz, aux, complete, in_range, num_steps, budget) -> Solution:
-    def report(z, fz, complete):
-        return result_code(z, fz, complete, in_range), relative_residual(z, fz)
+def _solution(z, fz, aux, complete, in_range, overflow, num_steps, budget) -> Solution:
+    def report(z, fz, complete, overflow):
+        code = result_code(z, fz, complete, in_range & ~overflow)
+        return code, relative_residual(z, fz)
 
-    result, size = per_problem(report, budget.batched)(z, fz, complete)
+    result, size = per_problem(report, budget.rank)(z, fz, complete, overflow)
     stats = {
         "num_steps": num_steps,
         "num_fn_evals": num_steps + 1,
         "residual": size,
         "max_steps": budget.max_steps,
-        "overflow": jnp.zeros(num_steps.shape, bool),
+        "overflow": overflow,
     }
     return Solution(value=z, result=result, aux=aux, stats=stats, state=None)

@@ -1,5 +1,6 @@
-"""The only loop: step after step; it counts, freezes and stops."""
+"""The only loop: step after step; it counts, freezes and stops. And two ways of looping."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,33 +9,92 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._step import step
+from ._step import isolate, step
+from ._tape import AbstractTape
 from ._tree import mesh_axes, per_problem, select, vary
 
 WhileLoop = Callable[..., Any]
 
 
 class Budget(eqx.Module):
-    """How long to iterate, and whether axis 0 of the state is a batch of problems."""
+    """How long to iterate, how many problems there are, and what is recorded on the way."""
 
     max_steps: int = eqx.field(static=True)
-    limit: Int[Array, "..."]  # mixes allowed, shape () or (batch,), at most max_steps
-    batched: bool = eqx.field(static=True)
+    limit: Int[Array, "..."]  # mixes allowed, one number or one per problem, at most max_steps
+    rank: int = eqx.field(static=True)  # that many leading axes of the state enumerate problems
     fixed: bool = eqx.field(static=True)  # both tolerances are zero: take exactly `limit` steps
+    tape: AbstractTape | None = None
+
+    @property
+    def uniform(self) -> bool:
+        """Every problem takes every step of the loop: nothing to freeze."""
+        return self.fixed and self.limit.ndim == 0
 
 
 class Memory(eqx.Module):
     """What the solver remembers after the last step, where Optimistix keeps it too."""
 
     memory: PyTree
+    overflow: Bool[Array, "..."]
+    tape: PyTree = None
 
 
 class _Carry(NamedTuple):
+    i: Int[Array, ""]  # steps of the loop
     z: PyTree
     memory: PyTree
+    tape: PyTree
     num_steps: Int[Array, "..."]
     small: Bool[Array, "..."]  # met its tolerance at z
-    stopped: Bool[Array, "..."]  # that, or f(z) is beyond use
+    stopped: Bool[Array, "..."]  # that, or f(z) is beyond use, or overflow
+    overflow: Bool[Array, "..."]
+
+
+def problems(z: PyTree, rank: int) -> tuple[int, ...]:
+    """The shape of an array with one entry per problem: the leading `rank` axes of `z`."""
+    return jax.tree.leaves(z)[0].shape[:rank]
+
+
+def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
+    """Iterates `solver` on `fn` from `z0`: `((fn, solver, z0, args, budget, while_loop))`.
+
+    Returns `z_n` and `(num_steps, small, Memory)`, in the places where Optimistix's own loop keeps
+    them, so that an adjoint reads both alike. A problem that has met its tolerance, or whose f(z)
+    is beyond use, keeps its state from then on, whatever its batch-mates do.
+    """
+    fn, solver, z0, args, budget, while_loop = inputs
+    axes = mesh_axes(fn, solver, z0, args, budget)
+    rank, limit, tape = budget.rank, budget.limit, budget.tape
+    shape = problems(z0, rank)
+
+    def cond(c: _Carry):
+        return c.i < limit if budget.uniform else jnp.any(~c.stopped & (c.num_steps < limit))
+
+    def body(c: _Carry) -> _Carry:
+        f = isolate(fn, c.i) if tape is not None and tape.isolated else fn
+        out = step(f, solver, c.z, args, c.memory, rank=rank)
+        # At a fixed depth no measurement is used, and the compiler drops it.
+        small = c.small if budget.fixed else c.small | out.small
+        stopped = c.stopped if budget.fixed else c.stopped | out.small | out.broken | out.overflow
+        go = ~stopped & (c.num_steps < limit)
+        overflow = c.overflow | (out.overflow & ~c.stopped & (c.num_steps < limit))
+        record = c.tape if tape is None else tape.push(c.tape, c.i, go, solver.pair(c.z, c.memory))
+        new = (out.z, out.memory)
+        z, memory = new if budget.uniform else select(go, new, (c.z, c.memory))
+        count = c.num_steps + go.astype(jnp.int32)
+        return vary(_Carry(c.i + 1, z, memory, record, count, small, stopped, overflow), axes)
+
+    def start(z0):
+        memory = solver.memory(z0)
+        return solver.start(z0), memory, solver.overflow(memory)
+
+    no = jnp.zeros(shape, bool)
+    z, memory, overflow = per_problem(start, rank)(z0)
+    blank = None if tape is None else tape.blank(solver.pair(z, memory), budget.max_steps, rank)
+    count = jnp.zeros(shape, jnp.int32)
+    init = _Carry(jnp.asarray(0, jnp.int32), z, memory, blank, count, no, overflow, overflow)
+    out = while_loop(cond, body, vary(init, axes), max_steps=budget.max_steps)
+    return out.z, (out.num_steps, out.small, Memory(out.memory, out.overflow, out.tape))
 
 
 def lax_while(cond: Callable, body: Callable, init: Any, *, max_steps: int | None = None) -> Any:
@@ -48,40 +108,32 @@ def lax_while(cond: Callable, body: Callable, init: Any, *, max_steps: int | Non
     return jax.lax.while_loop(going, lambda c: (c[0] + 1, body(c[1])), (jnp.asarray(0), init))[1]
 
 
-def problems(z: PyTree, batched: bool) -> tuple[int, ...]:
-    """The shape of an array with one entry per problem: `(batch,)` or `()`."""
-    return jax.tree.leaves(z)[0].shape[:1] if batched else ()
+def checkpointed_while(
+    cond: Callable, body: Callable, init: Any, *, max_steps: int, checkpoints: int | None = None
+) -> Any:
+    """`jax.lax.while_loop` as a checkpointed scan of stretches of checkpointed steps."""
+    stretches = min(checkpoints or math.isqrt(max_steps - 1) + 1, max_steps)
+    length = -(-max_steps // stretches)
+    # Devices of a shard_map that stop at different steps may not branch: the sums over devices in
+    # the transpose of a branch would wait for ever.
+    axes = mesh_axes(init)
 
+    def if_going(fn, carry):
+        k, state = carry
+        going = cond(state) & (k < max_steps)
+        if axes:
+            return select(going, fn(carry), carry)
+        return jax.lax.cond(going, fn, lambda carry: carry, carry)
 
-def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
-    """Iterates `solver` on `fn` from `z0`: `((fn, solver, z0, args, budget, while_loop))`.
+    def step(carry):
+        k, state = carry
+        return k + 1, body(state)
 
-    Returns `z_n` and `(num_steps, small, Memory)`, in the places where Optimistix's own loop keeps
-    them, so that an adjoint reads both alike. A problem that has met its tolerance, or whose f(z)
-    is beyond use, keeps its state from then on, whatever its batch-mates do.
-    """
-    fn, solver, z0, args, budget, while_loop = inputs
-    axes = mesh_axes(fn, solver, z0, args, budget)
-    batched, limit = budget.batched, budget.limit
-    shape = problems(z0, batched)
-    # Every problem then takes every step of the loop: nothing to freeze.
-    uniform = budget.fixed and limit.ndim == 0
+    def scan(fn, length):
+        fn = jax.checkpoint(fn, prevent_cse=False)
+        return lambda carry: jax.lax.scan(lambda c, _: (fn(c), None), carry, length=length)[0]
 
-    def cond(c: _Carry):
-        return jnp.any(~c.stopped & (c.num_steps < limit))
+    def if_stretch(carry):
+        return if_going(scan(lambda c: if_going(step, c), length), carry)
 
-    def body(c: _Carry) -> _Carry:
-        out = step(fn, solver, c.z, args, c.memory, batched=batched)
-        # At a fixed depth no measurement is used, and the compiler drops it.
-        small = c.small if budget.fixed else c.small | out.small
-        stopped = c.stopped if budget.fixed else c.stopped | out.small | out.broken
-        go = ~stopped & (c.num_steps < limit)
-        new = (out.z, out.memory)
-        z, memory = new if uniform else select(go, new, (c.z, c.memory))
-        return vary(_Carry(z, memory, c.num_steps + go.astype(jnp.int32), small, stopped), axes)
-
-    no = jnp.zeros(shape, bool)
-    memory = per_problem(solver.memory, batched)(z0)
-    init = vary(_Carry(z0, memory, jnp.zeros(shape, jnp.int32), no, no), axes)
-    out = while_loop(cond, body, init, max_steps=budget.max_steps)
-    return out.z, (out.num_steps, out.small, Memory(out.memory))
+    return scan(if_stretch, stretches)((vary(jnp.asarray(0), axes), init))[1]

@@ -40,24 +40,24 @@ class _Neumann(AbstractSolver):
 
 
 def series(
-    matvec: LinearMap, b: PyTree, tol: float | None, *, max_steps: int | None, batched: bool
+    matvec: LinearMap, b: PyTree, tol: float | None, *, max_steps: int | None, rank: int
 ) -> tuple[PyTree, dict[str, Any]]:
     """Sums `b + (I - A) b + (I - A)^2 b + ...`, each problem of a batch until its own tolerance."""
     wide = jax.tree.map(widen, b)
     eps = lambda tree: max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
     tol = max(10 * eps(wide), 2 * eps(b)) if tol is None else tol
     # The equation is linear: at unit size a relative tolerance serves as the absolute one.
-    size = per_problem(max_abs, batched)(b)
+    size = per_problem(max_abs, rank)(b)
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     divide = lambda x, s: jax.tree.map(lambda x: x / s.astype(x.dtype), x)
-    unit = per_problem(divide, batched)(wide, size)
+    unit = per_problem(divide, rank)(wide, size)
 
     def fn(y, unit):
         product = matvec(cast(y, b))
         return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, product, unit), None
 
     ceiling = 256 if max_steps is None else max_steps
-    budget = Budget(ceiling, jnp.asarray(ceiling, jnp.int32), batched, fixed=False)
+    budget = Budget(ceiling, jnp.asarray(ceiling, jnp.int32), rank, fixed=False)
     y, (num_steps, small, state) = iterate((fn, _Neumann(tol, tol), unit, unit, budget, lax_while))
     # Small at once means that the first term was the whole sum.
     increment, rest = state.memory
@@ -70,9 +70,9 @@ def series(
     stats = {
         "num_steps": num_steps,
         "residual": residual,
-        "result": per_problem(code, batched)(good),
+        "result": per_problem(code, rank)(good),
     }
-    return per_problem(restore, batched)(y, size, b), stats
+    return per_problem(restore, rank)(y, size, b), stats
 
 
 def by_lineax(

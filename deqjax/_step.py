@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from ._solution import too_large
 from ._tree import per_problem, unify, widen
@@ -21,6 +21,7 @@ class Step(NamedTuple):
     aux: PyTree  # the auxiliary output of f(z)
     small: Bool[Array, "..."]  # the solver's stopping test, at z
     broken: Bool[Array, "..."]  # f(z) is non-finite or has diverged
+    overflow: Bool[Array, "..."]  # the next iterate would have left the solver's number range
 
 
 def evaluate(fn: Fn, z: PyTree, args: PyTree) -> tuple[PyTree, PyTree]:
@@ -49,10 +50,32 @@ def is_small(solver: Any, z: PyTree, fz: PyTree) -> Bool[Array, ""]:
     return measurable & (solver.norm(unify(jax.tree.map(scaled, z, fz))) < 1)
 
 
-def step(fn: Fn, solver: Any, z: PyTree, args: PyTree, memory: PyTree, *, batched: bool) -> Step:
+def step(fn: Fn, solver: Any, z: PyTree, args: PyTree, memory: PyTree, *, rank: int = 0) -> Step:
     """One evaluation of `fn` at `z`, its verdict, and the solver's next iterate."""
     fz, aux = evaluate(fn, z, args)
-    small = per_problem(lambda z, fz: is_small(solver, z, fz), batched)(z, fz)
-    broken = per_problem(too_large, batched)(fz)
-    z, memory = per_problem(solver.mix, batched)(z, fz, memory)
-    return Step(z, memory, aux, small, broken)
+    small = per_problem(is_small, rank)(solver, z, fz)
+    broken = per_problem(too_large, rank)(fz)
+
+    def mix(solver, z, fz, memory):
+        z, memory = solver.mix(z, fz, memory)
+        return z, memory, solver.overflow(memory)
+
+    # An array of the solver may hold one value per problem.
+    z, memory, overflow = per_problem(mix, rank)(solver, z, fz, memory)
+    return Step(z, memory, aux, small, broken, overflow)
+
+
+def isolate(fn: Fn, i: Int[Array, ""]) -> Fn:
+    """`fn` alone in a loop of one trip: the same bits in whatever program it is evaluated.
+
+    XLA fuses f with what surrounds it, and rewrites it by what else is computed there: not to the
+    same rounding before and after differentiation. The body of a loop is compiled by itself. Its
+    bound has to be one that XLA cannot fold: `min(i + 1, 1)` of the counter of the outer loop.
+    """
+
+    def alone(z, args):
+        one = jnp.minimum(i + 1, 1)
+        body = lambda c: (c[0] + 1, evaluate(fn, c[1], args)[0])
+        return jax.lax.while_loop(lambda c: c[0] < one, body, (jnp.zeros_like(one), z))[1], None
+
+    return alone

@@ -75,9 +75,11 @@ def two_norm(tree: PyTree) -> Inexact[Array, ""]:
     return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
 
 
-def per_problem(fn: Callable, batched: bool) -> Callable:
-    """`fn` of one problem's leaves, mapped over axis 0 if `batched`."""
-    return jax.vmap(fn) if batched else fn
+def per_problem(fn: Callable, rank: int) -> Callable:
+    """`fn` of one problem, mapped over `rank` leading axes of every array but scalars."""
+    for _ in range(rank):
+        fn = eqx.filter_vmap(fn, in_axes=lambda x: 0 if eqx.is_array(x) and x.ndim else None)
+    return fn
 
 
 def is_traced(x: Any) -> bool:

@@ -55,7 +55,7 @@ ADJOINTS = [
     "solver",
     [
         deqjax.FixedPointIteration(1e-12, 1e-12),
-        deqjax.Reversible(1e-12, 1e-12, beta=0.7),
+        deqjax.Reversible(1e-12, 1e-12, beta=0.7, exact=False),
         optimistix.FixedPointIteration(1e-12, 1e-12),
         optimistix.Newton(1e-12, 1e-12),
     ],

@@ -1,6 +1,11 @@
 """One way of differentiating a solve a file."""
 
-from ._base import AbstractAdjoint as AbstractAdjoint
+from ._base import (
+    AbstractAdjoint as AbstractAdjoint,
+    arrays_of as arrays_of,
+    check_cotangent as check_cotangent,
+    strong as strong,
+)
 from ._implicit import ImplicitAdjoint as ImplicitAdjoint, implicit_vjp as implicit_vjp
 from ._recursive_checkpoint import RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint
 from ._reversible import ReversibleAdjoint as ReversibleAdjoint

@@ -10,8 +10,17 @@ from jaxtyping import PyTree
 from .._iterate import lax_while
 from .._linear import LinearMap, by_lineax, series
 from .._solution import RESULTS
-from .._tree import dot, lincomb, mesh_axes, scale, select, vary
-from ._base import AbstractAdjoint, no_gradient, stop_gradient, unpack
+from .._tree import lincomb, mesh_axes, scale, select, vary
+from ._base import (
+    AbstractAdjoint,
+    arrays_of,
+    check_cotangent,
+    no_gradient,
+    stop_gradient,
+    strong,
+    tangent_of_extras,
+    unpack,
+)
 
 
 class ImplicitAdjoint(AbstractAdjoint):
@@ -78,11 +87,11 @@ class ImplicitAdjoint(AbstractAdjoint):
         return z, no_gradient(extras)
 
     def solve(
-        self, matvec: LinearMap, b: PyTree, *, max_steps: int | None, batched: bool
+        self, matvec: LinearMap, b: PyTree, *, max_steps: int | None, rank: int
     ) -> tuple[PyTree, dict[str, Any]]:
         """`y` with `matvec(y) = b`, where `matvec` is `I - J` or its transpose; and its stats."""
         if self.linear_solver is None:
-            y, stats = series(matvec, b, self.tol, max_steps=max_steps, batched=batched)
+            y, stats = series(matvec, b, self.tol, max_steps=max_steps, rank=rank)
         else:
             y, stats = by_lineax(self.linear_solver, matvec, b)
         failed = stats["result"] != RESULTS.successful
@@ -118,17 +127,12 @@ def _attach_jvp(primals, tangents):
     # a cast of its constants whose transpose would sum over devices.
     _, product = jax.linearize(lambda z: residual(z, moving), z)
     problem = unpack(inputs)
-    options = {"max_steps": problem.max_steps, "batched": problem.batched}
+    options = {"max_steps": problem.max_steps, "rank": problem.rank}
     solve = lambda matvec, b: adjoint.solve(matvec, b, **options)[0]
     matvec = lambda v: scale(-1, product(v))
     b = vary(b, mesh_axes(z))
     t_z = jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve)
-    # Zero, but made of tangents: so that `no_gradient` notices a loss of the extras.
-    zero = dot(b, scale(0, b))
-    t_extras = jax.tree.map(
-        lambda x: jnp.full_like(x, zero.astype(x.dtype)), eqx.filter(extras, eqx.is_inexact_array)
-    )
-    return (z, extras), (t_z, t_extras)
+    return (z, extras), (t_z, tangent_of_extras(extras, b))
 
 
 def implicit_vjp(
@@ -164,36 +168,24 @@ def implicit_vjp(
     **Raises:** `ValueError` if `fn` both holds and closes over inexact arrays, if the cotangent is
     not shaped like `z`, or for `max_steps < 1`.
     """
-    strong = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
     z, cotangent = strong(z), strong(cotangent)
-    if jax.eval_shape(lambda: z) != jax.eval_shape(lambda: cotangent) or max_steps < 1:
-        raise ValueError(
-            f"implicit_vjp expects a cotangent of the structure, shapes and dtypes of z, and "
-            f"max_steps of at least 1; got {eqx.tree_pformat(cotangent)} for "
-            f"{eqx.tree_pformat(z)}, and {max_steps}."
-        )
+    check_cotangent("implicit_vjp", z, cotangent)
+    if max_steps < 1:
+        raise ValueError(f"implicit_vjp expects max_steps of at least 1, got {max_steps}.")
     return _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched)
 
 
 @eqx.filter_jit
 def _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched):
-    is_array = eqx.is_inexact_array
-    own, static = eqx.partition(fn, is_array)
-    whole = lambda own, z, args: eqx.combine(own, static)(z, args)
-    call = eqx.filter_closure_convert(whole, own, z, args)
-    hidden, body = eqx.partition(call, is_array)
-    moving, still = eqx.partition(args, is_array)
-    if jax.tree.leaves(own) and jax.tree.leaves(hidden):
-        raise ValueError(
-            "implicit_vjp expects an fn that either holds its arrays (an Equinox module) or closes "
-            "over them, got one that does both; pass the arrays it closes over through args."
-        )
+    own, call = arrays_of(fn, z, args)
+    hidden, body = eqx.partition(call, eqx.is_inexact_array)
+    moving, still = eqx.partition(args, eqx.is_inexact_array)
 
     def f(own, hidden, moving, z):
         return eqx.combine(hidden, body)(own, z, eqx.combine(moving, still))
 
     _, pull = jax.vjp(f, own, hidden, moving, z)
     matvec = lambda v: lincomb(1, v, -1, pull(v)[3])
-    y, stats = adjoint.solve(matvec, cotangent, max_steps=max_steps, batched=batched)
+    y, stats = adjoint.solve(matvec, cotangent, max_steps=max_steps, rank=int(batched))
     d_own, d_hidden, d_args, _ = pull(y)
     return (d_own if jax.tree.leaves(own) else jax.tree.leaves(d_hidden), d_args), stats

@@ -1,14 +1,10 @@
 import functools as ft
-import math
 from collections.abc import Callable
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .._tree import mesh_axes, select, vary
-from ._base import AbstractAdjoint
+from .._iterate import checkpointed_while
+from ._base import AbstractAdjoint, unpack
 
 
 class RecursiveCheckpointAdjoint(AbstractAdjoint):
@@ -50,38 +46,9 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
         """See `deqjax.adjoints`."""
         del rewrite_fn, tags
-        return primal_fn((*inputs, ft.partial(_while_loop, checkpoints=self.checkpoints)))
-
-
-def _while_loop(
-    cond: Callable, body: Callable, init: Any, *, max_steps: int | None, checkpoints: int | None
-) -> Any:
-    """`jax.lax.while_loop` as a checkpointed scan of stretches of checkpointed steps."""
-    if max_steps is None:
-        raise ValueError(
-            "RecursiveCheckpointAdjoint expects a number as max_steps, got None; "
-            "choose a ceiling on the number of steps."
-        )
-    stretches = min(checkpoints or math.isqrt(max_steps - 1) + 1, max_steps)
-    length = -(-max_steps // stretches)
-    # Devices of a shard_map that stop at different steps may not branch: the sums over devices in
-    # the transpose of a branch would wait for ever.
-    axes = mesh_axes(init)
-
-    def if_going(fn, carry):
-        k, state = carry
-        going = cond(state) & (k < max_steps)
-        if axes:
-            return select(going, fn(carry), carry)
-        return jax.lax.cond(going, fn, lambda carry: carry, carry)
-
-    def step(carry):
-        k, state = carry
-        return k + 1, body(state)
-
-    def scan(fn, length):
-        fn = jax.checkpoint(fn, prevent_cse=False)
-        return lambda carry: jax.lax.scan(lambda c, _: (fn(c), None), carry, length=length)[0]
-
-    stretch = scan(ft.partial(if_going, step), length)
-    return scan(ft.partial(if_going, stretch), stretches)((vary(jnp.asarray(0), axes), init))[1]
+        if unpack(inputs).max_steps is None:
+            raise ValueError(
+                "RecursiveCheckpointAdjoint expects a number as max_steps, got None; "
+                "choose a ceiling on the number of steps."
+            )
+        return primal_fn((*inputs, ft.partial(checkpointed_while, checkpoints=self.checkpoints)))

@@ -1,17 +1,16 @@
-import functools as ft
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Inexact, Int, PyTree
+from jaxtyping import PyTree
 
-from .._iterate import lax_while
-from .._step import evaluate
-from .._tree import add, cast, dot, lincomb, mesh_axes, scale, select, vary, widen
+from .._flat import Flat, flatten
+from .._iterate import Budget, lax_while
+from .._linearise import linear, tangents_of
+from .._sweep import Record, record, run
+from .._tape import AbstractTape, Digits, Segments, segment_length
 from ..solvers import Reversible
-from ._base import AbstractAdjoint, no_gradient, unpack
+from ._base import AbstractAdjoint, no_gradient, stop_gradient, tangent_of_extras, unpack
 
 
 class ReversibleAdjoint(AbstractAdjoint):
@@ -24,106 +23,121 @@ class ReversibleAdjoint(AbstractAdjoint):
         g[k-1] += beta J(s[k-1])^T g[k]
         g[k-2] += (1 - beta) g[k]
 
-    and the cotangents of everything that `f` depends on are summed on the way. The gradient is that
-    of the steps taken, up to the rounding that reversal amplifies: see `deqjax.Reversible` for how
-    far it can be trusted.
+    and the cotangents of everything that `f` depends on are summed on the way.
 
-    **Cost:** one evaluation of `f` with its VJP a step; five copies of `z` and one of the
-    parameters, whatever the number of steps.
+    **Exact mode** of the solver: states are undone bit for bit, so that the gradient is that of
+    the steps taken at any depth, with the rounding error of ordinary backpropagation. `f` has to
+    give the same bits in the forward and in the backward program; it is compiled by itself in both
+    to that end, and whether it did is seen at the end, where the sweep has to arrive exactly at z0.
+    On one device and for data parallelism; a cell sharded over tensors reduces in another order in
+    each program. Randomness is drawn once per solve and passed in.
 
-    **When not to use it:** with more steps than the bound in `deqjax.Reversible`; in forward mode,
-    which JAX refuses through it (`deqjax.ImplicitAdjoint` supports it).
+    **Floating-point mode**: every k-th pair of states is stored, reversal starts anew from each,
+    and is compared with it.
 
-    **Raises:** `ValueError` with a solver other than `deqjax.Reversible`.
+    **Arguments:**
+
+    - `check`: what becomes of a gradient whose reversal did not arrive where it has to: `"nan"`,
+        `"raise"` a run-time error, `"off"` nothing. Exact: anything but equality with z0.
+        Floating point: a stored state missed by more than `10 sqrt(eps)` of its size.
+        `deqjax.reversible_vjp` tells how it went, without either.
+    - `segment`: k, of the floating-point mode alone. `"auto"` lets reversal lose half of the
+        digits, `(1 / |1 - beta|)^k = eps^(-1/2)`: 12 steps at beta = 1/2 and 5 at 0.8 in float32;
+        for a beta that is traced, that of `|1 - beta| = 1/10`. `None` is the textbook sweep: only
+        z0 is known, nothing is checked, and after n steps the early states carry a relative error
+        of about `eps |1 - beta|^-n` (0.25 after 22 steps at beta = 1/2 in float32), and so, up to
+        the contraction of f, does the gradient.
+
+    **Cost:** backwards, one evaluation of `f` with its VJP a step; exact, one more evaluation.
+    Kept from forwards to backwards per entry of z: two states (8 bytes in float32); exact,
+    `log2(d)` bits a step in whole 4-byte words with room for `max_steps`; floating point, two
+    states every k steps. In the sweep, five copies of `z` and one of the parameters, whatever the
+    number of steps, and under `jax.vmap` too one of those that examples share. Through Optimistix's
+    front door the steps are taken a second time for the record.
+
+    Forward mode differentiates the recurrence as it runs. Higher derivatives, in any order of
+    modes, differentiate it from its start by checkpoints: `sqrt(max_steps)` states.
+
+    **When not to use it:** at a converged fixed point, where `deqjax.ImplicitAdjoint` needs no
+    steps; for an `f` that cannot be reproduced (`deqjax.RecursiveCheckpointAdjoint`).
+
+    **Raises:** `ValueError` with a solver other than `deqjax.Reversible`, for a `check` or
+    `segment` that is none of the above, or in the exact mode through Optimistix with no
+    `max_steps`.
 
     Reference: Reversible deep equilibrium models, arXiv 2509.12917, the backward pass of section 3.
     """
+
+    check: Literal["nan", "off", "raise"] = eqx.field(static=True, default="nan")
+    segment: int | Literal["auto"] | None = eqx.field(static=True, default="auto")
+
+    def __check_init__(self):
+        if self.check not in ("nan", "off", "raise"):
+            raise ValueError(
+                f'ReversibleAdjoint expects check="nan", "off" or "raise", got {self.check!r}; '
+                f"choose one of the three."
+            )
+        k = self.segment
+        if not (k is None or k == "auto" or (isinstance(k, int) and k >= 1)):
+            raise ValueError(
+                f'ReversibleAdjoint expects segment to be "auto", None or an int of at least 1, '
+                f"got {k!r}; it is the number of steps between two stored states."
+            )
 
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
         """See `deqjax.adjoints`."""
         del rewrite_fn, tags
         p = unpack(inputs)
-        # The class itself: a subclass may mix by another rule, which would be undone wrongly.
-        if type(p.solver) is not Reversible:
-            raise ValueError(
-                f"ReversibleAdjoint expects the solver deqjax.Reversible, got "
-                f"{type(p.solver).__name__}; use deqjax.Reversible(...), or "
-                f"deqjax.ImplicitAdjoint() or deqjax.RecursiveCheckpointAdjoint() with this solver."
-            )
-        z, extras = _solve((p.fn, p.solver, p.z0, p.args), primal_fn, p.rest)
+        self.check_solver(p.solver)
+        tape = self.tape(p.solver, p.z0)
+        if len(inputs) == 5:
+            (budget,) = p.rest
+            flat = flatten(p.fn, p.args, p.solver, p.z0, budget, tape)
+            out = run(stop_gradient(flat), [False] * len(flat.arrays))
+            rec = record(flat, *out)
+        else:
+            if p.max_steps is None:
+                raise ValueError(
+                    "ReversibleAdjoint expects a number as max_steps, got None; choose a ceiling "
+                    "on the number of steps, for which there has to be room."
+                )
+            out = primal_fn((*stop_gradient(inputs), lax_while))
+            budget = Budget(p.max_steps, out[1][0], 0, fixed=True)
+            flat, rec = flatten(p.fn, p.args, p.solver, p.z0, budget, tape), None
+        z, extras = _attach(out, flat, rec, self.check)
         return z, no_gradient(extras)
 
+    def check_solver(self, solver: Any) -> None:
+        """Raises `ValueError` for another solver than `Reversible`."""
+        # The class itself: a subclass may mix by another rule, which would be undone wrongly.
+        if type(solver) is not Reversible:
+            raise ValueError(
+                f"ReversibleAdjoint expects the solver deqjax.Reversible, got "
+                f"{type(solver).__name__}; use deqjax.Reversible(...), or "
+                f"deqjax.ImplicitAdjoint() or deqjax.RecursiveCheckpointAdjoint() with this solver."
+            )
 
-class _Sweep(NamedTuple):
-    k: Int[Array, ""]  # the step to undo
-    y: PyTree  # s[k-1]
-    z: PyTree  # s[k]
-    gy: PyTree  # their cotangents
-    gz: PyTree
-    gp: PyTree  # cotangents of the arrays in fn and args
-    gbeta: Inexact[Array, ""]
-
-
-@eqx.filter_custom_vjp
-def _solve(vjp_arg, primal_fn, rest):
-    return primal_fn((*vjp_arg, *rest, lax_while))
-
-
-@_solve.def_fwd
-def _forward(perturbed, vjp_arg, primal_fn, rest):
-    del perturbed
-    out = _solve(vjp_arg, primal_fn, rest)
-    z, (num_steps, _, state, *_) = out
-    return out, (z, state.memory, num_steps)
+    def tape(self, solver: Reversible, z0: PyTree) -> AbstractTape:
+        """What the forward loop records."""
+        if solver.exact:
+            return Digits(solver.grid)
+        k = self.segment
+        return Segments(segment_length(solver.beta, z0) if k == "auto" else k)
 
 
-@_solve.def_bwd
-def _backward(residuals, g_out, perturbed, vjp_arg, primal_fn, rest):
-    del primal_fn, rest
-    z, y, num_steps = residuals
-    fn, solver, z0, args = vjp_arg
-    params, others = eqx.partition((fn, args), (perturbed[0], perturbed[3]))
-    zeros = ft.partial(jax.tree.map, jnp.zeros_like)
-    # An output that the loss does not use arrives as None.
-    gz = jax.tree.map(lambda x, g: jnp.zeros_like(x) if g is None else g, z, g_out[0])
+@eqx.filter_custom_jvp
+def _attach(out: PyTree, flat: Flat, rec: Record | None, check: str) -> PyTree:
+    """`out = (z, extras)` itself, z with the derivative of the steps taken."""
+    del flat, rec, check
+    return out
 
-    axes = mesh_axes(vjp_arg, residuals)
-    # Inside shard_map the VJP of f sums over devices what f closes over and what does not vary:
-    # then all devices have to take part in each, so they sweep as often as the slowest.
-    collective = any(mesh_axes(x) != axes for x in jax.tree.leaves(params))
-    total = jnp.max(num_steps, initial=0)
-    total = jax.lax.pmax(total, tuple(axes)) if collective else total
-    masked = collective or num_steps.ndim > 0
 
-    def f(params, y):
-        fn, args = eqx.combine(params, others)
-        return evaluate(fn, y, args)[0]
-
-    def body(c: _Sweep) -> _Sweep:
-        live = c.k <= num_steps  # a problem that stopped earlier waits for its own last step
-        gz = select(live, c.gz, zeros(c.gz)) if masked else c.gz
-        fy, pull = jax.vjp(f, params, c.y)
-        dp, dy = pull(scale(solver.beta, gz))
-        # s[0] = s[-1] = z0 is known, and where reversal has amplified rounding the most.
-        before = select(c.k <= 2, z0, solver.unmix(c.z, fy))
-        new = (before, c.y, scale(1 - solver.beta, gz), add(c.gy, dy))
-        new = select(live, new, (c.y, c.z, c.gy, c.gz)) if masked else new
-        gbeta = c.gbeta + dot(gz, lincomb(1, fy, -1, before))
-        y, z, gy, gz = vary(new, axes)
-        return _Sweep(c.k - 1, y, z, gy, gz, add(c.gp, dp), vary(gbeta, axes))
-
-    # Sums over steps are kept in float32 or wider, and like the sums over devices inside f.
-    gp = jax.tree.map(lambda x: vary(jnp.zeros_like(widen(x)), mesh_axes(x)), params)
-    gbeta = vary(jnp.zeros_like(dot(gz, gz)), axes)
-    y, z, gy, gz = vary((y, z, zeros(gz), gz), axes)
-    init = _Sweep(total, y, z, gy, gz, gp, gbeta)
-    end = lax_while(lambda c: c.k > 0, body, init)
-
-    g_fn, g_args = cast(end.gp, params)
-    g_solver = jax.tree.map(
-        lambda x: jnp.zeros_like(x) if eqx.is_inexact_array(x) else None, solver
-    )
-    if eqx.is_array(solver.beta):
-        g_beta = end.gbeta.astype(solver.beta.dtype)
-        g_solver = eqx.tree_at(lambda s: s.beta, g_solver, g_beta)
-    return g_fn, g_solver, add(end.gy, end.gz), g_args
+@_attach.def_jvp
+def _attach_jvp(primals, tangents):
+    _, flat, rec, check = primals
+    _, t_flat, _, _ = tangents
+    z, extras = _attach(*primals)  # so that z has a derivative here too
+    if rec is None:  # Optimistix's loop has recorded nothing
+        rec = record(flat, *run(stop_gradient(flat), [False] * len(flat.arrays)))
+    t_z = linear(flat, rec, tangents_of(flat, t_flat), check)
+    return (z, extras), (t_z, tangent_of_extras(extras, t_z))

@@ -43,6 +43,15 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     def memory(self, z0: PyTree) -> PyTree:
         """The memory before the first step, for the initial iterate `z0` of one problem."""
 
+    def start(self, z0: PyTree) -> PyTree:
+        """The first iterate: `z0`, as exactly as the method can represent it."""
+        return z0
+
+    def overflow(self, memory: PyTree) -> Bool[Array, ""]:
+        """Whether the iterate that goes with `memory` would have left the method's number range."""
+        del memory
+        return jnp.asarray(False)
+
     @abc.abstractmethod
     def mix(self, z: PyTree, fz: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
         """The next iterate and memory, from `z`, `f(z)` and the memory of one problem."""
@@ -87,8 +96,9 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     def step(self, fn, y, args, options, state, tags):
         """Optimistix: one evaluation and one mix."""
         del options, tags
-        out = step(fn, self, y, args, state.memory, batched=False)
-        return out.z, OptimistixState(out.memory, out.small, out.broken), out.aux
+        out = step(fn, self, y, args, state.memory)
+        broken = out.broken | out.overflow
+        return out.z, OptimistixState(out.memory, out.small, broken), out.aux
 
     def terminate(self, fn, y, args, options, state, tags):
         """Optimistix: whether the last evaluation met the tolerance, or has diverged."""

@@ -1,13 +1,37 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
-from .._tree import lincomb
+from .._grid import Grid, grid
+from .._tree import lincomb, scale, select, widen
 from ._base import AbstractSolver, Number
+
+
+class _Integers(NamedTuple):
+    """The memory of the exact mode."""
+
+    before: PyTree  # Z[k-1]
+    now: PyTree  # Z[k]
+    z_before: PyTree  # value of Z[k-1], which carries its derivative
+    overflow: Bool[Array, ""]  # Z[k] would not have fitted
+
+
+@jax.custom_jvp
+def _straight_through(exact: PyTree, real: PyTree) -> PyTree:
+    """`exact`, with the derivative of `real`: rounding is passed straight through."""
+    del real
+    return exact
+
+
+@_straight_through.defjvp
+def _(primals, tangents):
+    return _straight_through(*primals), tangents[1]
 
 
 class Reversible(AbstractSolver):
@@ -19,26 +43,40 @@ class Reversible(AbstractSolver):
     its one step is two of these. If `f` contracts by `k`, the error shrinks by at most
     `|1 - beta| + beta k` a pair.
 
+    **Exact mode** (the default): the state is the integer `Z = round(z 2^b)`, and with
+    `1 - beta = sign / d`
+
+        Z[k+1] = sign floor(Z[k-1] / d) + round(beta f(z[k]) 2^b),     z[k] = Z[k] 2^-b
+
+    is undone bit for bit, from any depth and in any floating-point dtype, once the remainders
+    `Z[k-1] mod d` are written down. Rounding is passed straight through by derivatives.
+
+    **Floating-point mode** (`exact=False`): any beta. A reversed step multiplies rounding noise by
+    `1 / |1 - beta|`; `deqjax.ReversibleAdjoint` says what it does about that.
+
     **Arguments:**
 
     - `rtol`, `atol`, `norm`: as in `deqjax.FixedPointIteration`.
-    - `beta`: relaxation, in (0, 2) and not 1. A scalar array is differentiated, a float is not.
+    - `beta`: relaxation, in (0, 2) and not 1. Exact: a float with `1 - beta = 1/d` or `-1/d`, d an
+        integer from 2 on (1/2, 2/3, 0.75, 0.8, 0.9, 1.2, ...). Otherwise it may be a scalar array,
+        which is differentiated; a float is not.
+    - `exact`: which mode.
+    - `fraction_bits`: b, from 8 to 30: the exact state has the range `+-2^(31 - b)` (128 for 24) at
+        a spacing of `2^-b`, 32 bits an entry; a float64 state 64 bits, the same range and a spacing
+        of `2^-(b + 32)`. An iterate beyond it freezes the problem and is reported as
+        `RESULTS.nonlinear_divergence` with `sol.stats["overflow"]`.
 
-    **Cost:** one evaluation of `f` a step; two copies of `z`.
-
-    **How far the reversal can be trusted:** this is floating point, unchecked. Each reversed step
-    multiplies rounding noise by up to `1 / |1 - beta|`, so after n steps the early states carry a
-    relative error of about `eps |1 - beta|^-n` (float32, eps = 6e-8: 2e-5 after 8 steps and
-    0.25 after 22 at beta = 1/2; 2e-2 after 8 steps at beta = 0.8) and so, up to the contraction of
-    `f`, does the gradient. Keep `n log(1 / |1 - beta|)` below `log(1e-2 / eps)`, about 17 steps
-    at beta = 1/2, 7 at 0.8 in float32, or differentiate with `deqjax.RecursiveCheckpointAdjoint`,
-    which is exact for any number of steps.
+    **Cost:** one evaluation of `f` a step; two copies of `z`. For a reversal in the exact mode
+    also `log2(d)` bits per entry and step, in whole 32-bit words, room for `max_steps` of them.
 
     **When not to use it:** without `deqjax.ReversibleAdjoint` it has no advantage over
-    `deqjax.FixedPointIteration`.
+    `deqjax.FixedPointIteration`. The exact mode rounds z to the grid: not for states whose useful
+    digits lie below `2^-b`.
 
-    **Raises:** `ValueError` for a tolerance below 0 or NaN, or `beta` outside (0, 2) or 1. A traced
-    `beta` out of range is reported as `RESULTS.nonlinear_divergence`.
+    **Raises:** `ValueError` for a tolerance below 0 or NaN, `beta` outside (0, 2) or 1, and in the
+    exact mode for a `beta` that is an array or has no integer d (the message names the two nearest
+    that have) and for `fraction_bits` out of range. A traced `beta` out of range is reported as
+    `RESULTS.nonlinear_divergence`.
 
     Reference: Reversible deep equilibrium models, arXiv 2509.12917, the update of its section 3.
     """
@@ -47,6 +85,8 @@ class Reversible(AbstractSolver):
     atol: Number = 1e-6
     norm: Callable[[PyTree], Any] = optimistix.max_norm
     beta: Number = 0.8
+    exact: bool = eqx.field(static=True, default=True)
+    fraction_bits: int = eqx.field(static=True, default=24)
 
     def __check_init__(self):
         self.check()
@@ -57,15 +97,89 @@ class Reversible(AbstractSolver):
         beta = ("beta", self.beta, reversible, "a relaxation in (0, 2) and not 1")
         return [*super().requirements(), beta]
 
+    def check(self) -> None:
+        """See `AbstractSolver`."""
+        super().check()
+        if self.exact:
+            self.grid  # noqa: B018, which raises
+
+    @property
+    def grid(self) -> Grid:
+        """The integers of the exact mode."""
+        if not isinstance(self.beta, float | int | np.floating):
+            raise ValueError(
+                f"Reversible(exact=True) expects beta to be a Python float, got {self.beta}; use "
+                f"exact=False for a beta that is an array, to be traced or differentiated."
+            )
+        return grid(float(self.beta), self.fraction_bits)
+
+    def _quantise(self, tree: PyTree) -> tuple[PyTree, Bool[Array, ""], Bool[Array, ""]]:
+        """The integers, whether all fit, and whether a finite one does not."""
+        pairs = jax.tree.map(self.grid.quantise, tree)
+        integers, fits = jax.tree.transpose(jax.tree.structure(tree), None, pairs)
+        alike = lambda test, *trees: jnp.stack(jax.tree.leaves(jax.tree.map(test, *trees)))
+        beyond = alike(lambda x, ok: jnp.any(jnp.isfinite(x) & ~ok), tree, fits)
+        return integers, jnp.all(alike(jnp.all, fits)), jnp.any(beyond)
+
+    def start(self, z0: PyTree) -> PyTree:
+        """`z0`, in the exact mode rounded to the grid."""
+        if not self.exact:
+            return z0
+        integers, *_ = self._quantise(z0)
+        return _straight_through(self._values(integers, z0), z0)
+
+    def _values(self, integers: PyTree, like: PyTree) -> PyTree:
+        return jax.tree.map(lambda z, x: self.grid.value(z, x.dtype), integers, like)
+
     def memory(self, z0: PyTree) -> PyTree:
-        """The previous iterate, `s[-1] = z0`."""
-        return z0
+        """The previous iterate, `s[-1] = z0`; in the exact mode as integers."""
+        if not self.exact:
+            return z0
+        integers, _, overflow = self._quantise(z0)
+        return _Integers(integers, integers, self.start(z0), overflow)
+
+    def overflow(self, memory: PyTree) -> Bool[Array, ""]:
+        """See `AbstractSolver`."""
+        return memory.overflow if self.exact else jnp.asarray(False)
 
     def mix(self, z: PyTree, fz: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
         """`(1 - beta) s[k-1] + beta f(s[k])`, and `s[k]` for the step after."""
-        return lincomb(1 - self.beta, memory, self.beta, fz), z
+        if not self.exact:
+            return lincomb(1 - self.beta, memory, self.beta, fz), z
+        m: _Integers = memory
+        beta = self.grid.beta
+        update, fits, overflow = self._quantise(self.relaxed(fz))
+        pairs = jax.tree.map(self.grid.forward, m.before, update)
+        after, kept = jax.tree.transpose(jax.tree.structure(update), None, pairs)
+        wraps = ~jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(jnp.all, kept))))
+        # What would not fit is never taken: the state stays where it last was right.
+        ok = fits & ~wraps
+        before, now = select(ok, (m.now, after), (m.before, m.now))
+        real = lincomb(1 - beta, m.z_before, beta, fz)
+        z_after = _straight_through(self._values(now, z), real)
+        return z_after, _Integers(before, now, z, overflow | (fits & wraps))
 
-    def unmix(self, z_next: PyTree, fz: PyTree) -> PyTree:
+    @property
+    def relaxation(self) -> Number:
+        """The beta that is used: in the exact mode `1 - 1/d` or `1 + 1/d`, to the last bit."""
+        return self.grid.beta if self.exact else self.beta
+
+    def view(self, state: PyTree, like: PyTree) -> PyTree:
+        """One of the states of `pair`, as an iterate in the dtypes of `like`."""
+        return self._values(state, like) if self.exact else state
+
+    def relaxed(self, fz: PyTree) -> PyTree:
+        """`beta f(z)` in float32 or wider, as the exact mode rounds it."""
+        return scale(self.grid.beta, jax.tree.map(widen, fz))
+
+    def pair(self, z: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
+        """The two consecutive states `s[k-1], s[k]` from which the iteration is run backwards."""
+        return (memory.before, memory.now) if self.exact else (memory, z)
+
+    def unmix(self, z_after: PyTree, fz: PyTree, digits: PyTree = None) -> PyTree:
         """`s[k-1]` from `s[k+1]` and `f(s[k])`: the inverse of `mix`."""
-        rest = lincomb(1, z_next, -self.beta, fz)
+        if self.exact:
+            update, *_ = self._quantise(self.relaxed(fz))
+            return jax.tree.map(self.grid.backward, z_after, update, digits)
+        rest = lincomb(1, z_after, -self.beta, fz)
         return jax.tree.map(lambda x: x / jnp.asarray(1 - self.beta, x.dtype), rest)

@@ -1,0 +1,160 @@
+"""The reversible iteration backwards: its states, and the cotangents that they carry."""
+
+import functools as ft
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+
+from ._flat import Flat, batchable
+from ._iterate import iterate, lax_while
+from ._step import isolate
+from ._tape import Pair
+from ._tree import add, cast, dot, lincomb, mesh_axes, per_problem, scale, select, vary, widen
+
+
+class Record(eqx.Module):
+    """What a forward loop leaves to the backward sweep."""
+
+    pair: Pair  # the last two states
+    tape: PyTree
+    num_steps: Int[Array, "..."]
+    overflow: Bool[Array, "..."]
+
+
+class Cotangents(eqx.Module):
+    """Of the arrays that are differentiated (None for the others), of z0 and of beta.
+
+    Tangents and the primals themselves are kept in the same form; arrays in that of `own_f`.
+    """
+
+    arrays: Sequence[Array | None]
+    z0: PyTree
+    beta: Array | None
+
+
+class _Sweep(NamedTuple):
+    k: Int[Array, ""]  # steps that are not yet undone
+    y: PyTree  # s[k-1]
+    z: PyTree  # s[k]
+    tape: PyTree
+    gy: PyTree  # cotangents of the two states
+    gz: PyTree
+    gp: list[Array]  # cotangents of the arrays
+    gbeta: Inexact[Array, "..."]
+    gap: Float[Array, "..."]  # largest mismatch of a reconstructed state with a known one
+
+
+@batchable
+def run(flat: Flat, own: Sequence[bool]) -> tuple[PyTree, tuple]:
+    """`iterate`, recording."""
+    del own
+    return iterate(flat.inputs(lax_while))
+
+
+def record(flat: Flat, z: PyTree, extras: tuple) -> Record:
+    """The record in what `run` returns."""
+    num_steps, _, state = extras
+    pair = flat.solver.pair(z, state.memory)
+    return Record(pair, state.tape, num_steps, state.overflow)
+
+
+@batchable
+def sweep(
+    flat: Flat, own: Sequence[bool], record: Record, gz: PyTree
+) -> tuple[Cotangents, Float[Array, "..."]]:
+    """The cotangents of a solve whose value has cotangent `gz`, and the mismatch of its reversal.
+
+    The mismatch has one entry per problem. `own` are the arrays that are differentiated.
+    """
+    solver, budget = flat.solver, flat.budget
+    rank, tape, num_steps = budget.rank, flat.tape, record.num_steps
+    params, others = eqx.partition(flat.to_own(flat.arrays), list(own))
+    memory = per_problem(solver.memory, rank)(flat.z0)
+    (start, _) = solver.pair(flat.z0, memory)
+    zeros = ft.partial(jax.tree.map, jnp.zeros_like)
+    times, beta = per_problem(scale, rank), solver.relaxation
+    beta_moves = eqx.is_array(beta)
+    view = lambda y: solver.view(y, flat.z0)
+
+    axes = mesh_axes(flat, record, gz)
+    # Inside shard_map the VJP of f sums over devices what f closes over and what does not vary:
+    # then all devices have to take part in each, so they sweep as often as the slowest.
+    collective = any(mesh_axes(x) != axes for x in jax.tree.leaves(params))
+    total = budget.limit if budget.uniform else jnp.max(num_steps, initial=0)
+    total = jax.lax.pmax(total, tuple(axes)) if collective else total
+    masked = collective or not budget.uniform
+
+    def f(params, y):
+        return flat.own_f(eqx.combine(params, others), y)
+
+    def body(c: _Sweep) -> _Sweep:
+        i = c.k - 1
+        live = c.k <= num_steps  # a problem that stopped earlier waits for its own last step
+        gz = select(live, c.gz, zeros(c.gz)) if masked else c.gz
+        y = view(c.y)
+        fy, pull = jax.vjp(f, params, y)
+        if tape.isolated:
+            fy, _ = isolate(lambda y, arrays: (flat.f(arrays, y), None), i)(y, flat.arrays)
+        dp, dy = pull(times(beta, gz))
+        before, rest, gap = tape.undo(solver, c.tape, i, live, (c.y, c.z), fy, start, rank)
+        new = (before, c.y, times(1 - beta, gz), add(c.gy, dy))
+        new = select(live, new, (c.y, c.z, c.gy, c.gz)) if masked else new
+        gap = jnp.maximum(c.gap, jnp.where(live, gap, 0))
+        gbeta = c.gbeta
+        if beta_moves:
+            db = per_problem(lambda g, fy, x: dot(g, lincomb(1, fy, -1, x)), rank)
+            gbeta = gbeta + db(gz, fy, before)
+        y, z, gy, gz, rest, gbeta, gap = vary((*new, rest, gbeta, gap), axes)
+        return _Sweep(c.k - 1, y, z, rest, gy, gz, add(c.gp, dp), gbeta, gap)
+
+    # Sums over steps are kept in float32 or wider, and like the sums over devices inside f.
+    gp = jax.tree.map(lambda x: vary(jnp.zeros_like(widen(x)), mesh_axes(x)), params)
+    gbeta = jnp.zeros(num_steps.shape, dot(gz, gz).dtype)
+    gap = jnp.zeros(num_steps.shape, jnp.float32)
+    states = (*record.pair, record.tape, zeros(gz), gz, gbeta, gap)
+    y, z, rest, gy, gz, gbeta, gap = vary(states, axes)
+    init = _Sweep(total, y, z, rest, gy, gz, gp, gbeta, gap)
+    end = lax_while(lambda c: c.k > 0, body, init)
+
+    # A beta that problems share has the sum of their cotangents.
+    total = lambda x: jnp.sum(x, tuple(range(beta.ndim, x.ndim))).astype(beta.dtype)
+    g_beta = total(end.gbeta) if beta_moves else None
+    out = Cotangents(cast(end.gp, params), add(end.gy, end.gz), g_beta)
+    gap = jnp.maximum(end.gap, tape.final_gap((end.y, end.z), start, rank))
+    return out, jnp.where(record.overflow, jnp.inf, gap)
+
+
+def judged(flat: Flat, out: Cotangents, gap: Float[Array, "..."], check: str) -> Cotangents:
+    """`out` if every reversal has ended where it has to, and otherwise what `check` says."""
+    wrong = ~(gap <= flat.tape.bound(flat.z0))
+    if check == "off":
+        return out
+    if check == "raise":
+        return eqx.error_if(out, jnp.any(wrong), _MESSAGE)
+    axes = mesh_axes(wrong)
+
+    def shared(x):
+        # An array that all devices of a shard_map share has one cotangent, their sum.
+        missing = tuple(axes - mesh_axes(x))
+        any_wrong = jnp.any(wrong)
+        any_wrong = jax.lax.pmax(any_wrong, missing) if missing else any_wrong
+        return jnp.where(any_wrong, jnp.nan, x)
+
+    nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), out.z0)
+    return Cotangents(
+        jax.tree.map(shared, out.arrays),
+        select(wrong, nan, out.z0),
+        jax.tree.map(shared, out.beta),
+    )
+
+
+_MESSAGE = (
+    "ReversibleAdjoint: the backward sweep did not end at z0, so that the gradient would be wrong. "
+    "Is f the same function at each call (noise drawn inside it, a nondeterministic kernel)? "
+    "Or is the state out of range (sol.stats['overflow'])? "
+    "deqjax.RecursiveCheckpointAdjoint() needs neither."
+)

@@ -1,0 +1,195 @@
+"""What is written down on the way forward, so that the reversible iteration can be run backwards.
+
+Step i goes from `s[i-1], s[i]` to `s[i+1]`. A tape is a pytree like the state whose leaves have an
+axis of rows behind the batch axes.
+"""
+
+import abc
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._grid import Grid
+from ._tree import max_abs, per_problem, select, widen
+from .solvers import Reversible
+
+Pair = tuple[PyTree, PyTree]  # two consecutive states; integers in the exact mode
+
+
+class AbstractTape(eqx.Module):
+    """How a forward loop records, and how its steps are undone from the record."""
+
+    @property
+    @abc.abstractmethod
+    def isolated(self) -> bool:
+        """Whether f has to give the same bits forwards and backwards."""
+
+    @abc.abstractmethod
+    def blank(self, pair: Pair, max_steps: int, rank: int) -> PyTree:
+        """The tape before the first step."""
+
+    @abc.abstractmethod
+    def push(self, tape: PyTree, i: Int[Array, ""], go: Bool[Array, "..."], pair: Pair) -> PyTree:
+        """Records step i, from `pair`, of the problems that `go`."""
+
+    @abc.abstractmethod
+    def undo(
+        self, solver: Reversible, tape: PyTree, i: Int[Array, ""], live: Bool[Array, "..."],
+        pair: Pair, fy: PyTree, start: PyTree, rank: int,
+    ) -> tuple[PyTree, PyTree, Float[Array, "..."]]:  # fmt: skip
+        """Undoes step i of the `live` problems from `pair = (s[i], s[i+1])`, `fy = f(s[i])`.
+
+        Returns `s[i-1]`, the tape, and how far what is computed lies from what is known.
+        """
+
+    @abc.abstractmethod
+    def final_gap(self, pair: Pair, start: PyTree, rank: int) -> Float[Array, "..."]:
+        """How far the pair at the end of a sweep lies from `(z0, z0)`, unless `undo` has told."""
+
+    @abc.abstractmethod
+    def bound(self, z0: PyTree) -> float:
+        """The mismatch up to which a reversal is trusted."""
+
+
+class Digits(AbstractTape):
+    """The remainders that a step of the exact mode divides away, packed in 32-bit words."""
+
+    grid: Grid
+
+    @property
+    def isolated(self):
+        """See `AbstractTape`."""
+        return True
+
+    def blank(self, pair, max_steps, rank):
+        """See `AbstractTape`."""
+        words = -(-max_steps // self.grid.per_word)
+        return jax.tree.map(lambda x: _rows(x, words, rank, jnp.uint32), pair[0])
+
+    def push(self, tape, i, go, pair):
+        """See `AbstractTape`."""
+        d, k = np.uint32(self.grid.d), i // self.grid.per_word
+
+        def leaf(tape, before):
+            word = _row(tape, k, go.ndim)
+            new = word * d + self.grid.divide(before)[1]
+            return _set_row(tape, k, select(go, new, word), go.ndim)
+
+        return jax.tree.map(leaf, tape, pair[0])
+
+    def undo(self, solver, tape, i, live, pair, fy, start, rank):
+        """See `AbstractTape`."""
+        d, k = np.uint32(self.grid.d), i // self.grid.per_word
+        words = jax.tree.map(lambda x: _row(x, k, rank), tape)
+        digits = jax.tree.map(lambda x: x % d, words)
+        rest = select(live, jax.tree.map(lambda x: x // d, words), words)
+        tape = jax.tree.map(lambda x, row: _set_row(x, k, row, rank), tape, rest)
+        before = per_problem(lambda *a: solver.unmix(*a), rank)(pair[1], fy, digits)
+        return before, tape, jnp.asarray(0, jnp.float32)
+
+    def final_gap(self, pair, start, rank):
+        """See `AbstractTape`."""
+        return per_problem(self._gap, rank)(pair, (start, start))
+
+    def _gap(self, a: PyTree, b: PyTree) -> Float[Array, ""]:
+        """The largest difference; 0 if and only if all integers are equal."""
+        unit = 2.0**-self.grid.bits
+        size = lambda a, b: jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)) * unit
+        gap = lambda a, b: jnp.where(a == b, 0, jnp.maximum(size(a, b), unit))
+        return max_abs(jax.tree.map(gap, a, b))
+
+    def bound(self, z0):
+        """See `AbstractTape`."""
+        return 0.0
+
+
+class Segments(AbstractTape):
+    """Every `length`-th pair of states of the floating-point mode; `None`: z0 alone."""
+
+    length: int | None = eqx.field(static=True)
+
+    @property
+    def isolated(self):
+        """See `AbstractTape`."""
+        return False
+
+    def blank(self, pair, max_steps, rank):
+        """See `AbstractTape`."""
+        if self.length is None:
+            return None
+        rows = -(-max_steps // self.length)
+        return jax.tree.map(lambda x: _rows(x, 2 * rows, rank, x.dtype), pair[0])
+
+    def push(self, tape, i, go, pair):
+        """See `AbstractTape`."""
+        if self.length is None:
+            return tape
+        here, k = i % self.length == 0, 2 * (i // self.length)
+
+        def leaf(tape, *pair):
+            for slot, x in enumerate(pair):
+                row = jnp.where(here, x, _row(tape, k + slot, go.ndim))
+                tape = _set_row(tape, k + slot, row, go.ndim)
+            return tape
+
+        return jax.tree.map(leaf, tape, *pair)
+
+    def undo(self, solver, tape, i, live, pair, fy, start, rank):
+        """See `AbstractTape`."""
+        del live
+        raw = per_problem(lambda s, *a: s.unmix(*a), rank)(solver, pair[1], fy)
+        if self.length is None:
+            known, stored = i < 2, start
+        else:
+            first, second = i % self.length == 0, (i - 1) % self.length == 0
+            k = jnp.where(first, 2 * (i // self.length), 2 * ((i - 1) // self.length) + 1)
+            known = first | second
+            stored = jax.tree.map(lambda x: _row(x, jnp.maximum(k, 0), rank), tape)
+        gap = jnp.where(known, per_problem(_relative_gap, rank)(raw, stored, pair), 0)
+        # A state that is known is put in its place, where reversal has amplified rounding the most.
+        return jax.tree.map(lambda a, b: jnp.where(known, a, b), stored, raw), tape, gap
+
+    def final_gap(self, pair, start, rank):
+        """See `AbstractTape`."""
+        return jnp.asarray(0, jnp.float32)
+
+    def bound(self, z0):
+        """See `AbstractTape`."""
+        return math.inf if self.length is None else 10 * math.sqrt(_unit(z0))
+
+
+def _relative_gap(a: PyTree, b: PyTree, scale: PyTree) -> Float[Array, ""]:
+    size = max_abs((b, scale))
+    gap = max_abs(jax.tree.map(lambda a, b: widen(a) - widen(b), a, b)).astype(size.dtype)
+    return (gap / jnp.where(size == 0, 1, size)).astype(jnp.float32)
+
+
+def _unit(z0: PyTree) -> float:
+    """The unit roundoff of the least precise leaf."""
+    return max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(z0))
+
+
+def segment_length(beta: Any, z0: PyTree) -> int:
+    """Steps that lose half of the digits of `z0`: `(1 / |1 - beta|)^k = eps^(-1/2)`, at least 1.
+
+    A beta that is traced is taken for one with `|1 - beta|` of at least 1/10.
+    """
+    shrink = 0.1 if eqx.is_array(beta) else abs(1 - beta)
+    return max(1, int(math.log(_unit(z0)) / 2 / math.log(shrink)))
+
+
+def _rows(x: Array, rows: int, rank: int, dtype: Any) -> Array:
+    return jnp.zeros((*x.shape[:rank], rows, *x.shape[rank:]), dtype)
+
+
+def _row(x: Array, k: Int[Array, ""], rank: int) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, k, rank, keepdims=False)
+
+
+def _set_row(x: Array, k: Int[Array, ""], row: Array, rank: int) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(x, row, k, rank)
