@@ -51,10 +51,11 @@ def fixed_point(
     - `has_aux`: whether `fn` returns `(z', aux)`.
     - `batched`: axis 0 of every leaf of z is a batch of independent problems. `fn` sees the whole
         batch; each problem stops on its own tolerance and is frozen from then on; the cotangent of
-        what `fn` shares between problems is accumulated once. That is the fast form: `jax.vmap` of
-        this function carries one parameter cotangent per example through the backward loop. As
-        everywhere in JAX, an example at which f is NaN makes the gradient of shared parameters
-        NaN, however the loss masks it: replace its input before the solve.
+        what `fn` shares between problems is accumulated once. `jax.vmap` of this function does the
+        same at the same cost, except with `deqjax.RecursiveCheckpointAdjoint` and a tolerance,
+        where it makes one cotangent per example. As everywhere in JAX, an example at which f is NaN
+        makes the gradient of shared parameters NaN, however the loss masks it: replace its input
+        before the solve.
     - `max_steps`: the ceiling on mixes, an int of at least 1.
     - `steps`: an int array, at most `max_steps`, of shape `()` or, batched, `(batch,)`: a ceiling
         that may be traced and never recompiles.
@@ -67,12 +68,12 @@ def fixed_point(
     - `value`: `z_n`, the iterate whose residual is reported.
     - `result`: one `deqjax.RESULTS` code per problem: `successful` (met its tolerance, or took the
         fixed number of steps), `nonlinear_max_steps_reached`, `nonfinite`, or
-        `nonlinear_divergence` (an entry above sqrt(largest float), or a traced solver field out of
-        its range).
+        `nonlinear_divergence` (an entry above sqrt(largest float), an integer state out of its
+        range, or a traced solver field out of its range).
     - `aux`: of the evaluation at `value`, differentiated as such.
     - `stats`: `"num_steps"` mixes, `"num_fn_evals"` (one more), `"residual"`
-        `||f(z) - z||_2 / ||f(z)||_2` in float32 or wider, `"overflow"` (integer states only), each
-        with one entry per problem; and `"max_steps"`.
+        `||f(z) - z||_2 / ||f(z)||_2` in float32 or wider, `"overflow"` (an integer state would have
+        left its range), each with one entry per problem; and `"max_steps"`.
 
     **Cost:** `num_steps + 1` evaluations of `f`. After a stop on a tolerance the last one is made
     again, outside the loop, if a residual, a result or an aux is used.

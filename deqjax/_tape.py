@@ -164,7 +164,7 @@ class Segments(AbstractTape):
 
 
 def _relative_gap(a: PyTree, b: PyTree, scale: PyTree) -> Float[Array, ""]:
-    size = max_abs((b, scale))
+    size = max_abs(scale)
     gap = max_abs(jax.tree.map(lambda a, b: widen(a) - widen(b), a, b)).astype(size.dtype)
     return (gap / jnp.where(size == 0, 1, size)).astype(jnp.float32)
 

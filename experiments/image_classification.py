@@ -79,7 +79,7 @@ class Config:
     tolerance: float = 1e-4
     """Of pcDEQ solves, relative: a tenth of it changes no accuracy and costs more steps."""
     beta: float = 0.8
-    """Relaxation of the reversible solver, the paper's; near 1 it reverses badly."""
+    """Relaxation of the reversible solver, the paper's; 1 - beta is 1/d or -1/d, d an integer."""
 
     seed: int = 0
     """Of parameters, order of the data and augmentation; the digits' split is always the same."""

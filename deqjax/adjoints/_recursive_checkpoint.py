@@ -25,7 +25,8 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
     `max_steps` of them.
 
     **When not to use it:** at a converged fixed point `deqjax.ImplicitAdjoint` gives its derivative
-    at O(1) memory, and within its bound `deqjax.ReversibleAdjoint` that of the steps.
+    at O(1) memory; of the steps of `deqjax.Reversible`, `deqjax.ReversibleAdjoint` gives the same
+    gradient with two states kept and one evaluation of f fewer a step.
 
     **Raises:** `ValueError` for `checkpoints < 1`, or with no `max_steps` (Optimistix allows
     `None`).

@@ -36,7 +36,8 @@ class DEQ(eqx.Module):
 
     **Cost:** that of `deqjax.fixed_point`.
 
-    **When not to use it:** under `jax.vmap`; `batch` is the fast form, see there.
+    **When not to use it:** for a map without a fixed point, or to iterate a fixed number of explicit
+    layers: those need no solver.
 
     Reference: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019, equation 3.
     """
@@ -67,9 +68,9 @@ class DEQ(eqx.Module):
         """Solves a batch, on axis 0 of every leaf, as one state.
 
         Each example stops on its own tolerance, and the cotangent of the cell's parameters is
-        accumulated once, where `jax.vmap` of the layer carries one per example through the backward
-        loop. Arguments and returns as for one example, with one entry per example in `sol.result`
-        and `sol.stats`; `steps` may have shape `(batch,)`.
+        accumulated once (so it is under `jax.vmap` of the layer, see `deqjax.fixed_point`).
+        Arguments and returns as for one example, with one entry per example in `sol.result` and
+        `sol.stats`; `steps` may have shape `(batch,)`.
         """
         return self._solve(_Mapped, xs, z0, batched=True, steps=steps)
 
