@@ -40,7 +40,7 @@ class _Sweep(NamedTuple):
     k: Int[Array, ""]  # steps that are not yet undone
     y: PyTree  # s[k-1]
     z: PyTree  # s[k]
-    tape: PyTree
+    words: PyTree  # what the tape wants to be carried
     gy: PyTree  # cotangents of the two states
     gz: PyTree
     gp: list[Array]  # cotangents of the arrays
@@ -100,7 +100,10 @@ def sweep(
         if tape.isolated:
             fy, _ = isolate(lambda y, arrays: (flat.f(arrays, y), None), i)(y, flat.arrays)
         dp, dy = pull(times(beta, gz))
-        before, rest, gap = tape.undo(solver, c.tape, i, live, (c.y, c.z), fy, start, rank)
+        first, pair = c.k == num_steps, (c.y, c.z)
+        before, words, gap = tape.undo(
+            solver, record.tape, c.words, i, first, pair, fy, start, rank
+        )
         new = (before, c.y, times(1 - beta, gz), add(c.gy, dy))
         new = select(live, new, (c.y, c.z, c.gy, c.gz)) if masked else new
         gap = jnp.maximum(c.gap, jnp.where(live, gap, 0))
@@ -108,16 +111,16 @@ def sweep(
         if beta_moves:
             db = per_problem(lambda g, fy, x: dot(g, lincomb(1, fy, -1, x)), rank)
             gbeta = gbeta + db(gz, fy, before)
-        y, z, gy, gz, rest, gbeta, gap = vary((*new, rest, gbeta, gap), axes)
-        return _Sweep(c.k - 1, y, z, rest, gy, gz, add(c.gp, dp), gbeta, gap)
+        y, z, gy, gz, words, gbeta, gap = vary((*new, words, gbeta, gap), axes)
+        return _Sweep(c.k - 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, gap)
 
     # Sums over steps are kept in float32 or wider, and like the sums over devices inside f.
     gp = jax.tree.map(lambda x: vary(jnp.zeros_like(widen(x)), mesh_axes(x)), params)
     gbeta = jnp.zeros(num_steps.shape, dot(gz, gz).dtype)
     gap = jnp.zeros(num_steps.shape, jnp.float32)
-    states = (*record.pair, record.tape, zeros(gz), gz, gbeta, gap)
-    y, z, rest, gy, gz, gbeta, gap = vary(states, axes)
-    init = _Sweep(total, y, z, rest, gy, gz, gp, gbeta, gap)
+    states = (*record.pair, tape.words(record.tape, rank), zeros(gz), gz, gbeta, gap)
+    y, z, words, gy, gz, gbeta, gap = vary(states, axes)
+    init = _Sweep(total, y, z, words, gy, gz, gp, gbeta, gap)
     end = lax_while(lambda c: c.k > 0, body, init)
 
     # A beta that problems share has the sum of their cotangents.

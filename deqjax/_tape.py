@@ -37,14 +37,19 @@ class AbstractTape(eqx.Module):
     def push(self, tape: PyTree, i: Int[Array, ""], go: Bool[Array, "..."], pair: Pair) -> PyTree:
         """Records step i, from `pair`, of the problems that `go`."""
 
+    def words(self, tape: PyTree, rank: int) -> PyTree:
+        """What a sweep carries: like one row of a tape that is read digit by digit."""
+        del tape, rank
+
     @abc.abstractmethod
     def undo(
-        self, solver: Reversible, tape: PyTree, i: Int[Array, ""], live: Bool[Array, "..."],
-        pair: Pair, fy: PyTree, start: PyTree, rank: int,
+        self, solver: Reversible, tape: PyTree, words: PyTree, i: Int[Array, ""],
+        first: Bool[Array, "..."], pair: Pair, fy: PyTree, start: PyTree, rank: int,
     ) -> tuple[PyTree, PyTree, Float[Array, "..."]]:  # fmt: skip
-        """Undoes step i of the `live` problems from `pair = (s[i], s[i+1])`, `fy = f(s[i])`.
+        """Undoes step i from `pair = (s[i], s[i+1])` and `fy = f(s[i])`.
 
-        Returns `s[i-1]`, the tape, and how far what is computed lies from what is known.
+        `words` are carried from step to step and mean nothing in a problem's `first`. Returns
+        `s[i-1]`, the words, and how far what is computed lies from what is known.
         """
 
     @abc.abstractmethod
@@ -82,15 +87,20 @@ class Digits(AbstractTape):
 
         return jax.tree.map(leaf, tape, pair[0])
 
-    def undo(self, solver, tape, i, live, pair, fy, start, rank):
+    def words(self, tape, rank):
         """See `AbstractTape`."""
-        d, k = np.uint32(self.grid.d), i // self.grid.per_word
-        words = jax.tree.map(lambda x: _row(x, k, rank), tape)
+        return jax.tree.map(lambda x: _row(x, jnp.asarray(0), rank), tape)
+
+    def undo(self, solver, tape, words, i, first, pair, fy, start, rank):
+        """See `AbstractTape`."""
+        d, m = np.uint32(self.grid.d), self.grid.per_word
+        stored = jax.tree.map(lambda x: _row(x, i // m, rank), tape)
+        # A word is read when its last digit is due, and used up on the way to its first.
+        words = select(first | (i % m == m - 1), stored, words)
         digits = jax.tree.map(lambda x: x % d, words)
-        rest = select(live, jax.tree.map(lambda x: x // d, words), words)
-        tape = jax.tree.map(lambda x, row: _set_row(x, k, row, rank), tape, rest)
+        words = jax.tree.map(lambda x: x // d, words)
         before = per_problem(lambda *a: solver.unmix(*a), rank)(pair[1], fy, digits)
-        return before, tape, jnp.asarray(0, jnp.float32)
+        return before, words, jnp.asarray(0, jnp.float32)
 
     def final_gap(self, pair, start, rank):
         """See `AbstractTape`."""
@@ -139,9 +149,9 @@ class Segments(AbstractTape):
 
         return jax.tree.map(leaf, tape, *pair)
 
-    def undo(self, solver, tape, i, live, pair, fy, start, rank):
+    def undo(self, solver, tape, words, i, first, pair, fy, start, rank):
         """See `AbstractTape`."""
-        del live
+        del first
         raw = per_problem(lambda s, *a: s.unmix(*a), rank)(solver, pair[1], fy)
         if self.length is None:
             known, stored = i < 2, start
@@ -152,7 +162,7 @@ class Segments(AbstractTape):
             stored = jax.tree.map(lambda x: _row(x, jnp.maximum(k, 0), rank), tape)
         gap = jnp.where(known, per_problem(_relative_gap, rank)(raw, stored, pair), 0)
         # A state that is known is put in its place, where reversal has amplified rounding the most.
-        return jax.tree.map(lambda a, b: jnp.where(known, a, b), stored, raw), tape, gap
+        return jax.tree.map(lambda a, b: jnp.where(known, a, b), stored, raw), words, gap
 
     def final_gap(self, pair, start, rank):
         """See `AbstractTape`."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import PyTree
 
-from .._tree import dot, scale
+from .._tree import dot, mesh_axes, scale, vary
 
 AbstractAdjoint = optimistix.AbstractAdjoint
 
@@ -59,9 +59,8 @@ def no_gradient(tree: PyTree) -> PyTree:
 def tangent_of_extras(extras: PyTree, t_z: PyTree) -> PyTree:
     """Zero, but made of tangents: so that `no_gradient` notices a loss of the extras."""
     zero = dot(t_z, scale(0, t_z))
-    return jax.tree.map(
-        lambda x: jnp.full_like(x, zero.astype(x.dtype)), eqx.filter(extras, eqx.is_inexact_array)
-    )
+    like = lambda x: vary(jnp.broadcast_to(zero.astype(x.dtype), x.shape), mesh_axes(x))
+    return jax.tree.map(like, eqx.filter(extras, eqx.is_inexact_array))
 
 
 def strong(tree: PyTree) -> PyTree:

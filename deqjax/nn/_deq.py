@@ -36,8 +36,7 @@ class DEQ(eqx.Module):
 
     **Cost:** that of `deqjax.fixed_point`.
 
-    **When not to use it:** for a map without a fixed point, or to iterate a fixed number of explicit
-    layers: those need no solver.
+    **When not to use it:** for a fixed number of explicit layers, which need no solver.
 
     Reference: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019, equation 3.
     """

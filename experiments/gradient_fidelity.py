@@ -1,0 +1,216 @@
+"""How right a gradient by reversal is, and what it costs, beside the other ways of taking one.
+
+Shown: the integer state of `deqjax.Reversible` runs backwards without an error at any depth, where
+a floating point state is lost after some tens of evaluations, in float64 too; at what price in
+memory and in time. Blocks: a perceptron, convolutions with group norm, causal attention, each
+normalised by `x / jnp.sqrt(v)`, which XLA does not round alike in two programs.
+
+    python experiments/gradient_fidelity.py                     # everything
+    python experiments/gradient_fidelity.py --sections errors --dtypes float32
+    python experiments/gradient_fidelity.py --smoke             # the same in seconds, tiny
+
+Writes results.json (all numbers), table.md and error.png into runs/gradient_fidelity/, over those
+of an earlier run; a section that isn't asked for is kept from there. All options: --help.
+
+RESULTS GO HERE
+"""
+
+import dataclasses
+import json
+import math
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from _fidelity_cells import Cell, make_attention, make_conv, make_mlp, make_tanh
+from _fidelity_errors import errors
+from _fidelity_memory import memory, residuals
+from _fidelity_methods import TITLES, Method
+from _fidelity_plot import plot_errors
+from _fidelity_report import (
+    claims,
+    claims_table,
+    error_table,
+    fraction,
+    memory_table,
+    pick,
+    residual_table,
+    summary_table,
+    time_table,
+    vmap_table,
+)
+from _fidelity_time import timing, vmapped
+
+Section = Literal["errors", "memory", "time", "vmap"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure gradients: their error, memory and time."""
+
+    sections: tuple[Section, ...] = ("errors", "memory", "time", "vmap")
+    """What to measure; residuals kept go with memory."""
+    cells: tuple[Literal["MLP", "convolution", "attention"], ...] = (
+        "MLP",
+        "convolution",
+        "attention",
+    )
+    """The blocks of errors and memory."""
+    depths: tuple[int, ...] = (4, 16, 64, 256, 1024)
+    """Evaluations of the block, two of them being one step of the paper's."""
+    inverses: tuple[int, ...] = (2, 5, 10, -5)
+    """The d of 1 - beta = 1/d."""
+    costed: tuple[Method, ...] = tuple(TITLES)
+    """Whose memory and time are measured; of the errors, all are."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Of state, parameters and computation."""
+    memory_depths: tuple[int, int] = (8, 512)
+    """Evaluations between which memory is compared."""
+    d: int = 5
+    """1 - beta = 1/d where only one is measured: memory, time and vmap. The paper's is 5."""
+    evaluations: int = 16
+    """Of the block whose time is measured, and of the solves under vmap; even."""
+    rounds: int = 9
+    """Of time measurements, interleaved; the median is reported."""
+    seed: int = 0
+    """Of parameters, input, initial iterate and cotangent."""
+    out: Path | None = None
+    """The folder of the results; None: runs/gradient_fidelity, smoke runs beside it."""
+    smoke: bool = False
+    """Tiny blocks, few depths: everything is run through, nothing is shown by it."""
+
+
+# These are forced: a smoke run is quick whatever else is asked for.
+SMOKE: dict[str, Any] = {
+    "cells": ("MLP",),
+    "depths": (4, 16),
+    "inverses": (5,),
+    "costed": ("exact", "float"),
+    "dtypes": ("float32",),
+    "memory_depths": (8, 32),
+    "evaluations": 4,
+    "rounds": 2,
+}
+
+
+def small_cells(config: Config) -> list[Cell]:
+    """Blocks for the errors: compiling them is what takes the time, whatever their size."""
+    key = jax.random.key(config.seed)
+    if config.smoke:
+        return [make_mlp(4, 16, key)]
+    made = (
+        make_mlp(8, 64, key),
+        make_conv(4, 8, 8, key),
+        make_attention(2, 16, 32, 2, key),
+    )
+    return [cell for cell in made if cell.name in config.cells]
+
+
+def large_cells(config: Config) -> list[Cell]:
+    """Blocks for the memory, whose size makes that of counters and constants negligible."""
+    key = jax.random.key(config.seed)
+    if config.smoke:
+        return [make_mlp(32, 32, key)]
+    made = (make_mlp(128, 512, key), make_conv(16, 16, 32, key), benchmark_cell(config))
+    return [cell for cell in made if cell.name in config.cells]
+
+
+HEADS = 8
+
+
+def benchmark_cell(config: Config) -> Cell:
+    batch, length, width = (2, 16, 32) if config.smoke else (8, 128, 256)
+    return make_attention(batch, length, width, HEADS, jax.random.key(config.seed))
+
+
+def measure(section: Section, config: Config) -> dict[str, Any]:
+    n, rounds, d, key = config.evaluations, config.rounds, config.d, jax.random.key(config.seed)
+    match section:
+        case "errors":
+            cells = small_cells(config)
+            return {"errors": errors(cells, config.inverses, config.dtypes, config.depths)}
+        case "memory":
+            cells, (few, many) = large_cells(config), config.memory_depths
+            kept = residuals(cells, config.inverses, (few, math.isqrt(few * many), many))
+            return {"memory": memory(cells, (few, many), d, config.costed), "residuals": kept}
+        case "time":
+            return {"time": timing(benchmark_cell(config), HEADS, d, n, rounds, config.costed)}
+        case "vmap":
+            cell = make_tanh(*((4, 16) if config.smoke else (32, 1024)), key)
+            return {"vmap": vmapped(cell, d, n, rounds, ("float", "exact"))}
+
+
+def tables(results: dict[str, Any]) -> str:
+    """What was measured, as Markdown."""
+    parts = [claims_table(results["claims"])]
+    if {"errors", "memory", "time"} <= results.keys():
+        parts += ["## In short", summary_table(results)]
+    rows = results.get("errors", [])
+    for dtype, d in dict.fromkeys((row["dtype"], row["d"]) for row in rows):
+        title = f"## {dtype}, 1 - beta = {fraction(d)}, worst block"
+        parts += [title, error_table(pick(rows, dtype=dtype, d=d))]
+    for name, table in TABLES.items():
+        if name in results:
+            parts += [f"## {name.capitalize()}", table(results[name])]
+    return "\n\n".join([*parts, NOTE]) + "\n"
+
+
+TABLES = {
+    "memory": memory_table,
+    "residuals": residual_table,
+    "time": time_table,
+    "vmap": vmap_table,
+}
+NOTE = (
+    "Error: relative, over parameters and input together, against float64 autodiff of the same "
+    "steps.\n\\* Gradients of the fixed point and not of the steps, against the same reference: "
+    "they differ by design.\nReversal residual: the largest difference of a state that is known, "
+    "exact: as such, float: relative.\nFloor: one f, and one f with its VJP, each compiled alone."
+)
+
+
+def finite(tree: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(tree, dict):
+        return {k: finite(v) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(v) for v in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def main(config: Config) -> None:
+    if config.smoke:
+        config = dataclasses.replace(config, **SMOKE)
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
+    out = config.out or Path("runs") / f"gradient_fidelity{'-smoke' if config.smoke else ''}"
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / "results.json"
+    results: dict[str, Any] = {"runs": {}}
+    if record.exists():
+        results = json.loads(record.read_text(encoding="utf-8"))
+    versions = {name: version(name) for name in ("jax", "deqjax", "equinox", "numpy")}
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    about = {"python": platform.python_version(), **versions, "device": device}
+    for section in config.sections:
+        start = time.perf_counter()
+        results |= finite(measure(section, config))
+        seconds = round(time.perf_counter() - start)
+        asked = dataclasses.asdict(config) | {"out": str(out)}
+        results["runs"][section] = {"config": asked, "versions": about, "seconds": seconds}
+        results["claims"] = claims(results)
+        # After each section, so that a run that is stopped leaves what it has measured.
+        text = json.dumps(finite(results), indent=1, allow_nan=False)
+        record.write_text(text + "\n", encoding="utf-8")
+    (out / "table.md").write_text(tables(results), encoding="utf-8")
+    if "errors" in results:
+        plot_errors(results["errors"], results["errors"][0]["dtype"], out / "error.png")
+    took = ", ".join(f"{name} {run['seconds']} s" for name, run in results["runs"].items())
+    print(f"\n{tables(results)}\n{took}, on {device}; {out}/")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
