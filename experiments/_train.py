@@ -163,8 +163,8 @@ def backward_evaluations(model: PyTree, solves, key: PRNGKeyArray) -> float:
     mode evaluates f alone once more. `ImplicitAdjoint` solves (I - J^T) y = g by the VJPs of an
     iteration: their mean number over the batch is measured with `deqjax.implicit_vjp`, at the
     solution the model found and with a cotangent g drawn from the unit normal distribution; one
-    more VJP finds that the tolerance is met, and another carries y to the parameters. A network without solves applies the
-    VJP of its cell once.
+    more VJP finds that the tolerance is met, and another carries y to the parameters. A network
+    without solves applies the VJP of its cell once.
     """
     if not model.deqs:
         return 1.0
