@@ -34,6 +34,8 @@ class Flat(eqx.Module):
     tape: AbstractTape
     own_f: Callable[[Arrays, PyTree], PyTree] = eqx.field(static=True)
     to_own: Callable[[Arrays], Arrays] = eqx.field(static=True)
+    # For each array of that form and each problem axis, whether it has an entry per problem.
+    per_problem: tuple[tuple[bool, ...], ...] = eqx.field(static=True)
 
     def inputs(self, while_loop: Callable) -> tuple:
         """The inputs of `iterate`."""
@@ -53,6 +55,9 @@ class Flat(eqx.Module):
         budget, b = self.budget, batched.budget.limit
         one = budget.limit.ndim == 0 and not b  # for all problems
         limit = budget.limit if one else spread(budget.limit, b)
+        rank = budget.rank + 1
+        # Its axes are the leading ones of the problems: others have to be there for it to line up.
+        limit = limit.reshape(limit.shape + (1,) * (rank - limit.ndim)) if limit.ndim else limit
 
         def to_own(arrays):
             inner = jax.vmap(self.to_own, (in_axes,), in_axes, axis_size=size)(arrays)
@@ -64,10 +69,11 @@ class Flat(eqx.Module):
             self.arrays,
             map_arrays(spread, self.solver, batched.solver),
             jax.tree.map(spread, self.z0, batched.z0),
-            dataclasses.replace(budget, limit=limit, rank=budget.rank + 1),
+            dataclasses.replace(budget, limit=limit, rank=rank),
             self.tape,
             jax.vmap(self.own_f, (own_axes, 0)),
             to_own,
+            tuple((a == 0, *x) for a, x in zip(own_axes, self.per_problem, strict=True)),
         )
 
 
@@ -82,7 +88,8 @@ def flatten(
         fn, args = eqx.combine(jax.tree.unflatten(treedef, arrays), static)
         return evaluate(fn, z, args)[0]
 
-    return Flat(f, arrays, solver, z0, budget, tape, f, lambda arrays: arrays)
+    shared = ((False,) * budget.rank,) * len(arrays)
+    return Flat(f, arrays, solver, z0, budget, tape, f, lambda arrays: arrays, shared)
 
 
 def with_axis(size: int, x: Array, batched: bool) -> Array:
@@ -96,32 +103,33 @@ def map_arrays(fn: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
 
 
 def batchable(call: Callable) -> Callable:
-    """`call(flat, own, *rest)`, for which `jax.vmap` is the same call of the mapped solve.
+    """`call(flat, own, record, gz)`, for which `jax.vmap` is the same call of the mapped solve.
 
     Without it, the loop inside would carry one copy per example of what its examples share, and
     mask f by conditions that differ between examples.
     """
 
-    def wrapped(flat: Flat, own: Sequence[bool], *rest: PyTree) -> Any:
-        dynamic, static = eqx.partition((flat, rest), eqx.is_array)
+    def wrapped(flat: Flat, own: Sequence[bool], record: Any = None, gz: PyTree = None) -> Any:
+        dynamic, static = eqx.partition((flat, record, gz), eqx.is_array)
         leaves, treedef = jax.tree.flatten(dynamic)
         rebuild = lambda leaves: eqx.combine(jax.tree.unflatten(treedef, leaves), static)
 
         @custom_vmap
         def primal(*leaves):
-            flat, rest = rebuild(leaves)
-            return call(flat, own, *rest)
+            flat, record, gz = rebuild(leaves)
+            return call(flat, own, record, gz)
 
         @primal.def_vmap
         def _(size, batched, *leaves):
-            flat, rest = rebuild(leaves)
-            b_flat, b_rest = jax.tree.unflatten(treedef, batched)
-            if not any(jax.tree.leaves((b_flat, b_rest[:-1]))):
-                # Several cotangents of one solve: that stays one, and f what it was.
-                out = jax.vmap(lambda x: call(flat, own, *rest[:-1], x))(rest[-1])
-                return out, jax.tree.map(lambda _: True, out)
-            rest = map_arrays(ft.partial(with_axis, size), rest, b_rest)
-            out = wrapped(flat.mapped(size, b_flat, own), own, *rest)
+            flat, record, gz = rebuild(leaves)
+            b_flat, b_record, b_gz = jax.tree.unflatten(treedef, batched)
+            spread = lambda tree, batched: map_arrays(ft.partial(with_axis, size), tree, batched)
+            gz = spread(gz, b_gz)
+            if any(jax.tree.leaves((b_flat, b_record))):
+                record = spread(record, b_record)
+                out = wrapped(flat.mapped(size, b_flat, own), own, record, gz)
+            else:  # Several cotangents of one solve: that stays one, and f what it was.
+                out = jax.vmap(lambda gz: call(flat, own, record, gz))(gz)
             return out, jax.tree.map(lambda _: True, out)
 
         return primal(*leaves)

@@ -10,6 +10,7 @@ and the only information it destroys is the remainder `r = Z[k-1] mod d`, which 
 """
 
 from fractions import Fraction
+from numbers import Integral
 
 import equinox as eqx
 import jax
@@ -86,7 +87,7 @@ class Grid(eqx.Module):
 
 def grid(beta: float, bits: int) -> Grid:
     """The grid on which `beta` is exact, or a `ValueError` that names the nearest ones."""
-    if not isinstance(bits, int) or not 8 <= bits <= 30:
+    if isinstance(bits, bool) or not isinstance(bits, Integral) or not 8 <= bits <= 30:
         raise ValueError(
             f"Reversible expects fraction_bits to be an int from 8 to 30, got {bits!r}; with 24 "
             f"the state has the range +-128 at a spacing of 6e-8."
@@ -95,11 +96,12 @@ def grid(beta: float, bits: int) -> Grid:
     d = min(max(round(1 / abs(1 - beta)), 2), _LARGEST_D)
     # In units of d, so that a beta that went through float32 is recognised.
     if abs(d * abs(1 - beta) - 1) > 1e-6:
-        near = {Fraction(e + s, e) for e in range(max(d - 2, 2), d + 3) for s in (-1, 1)}
+        top = min(d + 2, _LARGEST_D) + 1
+        near = {Fraction(e + s, e) for e in range(max(d - 2, 2), top) for s in (-1, 1)}
         a, b = sorted(sorted(near, key=lambda q: abs(q - Fraction(beta)))[:2])
         raise ValueError(
             f"Reversible(exact=True) expects beta with 1 - beta = 1/d or -1/d, d an integer from 2 "
             f"to {_LARGEST_D}, got beta={beta}; the nearest are {a} = {float(a):.6g} and {b} = "
             f"{float(b):.6g}. For any other beta use exact=False, the floating-point mode."
         )
-    return Grid(d, sign, bits)
+    return Grid(d, sign, int(bits))

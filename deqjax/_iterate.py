@@ -86,13 +86,13 @@ def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
 
     def start(z0):
         memory = solver.memory(z0)
-        return solver.start(z0), memory, solver.overflow(memory)
+        return solver.start(z0), memory, solver.overflow(memory), solver.lost(memory)
 
     no = jnp.zeros(shape, bool)
-    z, memory, overflow = per_problem(start, rank)(z0)
+    z, memory, overflow, lost = per_problem(start, rank)(z0)
     blank = None if tape is None else tape.blank(solver.pair(z, memory), budget.max_steps, rank)
     count = jnp.zeros(shape, jnp.int32)
-    init = _Carry(jnp.asarray(0, jnp.int32), z, memory, blank, count, no, overflow, overflow)
+    init = _Carry(jnp.asarray(0, jnp.int32), z, memory, blank, count, no, lost, overflow)
     out = while_loop(cond, body, vary(init, axes), max_steps=budget.max_steps)
     return out.z, (out.num_steps, out.small, Memory(out.memory, out.overflow, out.tape))
 

@@ -116,7 +116,7 @@ def _transpose(inputs, gz):
     flat, record, tangents, check = inputs
     own = [t is not None for t in tangents.arrays]
     out, gap = backward(flat, own, record, gz)
-    out = judged(flat, out, gap, check)
+    out = judged(flat, out, gap, gz, check)
     asked = lambda t, g: g if ad.is_undefined_primal(t) else None
     out = jax.tree.map(asked, tangents, out, is_leaf=ad.is_undefined_primal)
     nothing = jax.tree.map(lambda _: None, (flat, record))

@@ -47,7 +47,7 @@ def reversible_vjp(
     - `"reversal_residual"`: exact mode, the largest difference of the initial states that the sweep
         arrives at and the true ones, 0 if and only if they are equal; floating point, the largest
         difference from a state that is known, relative to the size of the states. Infinite after
-        an overflow.
+        a step that the integers could not take.
     - `"trusted"`: whether that is within the bound of `adjoint`.
 
     **Cost:** that of the solve and of `adjoint`.
@@ -72,15 +72,16 @@ def _reversible_vjp(fn, solver, z0, args, cotangent, budget, adjoint):
     apply = convert(lambda z, args: args[0](args[1], z, args[2]), z0, args, has_aux=False)
     flat = flatten(apply, args, solver, z0, budget, adjoint.tape(solver, z0))
     moving = [eqx.is_inexact_array(x) for x in flat.arrays]
-    rec = record(flat, *run(flat, moving))
+    z, extras = run(flat, moving)
+    rec = record(flat, z, extras)
     out, gap = sweep(flat, moving, rec, cotangent)
     stats = {
         "num_steps": rec.num_steps,
-        "overflow": rec.overflow,
+        "overflow": extras[2].overflow,
         "reversal_residual": gap,
         "trusted": gap <= flat.tape.bound(z0),
     }
-    out = judged(flat, out, gap, adjoint.check)
+    out = judged(flat, out, gap, cotangent, adjoint.check)
     treedef = jax.tree.structure(eqx.filter((apply, args), eqx.is_array))
     _, (d_call, d_own, d_args) = jax.tree.unflatten(treedef, out.arrays)
     return (d_own if jax.tree.leaves(own) else jax.tree.leaves(d_call), d_args, out.z0), stats

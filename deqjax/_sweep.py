@@ -13,7 +13,19 @@ from ._flat import Flat, batchable
 from ._iterate import iterate, lax_while
 from ._step import isolate
 from ._tape import Pair
-from ._tree import add, cast, dot, lincomb, mesh_axes, per_problem, scale, select, vary, widen
+from ._tree import (
+    add,
+    cast,
+    dot,
+    lincomb,
+    max_abs,
+    mesh_axes,
+    per_problem,
+    scale,
+    select,
+    vary,
+    widen,
+)
 
 
 class Record(eqx.Module):
@@ -22,7 +34,7 @@ class Record(eqx.Module):
     pair: Pair  # the last two states
     tape: PyTree
     num_steps: Int[Array, "..."]
-    overflow: Bool[Array, "..."]
+    lost: Bool[Array, "..."]  # a step could not be taken, and so not be undone
 
 
 class Cotangents(eqx.Module):
@@ -49,9 +61,9 @@ class _Sweep(NamedTuple):
 
 
 @batchable
-def run(flat: Flat, own: Sequence[bool]) -> tuple[PyTree, tuple]:
+def run(flat: Flat, own: Sequence[bool], record: None, gz: None) -> tuple[PyTree, tuple]:
     """`iterate`, recording."""
-    del own
+    del own, record, gz
     return iterate(flat.inputs(lax_while))
 
 
@@ -59,7 +71,7 @@ def record(flat: Flat, z: PyTree, extras: tuple) -> Record:
     """The record in what `run` returns."""
     num_steps, _, state = extras
     pair = flat.solver.pair(z, state.memory)
-    return Record(pair, state.tape, num_steps, state.overflow)
+    return Record(pair, state.tape, num_steps, state.overflow | flat.solver.lost(state.memory))
 
 
 @batchable
@@ -128,30 +140,38 @@ def sweep(
     g_beta = total(end.gbeta) if beta_moves else None
     out = Cotangents(cast(end.gp, params), add(end.gy, end.gz), g_beta)
     gap = jnp.maximum(end.gap, tape.final_gap((end.y, end.z), start, rank))
-    return out, jnp.where(record.overflow, jnp.inf, gap)
+    return out, jnp.where(record.lost, jnp.inf, gap)
 
 
-def judged(flat: Flat, out: Cotangents, gap: Float[Array, "..."], check: str) -> Cotangents:
-    """`out` if every reversal has ended where it has to, and otherwise what `check` says."""
-    wrong = ~(gap <= flat.tape.bound(flat.z0))
+def judged(
+    flat: Flat, out: Cotangents, gap: Float[Array, "..."], gz: PyTree, check: str
+) -> Cotangents:
+    """`out` if every reversal has ended where it has to, and otherwise what `check` says.
+
+    A problem whose cotangent is zero adds nothing to any other, wherever its reversal has ended.
+    """
+    used = per_problem(lambda gz: max_abs(gz) != 0, flat.budget.rank)(gz)
+    wrong = used & ~(gap <= flat.tape.bound(flat.z0))
     if check == "off":
         return out
     if check == "raise":
         return eqx.error_if(out, jnp.any(wrong), _MESSAGE)
-    axes = mesh_axes(wrong)
 
-    def shared(x):
+    def poisoned(x, has_axis):
+        if x is None:
+            return None
+        bad = jnp.any(wrong, tuple(i for i, has in enumerate(has_axis) if not has))
         # An array that all devices of a shard_map share has one cotangent, their sum.
-        missing = tuple(axes - mesh_axes(x))
-        any_wrong = jnp.any(wrong)
-        any_wrong = jax.lax.pmax(any_wrong, missing) if missing else any_wrong
-        return jnp.where(any_wrong, jnp.nan, x)
+        missing = tuple(mesh_axes(bad) - mesh_axes(x))
+        bad = jax.lax.pmax(bad, missing) if missing else bad
+        return select(bad, jnp.full_like(x, jnp.nan), x)
 
-    nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), out.z0)
+    rank = wrong.ndim
+    own_axes = lambda x: (True,) * x.ndim + (False,) * (rank - x.ndim)
     return Cotangents(
-        jax.tree.map(shared, out.arrays),
-        select(wrong, nan, out.z0),
-        jax.tree.map(shared, out.beta),
+        [poisoned(*pair) for pair in zip(out.arrays, flat.per_problem, strict=True)],
+        jax.tree.map(lambda x: poisoned(x, (True,) * rank), out.z0),
+        None if out.beta is None else poisoned(out.beta, own_axes(out.beta)),
     )
 
 

@@ -35,6 +35,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     **Floating-point mode**: every k-th pair of states is stored, reversal starts anew from each,
     and is compared with it.
 
+    A problem whose cotangent is zero, because the loss masks it, spoils no other's gradient. Under
+    `jax.vmap(..., axis_name=...)` `f` may not use that axis.
+
     **Arguments:**
 
     - `check`: what becomes of a gradient whose reversal did not arrive where it has to: `"nan"`,

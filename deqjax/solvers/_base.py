@@ -48,7 +48,12 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         return z0
 
     def overflow(self, memory: PyTree) -> Bool[Array, ""]:
-        """Whether the iterate that goes with `memory` would have left the method's number range."""
+        """Whether an iterate has left the range of the numbers that the method calculates with."""
+        del memory
+        return jnp.asarray(False)
+
+    def lost(self, memory: PyTree) -> Bool[Array, ""]:
+        """Whether a step could not be taken in those numbers, for that or because of a NaN."""
         del memory
         return jnp.asarray(False)
 
@@ -90,8 +95,9 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         """Optimistix: the state before the first step."""
         del options, f_struct, aux_struct, tags
         self.check()
-        no = jnp.asarray(False)
-        return vary(OptimistixState(self.memory(y), no, no), mesh_axes(fn, y, args))
+        memory = self.memory(y)
+        state = OptimistixState(memory, jnp.asarray(False), self.lost(memory))
+        return vary(state, mesh_axes(fn, y, args))
 
     def step(self, fn, y, args, options, state, tags):
         """Optimistix: one evaluation and one mix."""

@@ -19,7 +19,8 @@ class _Integers(NamedTuple):
     before: PyTree  # Z[k-1]
     now: PyTree  # Z[k]
     z_before: PyTree  # value of Z[k-1], which carries its derivative
-    overflow: Bool[Array, ""]  # Z[k] would not have fitted
+    overflow: Bool[Array, ""]  # an iterate would not have fitted
+    lost: Bool[Array, ""]  # that, or it was not finite: a step was not taken
 
 
 @jax.custom_jvp
@@ -32,6 +33,14 @@ def _straight_through(exact: PyTree, real: PyTree) -> PyTree:
 @_straight_through.defjvp
 def _(primals, tangents):
     return _straight_through(*primals), tangents[1]
+
+
+def _all(tests: PyTree) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(jnp.all, tests))))
+
+
+def _nan_where(mask: Bool[Array, ""], tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.where(mask, jnp.nan, x), tree)
 
 
 class Reversible(AbstractSolver):
@@ -63,7 +72,7 @@ class Reversible(AbstractSolver):
     - `exact`: which mode.
     - `fraction_bits`: b, from 8 to 30: the exact state has the range `+-2^(31 - b)` (128 for 24) at
         a spacing of `2^-b`, 32 bits an entry; a float64 state 64 bits, the same range and a spacing
-        of `2^-(b + 32)`. An iterate beyond it freezes the problem and is reported as
+        of `2^-(b + 32)`. An iterate beyond it, or z0, freezes the problem and is reported as
         `RESULTS.nonlinear_divergence` with `sol.stats["overflow"]`.
 
     **Cost:** one evaluation of `f` a step; two copies of `z`. For a reversal in the exact mode
@@ -113,20 +122,19 @@ class Reversible(AbstractSolver):
             )
         return grid(float(self.beta), self.fraction_bits)
 
-    def _quantise(self, tree: PyTree) -> tuple[PyTree, Bool[Array, ""], Bool[Array, ""]]:
-        """The integers, whether all fit, and whether a finite one does not."""
+    def _quantise(self, tree: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
+        """The integers, and whether all fit."""
         pairs = jax.tree.map(self.grid.quantise, tree)
         integers, fits = jax.tree.transpose(jax.tree.structure(tree), None, pairs)
-        alike = lambda test, *trees: jnp.stack(jax.tree.leaves(jax.tree.map(test, *trees)))
-        beyond = alike(lambda x, ok: jnp.any(jnp.isfinite(x) & ~ok), tree, fits)
-        return integers, jnp.all(alike(jnp.all, fits)), jnp.any(beyond)
+        return integers, _all(fits)
 
     def start(self, z0: PyTree) -> PyTree:
         """`z0`, in the exact mode rounded to the grid."""
         if not self.exact:
             return z0
-        integers, *_ = self._quantise(z0)
-        return _straight_through(self._values(integers, z0), z0)
+        integers, fits = self._quantise(z0)
+        nan = ~fits & ~_all(jax.tree.map(jnp.isfinite, z0))
+        return _straight_through(_nan_where(nan, self._values(integers, z0)), z0)
 
     def _values(self, integers: PyTree, like: PyTree) -> PyTree:
         return jax.tree.map(lambda z, x: self.grid.value(z, x.dtype), integers, like)
@@ -135,12 +143,17 @@ class Reversible(AbstractSolver):
         """The previous iterate, `s[-1] = z0`; in the exact mode as integers."""
         if not self.exact:
             return z0
-        integers, _, overflow = self._quantise(z0)
-        return _Integers(integers, integers, self.start(z0), overflow)
+        integers, fits = self._quantise(z0)
+        overflow = ~fits & _all(jax.tree.map(jnp.isfinite, z0))
+        return _Integers(integers, integers, self.start(z0), overflow, ~fits)
 
     def overflow(self, memory: PyTree) -> Bool[Array, ""]:
         """See `AbstractSolver`."""
         return memory.overflow if self.exact else jnp.asarray(False)
+
+    def lost(self, memory: PyTree) -> Bool[Array, ""]:
+        """See `AbstractSolver`."""
+        return memory.lost if self.exact else jnp.asarray(False)
 
     def mix(self, z: PyTree, fz: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
         """`(1 - beta) s[k-1] + beta f(s[k])`, and `s[k]` for the step after."""
@@ -148,16 +161,17 @@ class Reversible(AbstractSolver):
             return lincomb(1 - self.beta, memory, self.beta, fz), z
         m: _Integers = memory
         beta = self.grid.beta
-        update, fits, overflow = self._quantise(self.relaxed(fz))
+        update, fits = self._quantise(self.relaxed(fz))
         pairs = jax.tree.map(self.grid.forward, m.before, update)
         after, kept = jax.tree.transpose(jax.tree.structure(update), None, pairs)
-        wraps = ~jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(jnp.all, kept))))
         # What would not fit is never taken: the state stays where it last was right.
-        ok = fits & ~wraps
+        ok = fits & _all(kept) & ~m.lost
+        finite = _all(jax.tree.map(jnp.isfinite, fz))
+        overflow, lost = m.overflow | (~ok & finite & ~m.lost), m.lost | ~ok
         before, now = select(ok, (m.now, after), (m.before, m.now))
         real = lincomb(1 - beta, m.z_before, beta, fz)
-        z_after = _straight_through(self._values(now, z), real)
-        return z_after, _Integers(before, now, z, overflow | (fits & wraps))
+        exact = _nan_where(lost & ~overflow, self._values(now, z))
+        return _straight_through(exact, real), _Integers(before, now, z, overflow, lost)
 
     @property
     def relaxation(self) -> Number:
@@ -179,7 +193,7 @@ class Reversible(AbstractSolver):
     def unmix(self, z_after: PyTree, fz: PyTree, digits: PyTree = None) -> PyTree:
         """`s[k-1]` from `s[k+1]` and `f(s[k])`: the inverse of `mix`."""
         if self.exact:
-            update, *_ = self._quantise(self.relaxed(fz))
+            update, _ = self._quantise(self.relaxed(fz))
             return jax.tree.map(self.grid.backward, z_after, update, digits)
         rest = lincomb(1, z_after, -self.beta, fz)
         return jax.tree.map(lambda x: x / jnp.asarray(1 - self.beta, x.dtype), rest)
