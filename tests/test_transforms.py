@@ -20,7 +20,7 @@ TOLERANT = deqjax.Reversible(rtol=1e-4, atol=1e-4, beta=0.5)
 PICARD = deqjax.FixedPointIteration(rtol=1e-6, atol=1e-6)
 PAIRS = {
     "reversible": (REVERSIBLE, deqjax.ReversibleAdjoint(), 8),
-    "reversible-float": (FLOAT, deqjax.ReversibleAdjoint(segment=3), 8),
+    "reversible-float": (FLOAT, deqjax.ReversibleAdjoint(segment=4), 8),
     "reversible-tolerant": (TOLERANT, deqjax.ReversibleAdjoint(), 24),
     "implicit": (PICARD, deqjax.ImplicitAdjoint(), 200),
     "checkpointed": (REVERSIBLE, deqjax.RecursiveCheckpointAdjoint(), 8),
