@@ -19,9 +19,9 @@ printed (all of it: results/gradient_fidelity.md):
     exact: gradient error / that of float32 checkpointed autodiff, worst      2.51
     exact: bytes kept per state element beyond 8 + whole words of digits      0
     float: temporary memory at 512 evaluations / at 8 - 1, worst block        0
-    exact: time per evaluation / (floor + one f)                              0.89
-    float: time per evaluation / floor                                        0.81
-    jax.vmap / batched=True, exact: seconds, bytes                            0.99, 1.00
+    exact: time per evaluation / (floor + one f)                              0.78
+    float: time per evaluation / floor                                        0.80
+    jax.vmap / batched=True, exact: seconds, bytes                            1.09, 1.00
 """
 
 import dataclasses
