@@ -67,8 +67,8 @@ class Flat(eqx.Module):
         return Flat(
             jax.vmap(self.f, (in_axes, 0)),
             self.arrays,
-            map_arrays(spread, self.solver, batched.solver),
-            jax.tree.map(spread, self.z0, batched.z0),
+            spread(self.solver, batched.solver),
+            spread(self.z0, batched.z0),
             dataclasses.replace(budget, limit=limit, rank=rank),
             self.tape,
             jax.vmap(self.own_f, (own_axes, 0)),
@@ -92,14 +92,13 @@ def flatten(
     return Flat(f, arrays, solver, z0, budget, tape, f, lambda arrays: arrays, shared)
 
 
-def with_axis(size: int, x: Array, batched: bool) -> Array:
-    """`x` with the batch axis in front."""
-    return x if batched else jnp.broadcast_to(x, (size, *x.shape))
+def with_axis(size: int, tree: PyTree, batched: PyTree) -> PyTree:
+    """`tree`, each of its arrays with the batch axis in front, where those `batched` have it."""
 
+    def leaf(x, batched):
+        return jnp.broadcast_to(x, (size, *x.shape)) if eqx.is_array(x) and not batched else x
 
-def map_arrays(fn: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
-    """`jax.tree.map` over the arrays of `tree`, leaving what is none of them as it is."""
-    return jax.tree.map(lambda x, *r: fn(x, *r) if eqx.is_array(x) else x, tree, *rest)
+    return jax.tree.map(leaf, tree, batched)
 
 
 def batchable(call: Callable) -> Callable:
@@ -123,7 +122,7 @@ def batchable(call: Callable) -> Callable:
         def _(size, batched, *leaves):
             flat, record, gz = rebuild(leaves)
             b_flat, b_record, b_gz = jax.tree.unflatten(treedef, batched)
-            spread = lambda tree, batched: map_arrays(ft.partial(with_axis, size), tree, batched)
+            spread = ft.partial(with_axis, size)
             gz = spread(gz, b_gz)
             if any(jax.tree.leaves((b_flat, b_record))):
                 record = spread(record, b_record)

@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
 
-from ._flat import Flat, map_arrays, with_axis
+from ._flat import Flat, with_axis
 from ._iterate import Budget, checkpointed_while, iterate, lax_while
 from ._sweep import Cotangents, Record, judged, sweep
 from ._tree import mesh_axes, vary
@@ -135,7 +135,7 @@ def _batch(inputs, axes):
         t is not None and (b or c)
         for t, b, c in zip(t.arrays, b_flat.arrays, b_t.arrays, strict=True)
     ]
-    spread = lambda tree, batched: map_arrays(ft.partial(with_axis, size), tree, batched)
+    spread = ft.partial(with_axis, size)
     arrays = [spread(t, b) if o else t for t, b, o in zip(t.arrays, b_t.arrays, own, strict=True)]
     t = Cotangents(arrays, spread(t.z0, b_t.z0), spread(t.beta, b_t.beta))
     out = linear(flat.mapped(size, b_flat, own), spread(record, b_record), t, check)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PyTree
 from ._check import check_state, convert
 from ._fixed_point import prepare
 from ._flat import flatten
-from ._sweep import judged, record, run, sweep
+from ._sweep import judged, recorded, sweep
 from .adjoints import ReversibleAdjoint, arrays_of, check_cotangent, strong
 from .solvers import Reversible
 
@@ -72,8 +72,7 @@ def _reversible_vjp(fn, solver, z0, args, cotangent, budget, adjoint):
     apply = convert(lambda z, args: args[0](args[1], z, args[2]), z0, args, has_aux=False)
     flat = flatten(apply, args, solver, z0, budget, adjoint.tape(solver, z0))
     moving = [eqx.is_inexact_array(x) for x in flat.arrays]
-    z, extras = run(flat, moving)
-    rec = record(flat, z, extras)
+    (_, extras), rec = recorded(flat)
     out, gap = sweep(flat, moving, rec, cotangent)
     stats = {
         "num_steps": rec.num_steps,

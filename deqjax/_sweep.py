@@ -67,11 +67,13 @@ def run(flat: Flat, own: Sequence[bool], record: None, gz: None) -> tuple[PyTree
     return iterate(flat.inputs(lax_while))
 
 
-def record(flat: Flat, z: PyTree, extras: tuple) -> Record:
-    """The record in what `run` returns."""
-    num_steps, _, state = extras
+def recorded(flat: Flat) -> tuple[tuple[PyTree, tuple], Record]:
+    """What `iterate` returns, and the record of it."""
+    out = run(flat, [False] * len(flat.arrays))
+    z, (num_steps, _, state) = out
     pair = flat.solver.pair(z, state.memory)
-    return Record(pair, state.tape, num_steps, state.overflow | flat.solver.lost(state.memory))
+    lost = state.overflow | flat.solver.lost(state.memory)
+    return out, Record(pair, state.tape, num_steps, lost)
 
 
 @batchable

@@ -7,7 +7,7 @@ from jaxtyping import PyTree
 from .._flat import Flat, flatten
 from .._iterate import Budget, lax_while
 from .._linearise import linear, tangents_of
-from .._sweep import Record, record, run
+from .._sweep import Record, recorded
 from .._tape import AbstractTape, Digits, Segments, segment_length
 from ..solvers import Reversible
 from ._base import AbstractAdjoint, no_gradient, stop_gradient, tangent_of_extras, unpack
@@ -96,8 +96,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         if len(inputs) == 5:
             (budget,) = p.rest
             flat = flatten(p.fn, p.args, p.solver, p.z0, budget, tape)
-            out = run(stop_gradient(flat), [False] * len(flat.arrays))
-            rec = record(flat, *out)
+            out, rec = recorded(stop_gradient(flat))
         else:
             if p.max_steps is None:
                 raise ValueError(
@@ -141,6 +140,6 @@ def _attach_jvp(primals, tangents):
     _, t_flat, _, _ = tangents
     z, extras = _attach(*primals)  # so that z has a derivative here too
     if rec is None:  # Optimistix's loop has recorded nothing
-        rec = record(flat, *run(stop_gradient(flat), [False] * len(flat.arrays)))
+        _, rec = recorded(stop_gradient(flat))
     t_z = linear(flat, rec, tangents_of(flat, t_flat), check)
     return (z, extras), (t_z, tangent_of_extras(extras, t_z))

@@ -39,6 +39,10 @@ def _all(tests: PyTree) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(jnp.all, tests))))
 
 
+def _finite(tree: PyTree) -> Bool[Array, ""]:
+    return _all(jax.tree.map(jnp.isfinite, tree))
+
+
 def _nan_where(mask: Bool[Array, ""], tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.where(mask, jnp.nan, x), tree)
 
@@ -133,7 +137,7 @@ class Reversible(AbstractSolver):
         if not self.exact:
             return z0
         integers, fits = self._quantise(z0)
-        nan = ~fits & ~_all(jax.tree.map(jnp.isfinite, z0))
+        nan = ~fits & ~_finite(z0)
         return _straight_through(_nan_where(nan, self._values(integers, z0)), z0)
 
     def _values(self, integers: PyTree, like: PyTree) -> PyTree:
@@ -144,7 +148,7 @@ class Reversible(AbstractSolver):
         if not self.exact:
             return z0
         integers, fits = self._quantise(z0)
-        overflow = ~fits & _all(jax.tree.map(jnp.isfinite, z0))
+        overflow = ~fits & _finite(z0)
         return _Integers(integers, integers, self.start(z0), overflow, ~fits)
 
     def overflow(self, memory: PyTree) -> Bool[Array, ""]:
@@ -166,7 +170,7 @@ class Reversible(AbstractSolver):
         after, kept = jax.tree.transpose(jax.tree.structure(update), None, pairs)
         # What would not fit is never taken: the state stays where it last was right.
         ok = fits & _all(kept) & ~m.lost
-        finite = _all(jax.tree.map(jnp.isfinite, fz))
+        finite = _finite(fz)
         overflow, lost = m.overflow | (~ok & finite & ~m.lost), m.lost | ~ok
         before, now = select(ok, (m.now, after), (m.before, m.now))
         real = lincomb(1 - beta, m.z_before, beta, fz)
