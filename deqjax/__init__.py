@@ -8,13 +8,19 @@ from ._reversible_vjp import reversible_vjp as reversible_vjp
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from .adjoints import (
     AbstractAdjoint as AbstractAdjoint,
+    BroydenAdjoint as BroydenAdjoint,
     ImplicitAdjoint as ImplicitAdjoint,
+    JacobianFreeAdjoint as JacobianFreeAdjoint,
+    NeumannPhantomAdjoint as NeumannPhantomAdjoint,
+    PhantomAdjoint as PhantomAdjoint,
     RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
     ReversibleAdjoint as ReversibleAdjoint,
     implicit_vjp as implicit_vjp,
 )
 from .solvers import (
     AbstractSolver as AbstractSolver,
+    Anderson as Anderson,
+    Broyden as Broyden,
     FixedPointIteration as FixedPointIteration,
     Reversible as Reversible,
 )

@@ -19,7 +19,7 @@ from ._check import (
 )
 from ._iterate import Budget, iterate, problems
 from ._solution import RESULTS, Solution, raise_unsuccessful, relative_residual, result_code
-from ._step import evaluate, is_small, residual
+from ._step import evaluate, measured, residual
 from ._tree import is_traced, mesh_axes, per_problem, vary
 from .adjoints import AbstractAdjoint, ImplicitAdjoint
 from .solvers import AbstractSolver
@@ -131,7 +131,7 @@ def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solu
     # Outside the differentiated loop: gradients of aux and residual come free, and what is not
     # used is not computed.
     fz, aux = evaluate(fn, z, args)
-    small = small | per_problem(ft.partial(is_small, solver), budget.rank)(z, fz)
+    small = small | (measured(solver, z, fz, budget.rank) < 1)
     # Zero tolerances, traced or not, ask for a number of steps.
     untested = (solver.rtol == 0) & (solver.atol == 0)
     complete = jnp.where(untested, num_steps == requested, small)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
-from ._step import isolate, step
+from ._step import isolate, measured, step
 from ._tape import AbstractTape
 from ._tree import mesh_axes, per_problem, select, vary
 
@@ -20,7 +20,8 @@ class Budget(eqx.Module):
     """How long to iterate, how many problems there are, and what is recorded on the way."""
 
     max_steps: int = eqx.field(static=True)
-    limit: Int[Array, "..."]  # mixes allowed, one number or one per problem, at most max_steps
+    # Mixes allowed, one number or one per problem, at most max_steps; -1: nor an evaluation.
+    limit: Int[Array, "..."]
     rank: int = eqx.field(static=True)  # that many leading axes of the state enumerate problems
     fixed: bool = eqx.field(static=True)  # both tolerances are zero: take exactly `limit` steps
     tape: AbstractTape | None = None
@@ -36,6 +37,7 @@ class Memory(eqx.Module):
 
     memory: PyTree
     overflow: Bool[Array, "..."]
+    error: Inexact[Array, "..."]  # the solver's measure at the iterate returned, where it was taken
     tape: PyTree = None
 
 
@@ -45,9 +47,11 @@ class _Carry(NamedTuple):
     memory: PyTree
     tape: PyTree
     num_steps: Int[Array, "..."]
-    small: Bool[Array, "..."]  # met its tolerance at z
-    stopped: Bool[Array, "..."]  # that, or f(z) is beyond use, or overflow
+    stopped: Bool[Array, "..."]  # met its tolerance, or f(z) is beyond use, or overflow, or spent
     overflow: Bool[Array, "..."]
+    error: Inexact[Array, "..."]  # at z, once measured
+    kept: tuple[PyTree, Array] | None  # the iterate of the least error so far, and that
+    spent: Bool[Array, "..."]  # stopped because no step was left
 
 
 def problems(z: PyTree, rank: int) -> tuple[int, ...]:
@@ -60,41 +64,62 @@ def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
 
     Returns `z_n` and `(num_steps, small, Memory)`, in the places where Optimistix's own loop keeps
     them, so that an adjoint reads both alike. A problem that has met its tolerance, or whose f(z)
-    is beyond use, keeps its state from then on, whatever its batch-mates do.
+    is beyond use, keeps its state from then on, whatever its batch-mates do. One whose steps run
+    out is measured once more, and its best iterate returned.
     """
     fn, solver, z0, args, budget, while_loop = inputs
     axes = mesh_axes(fn, solver, z0, args, budget)
     rank, limit, tape = budget.rank, budget.limit, budget.tape
     shape = problems(z0, rank)
+    keeps = solver.best and not budget.fixed
 
     def cond(c: _Carry):
-        return c.i < limit if budget.uniform else jnp.any(~c.stopped & (c.num_steps < limit))
+        going = ~c.stopped if keeps else ~c.stopped & (c.num_steps < limit)
+        return c.i < limit if budget.uniform else jnp.any(going)
 
     def body(c: _Carry) -> _Carry:
         f = isolate(fn, c.i) if tape is not None and tape.isolated else fn
         out = step(f, solver, c.z, args, c.memory, rank=rank)
         # At a fixed depth no measurement is used, and the compiler drops it.
-        small = c.small if budget.fixed else c.small | out.small
-        stopped = c.stopped if budget.fixed else c.stopped | out.small | out.broken | out.overflow
+        error = c.error if budget.fixed else jnp.where(c.stopped, c.error, out.error)
+        small = error < 1
+        stopped = c.stopped if budget.fixed else c.stopped | small | out.broken | out.overflow
+        spent, kept = c.spent, c.kept
+        if kept is not None:
+            spent = spent | (~stopped & (c.num_steps >= limit))
+            kept = select(error < kept[1], (c.z, error), kept)
+            stopped = stopped | spent
         go = ~stopped & (c.num_steps < limit)
         overflow = c.overflow | (out.overflow & ~c.stopped & (c.num_steps < limit))
         record = c.tape if tape is None else tape.push(c.tape, c.i, go, solver.pair(c.z, c.memory))
-        new = (out.z, out.memory)
-        z, memory = new if budget.uniform else select(go, new, (c.z, c.memory))
+        z, memory = out.z, out.memory
+        if not budget.uniform:
+            z, memory = select(go, z, c.z), solver.keep(go, memory, c.memory)
         count = c.num_steps + go.astype(jnp.int32)
-        return vary(_Carry(c.i + 1, z, memory, record, count, small, stopped, overflow), axes)
+        new = (c.i + 1, z, memory, record, count, stopped, overflow, error, kept, spent)
+        return vary(_Carry(*new), axes)
 
     def start(z0):
-        memory = solver.memory(z0)
+        memory = solver.blank(z0)
         return solver.start(z0), memory, solver.overflow(memory), solver.lost(memory)
 
     no = jnp.zeros(shape, bool)
     z, memory, overflow, lost = per_problem(start, rank)(z0)
     blank = None if tape is None else tape.blank(solver.pair(z, memory), budget.max_steps, rank)
-    count = jnp.zeros(shape, jnp.int32)
-    init = _Carry(jnp.asarray(0, jnp.int32), z, memory, blank, count, no, lost, overflow)
-    out = while_loop(cond, body, vary(init, axes), max_steps=budget.max_steps)
-    return out.z, (out.num_steps, out.small, Memory(out.memory, out.overflow, out.tape))
+    # In the dtype of what is measured, which the solver's norm decides.
+    dtype = jax.eval_shape(lambda: measured(solver, z, z, rank)).dtype
+    error = jnp.full(shape, jnp.inf, dtype)
+    stopped = lost | (limit < 0) if keeps else lost
+    kept = (z, error) if keeps else None
+    count, zero = jnp.zeros(shape, jnp.int32), jnp.asarray(0, jnp.int32)
+    init = _Carry(zero, z, memory, blank, count, stopped, overflow, error, kept, no)
+    passes = budget.max_steps + keeps
+    out = while_loop(cond, body, vary(init, axes), max_steps=passes)
+    z, error = out.z, out.error
+    if keeps:
+        z, error = select(out.spent, out.kept, (z, error))
+    memory = Memory(out.memory, out.overflow, error, out.tape)
+    return z, (out.num_steps, error < 1, memory)
 
 
 def lax_while(cond: Callable, body: Callable, init: Any, *, max_steps: int | None = None) -> Any:

@@ -1,82 +1,132 @@
 """`A y = b` by products with `A = I - J` or its transpose alone: an implicit gradient."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
 import optimistix
-from jaxtyping import Array, Inexact, PyTree
+from jaxtyping import Array, Bool, Inexact, PyTree
 
 from ._iterate import Budget, iterate, lax_while
 from ._solution import RESULTS, relative_residual
-from ._tree import cast, max_abs, mesh_axes, per_problem, unify, widen
-from .solvers import AbstractSolver
+from ._tree import cast, max_abs, mesh_axes, per_problem, select, unify, widen
+from .solvers import AbstractSolver, Anderson, FixedPointIteration
 
 LinearMap = Callable[[PyTree], PyTree]
 
+# Above this rate Anderson's method needs fewer products than the series, by a half and more.
+_STALLED = 0.7
+# Two copies of y a row: the products of sixteen steps at rho = 0.999 are worth them.
+_ANDERSON = Anderson(depth=16)
 
-class _Neumann(AbstractSolver):
-    """Picard iteration that remembers its last increment, and what is left of the series.
 
-    An increment is not an error: at the rate q of the last two, increment q / (1 - q) is to come.
-    """
+class _Memory(NamedTuple):
+    inner: PyTree
+    residual: Inexact[Array, ""]
+    stalled: Bool[Array, ""]
 
+
+class _Linear(AbstractSolver):
+    """A fixed-point method on `y = b + (I - A) y`, which is measured by its relative residual."""
+
+    inner: AbstractSolver
     rtol: float | Inexact[Array, ""]
-    atol: float | Inexact[Array, ""]
+    atol: float | Inexact[Array, ""] = 0.0
     norm: Callable[[PyTree], Any] = optimistix.max_norm
+    # Whether to stop where residuals shrink too slowly.
+    impatient: bool = eqx.field(static=True, default=False)
 
-    def memory(self, z0):
+    def error(self, z, fz):
+        size = relative_residual(z, fz)
+        return size / jnp.asarray(self.rtol, size.dtype)
+
+    def blank(self, z0):
         unknown = jnp.asarray(jnp.inf, max_abs(z0).dtype)
-        return unknown, unknown
+        return _Memory(self.inner.blank(z0), unknown, jnp.asarray(False))
 
     def mix(self, z, fz, memory):
-        before, _ = memory
-        now = relative_residual(z, fz).astype(before.dtype)
-        known = jnp.isfinite(before) & (now < before)
-        rest = now * now / jnp.where(known, before - now, 1)
-        return fz, (now, jnp.where(known, rest, jnp.inf))
+        z_next, inner = self.inner.mix(z, fz, memory.inner)
+        now = relative_residual(z, fz).astype(memory.residual.dtype)
+        stalled = now > _STALLED * memory.residual if self.impatient else memory.stalled
+        return z_next, _Memory(inner, now, stalled)
+
+    def overflow(self, memory):
+        return memory.stalled
+
+    def recovers(self, memory):
+        return self.inner.recovers(memory.inner)
+
+    def keep(self, go, new, old):
+        rest = super().keep(go, new._replace(inner=None), old._replace(inner=None))
+        return rest._replace(inner=self.inner.keep(go, new.inner, old.inner))
 
 
-def series(
-    matvec: LinearMap, b: PyTree, tol: float | None, *, max_steps: int | None, rank: int
+def by_iteration(
+    solver: AbstractSolver | None,
+    matvec: LinearMap,
+    b: PyTree,
+    y0: PyTree,
+    tol: Any,
+    *,
+    max_steps: int | None,
+    rank: int,
 ) -> tuple[PyTree, dict[str, Any]]:
-    """Sums `b + (I - A) b + (I - A)^2 b + ...`, each problem of a batch until its own tolerance."""
+    """Iterates `y <- b + (I - A) y`, each problem of a batch until its own tolerance.
+
+    `solver=None` sums the Neumann series, and goes on with Anderson's method where that stalls.
+    """
     wide = jax.tree.map(widen, b)
     eps = lambda tree: max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
-    tol = max(10 * eps(wide), 2 * eps(b)) if tol is None else tol
-    # The equation is linear: at unit size a relative tolerance serves as the absolute one.
+    if tol is None:
+        tol = max(10 * eps(wide), 2 * eps(b)) if solver is None else solver.rtol
+    # The equation is linear: its size is taken out, so that no square overflows.
     size = per_problem(max_abs, rank)(b)
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     divide = lambda x, s: jax.tree.map(lambda x: x / s.astype(x.dtype), x)
     unit = per_problem(divide, rank)(wide, size)
+    start = unit if y0 is None else per_problem(divide, rank)(cast(y0, wide), size)
 
     def fn(y, unit):
         product = matvec(cast(y, b))
         return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, product, unit), None
 
     ceiling = 256 if max_steps is None else max_steps
-    budget = Budget(ceiling, jnp.asarray(ceiling, jnp.int32), rank, fixed=False)
-    y, (num_steps, small, state) = iterate((fn, _Neumann(tol, tol), unit, unit, budget, lax_while))
-    # Small at once means that the first term was the whole sum.
-    increment, rest = state.memory
-    residual = jnp.where(small & (num_steps == 0), 0, increment)
-    good = small | (rest <= max(100 * tol, 4 * eps(b)))
+
+    def run(inner, y, limit, impatient=False):
+        budget = Budget(ceiling, limit, rank, fixed=False)
+        method = _Linear(inner=inner, rtol=tol, impatient=impatient)
+        return iterate((fn, method, y, unit, budget, lax_while))
+
+    limit = jnp.asarray(ceiling, jnp.int32)
+    if solver is None:
+        y, (num_steps, small, state) = run(FixedPointIteration(), start, limit, impatient=True)
+        # Those that are done, or beyond help, are not evaluated again.
+        limit = jnp.where(small | ~state.overflow, -1, ceiling - num_steps)
+        y, (more, _, after) = run(_ANDERSON, y, limit)
+        num_steps, error = num_steps + more, jnp.where(limit < 0, state.error, after.error)
+    else:
+        y, (num_steps, _, state) = run(solver, start, limit)
+        error = state.error
+
+    tolerance = jnp.asarray(tol, error.dtype)
+    good = error * tolerance <= jnp.maximum(10 * tolerance, 4 * eps(b))
     code = lambda good: RESULTS.where(good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
     restore = lambda y, s, b: jax.tree.map(
         lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b
     )
     stats = {
         "num_steps": num_steps,
-        "residual": residual,
+        "residual": error * tolerance,
         "result": per_problem(code, rank)(good),
     }
     return per_problem(restore, rank)(y, size, b), stats
 
 
 def by_lineax(
-    linear_solver: lineax.AbstractLinearSolver, matvec: LinearMap, b: PyTree
+    linear_solver: lineax.AbstractLinearSolver, matvec: LinearMap, b: PyTree, y0: PyTree
 ) -> tuple[PyTree, dict[str, Any]]:
     """Hands the equation to Lineax, a batch as one system, without its run-time errors."""
     axes = mesh_axes(b)
@@ -87,9 +137,21 @@ def by_lineax(
         )
     product = lambda y: unify(matvec(cast(y, b)))
     operator = lineax.FunctionLinearOperator(product, jax.eval_shape(lambda: unify(b)))
-    sol = lineax.linear_solve(operator, unify(b), linear_solver, throw=False)
+    options = {} if y0 is None else {"y0": cast(y0, unify(b))}
+    sol = lineax.linear_solve(operator, unify(b), linear_solver, options=options, throw=False)
     y = cast(sol.value, b)
     residual = relative_residual(matvec(y), b)
     num_steps = jnp.asarray(sol.stats.get("num_steps", 1), jnp.int32)
     result = RESULTS.promote(sol.result)
     return y, {"num_steps": num_steps, "residual": residual, "result": result}
+
+
+def judged(y: PyTree, stats: dict[str, Any], on_failure: str) -> PyTree:
+    """`y`, or what `on_failure` says of the problems whose solve has failed."""
+    failed = stats["result"] != RESULTS.successful
+    if on_failure == "nan":
+        return select(failed, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), y), y)
+    if on_failure == "raise":
+        message = "The linear solve of the implicit function theorem failed."
+        return eqx.error_if(y, jnp.any(failed), message)
+    return y

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
 from ._solution import too_large
 from ._tree import per_problem, unify, widen
@@ -19,7 +19,7 @@ class Step(NamedTuple):
     z: PyTree  # the next iterate
     memory: PyTree  # what the solver wants to see at the next step
     aux: PyTree  # the auxiliary output of f(z)
-    small: Bool[Array, "..."]  # the solver's stopping test, at z
+    error: Inexact[Array, "..."]  # the solver's measure of f(z) - z; its tolerance is met below 1
     broken: Bool[Array, "..."]  # f(z) is non-finite or has diverged
     overflow: Bool[Array, "..."]  # the next iterate would have left the solver's number range
 
@@ -37,8 +37,8 @@ def residual(z: PyTree, _: Any, inputs: tuple) -> PyTree:
     return jax.tree.map(jnp.subtract, fz, z)
 
 
-def is_small(solver: Any, z: PyTree, fz: PyTree) -> Bool[Array, ""]:
-    """`norm((f(z) - z) / (atol + rtol |f(z)|)) < 1`; never with both tolerances zero."""
+def scaled_error(solver: Any, z: PyTree, fz: PyTree) -> Inexact[Array, ""]:
+    """`norm((f(z) - z) / (atol + rtol |f(z)|))`; infinite with both tolerances zero."""
     rtol, atol = jnp.asarray(solver.rtol), jnp.asarray(solver.atol)
 
     def scaled(z, fz):
@@ -47,22 +47,28 @@ def is_small(solver: Any, z: PyTree, fz: PyTree) -> Bool[Array, ""]:
         return jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, scale))
 
     measurable = (rtol >= 0) & (atol >= 0) & (rtol + atol > 0)
-    return measurable & (solver.norm(unify(jax.tree.map(scaled, z, fz))) < 1)
+    error = solver.norm(unify(jax.tree.map(scaled, z, fz)))
+    return jnp.where(measurable, error, jnp.inf)
+
+
+def measured(solver: Any, z: PyTree, fz: PyTree, rank: int) -> Inexact[Array, "..."]:
+    """The solver's own measure of `f(z) - z`, of each problem."""
+    return per_problem(lambda solver, *pair: solver.error(*pair), rank)(solver, z, fz)
 
 
 def step(fn: Fn, solver: Any, z: PyTree, args: PyTree, memory: PyTree, *, rank: int = 0) -> Step:
     """One evaluation of `fn` at `z`, its verdict, and the solver's next iterate."""
     fz, aux = evaluate(fn, z, args)
-    small = per_problem(is_small, rank)(solver, z, fz)
-    broken = per_problem(too_large, rank)(fz)
+    error = measured(solver, z, fz, rank)
 
     def mix(solver, z, fz, memory):
+        broken = too_large(fz) & ~solver.recovers(memory)
         z, memory = solver.mix(z, fz, memory)
-        return z, memory, solver.overflow(memory)
+        return z, memory, broken, solver.overflow(memory)
 
     # An array of the solver may hold one value per problem.
-    z, memory, overflow = per_problem(mix, rank)(solver, z, fz, memory)
-    return Step(z, memory, aux, small, broken, overflow)
+    z, memory, broken, overflow = per_problem(mix, rank)(solver, z, fz, memory)
+    return Step(z, memory, aux, error, broken, overflow)
 
 
 def isolate(fn: Fn, i: Int[Array, ""]) -> Fn:

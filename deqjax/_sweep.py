@@ -87,7 +87,7 @@ def sweep(
     solver, budget = flat.solver, flat.budget
     rank, tape, num_steps = budget.rank, flat.tape, record.num_steps
     params, others = eqx.partition(flat.to_own(flat.arrays), list(own))
-    memory = per_problem(solver.memory, rank)(flat.z0)
+    memory = per_problem(solver.blank, rank)(flat.z0)
     (start, _) = solver.pair(flat.z0, memory)
     zeros = ft.partial(jax.tree.map, jnp.zeros_like)
     times, beta = per_problem(scale, rank), solver.relaxation

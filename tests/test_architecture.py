@@ -14,6 +14,7 @@ ORDER = [
     "_solution",
     "_step",
     "_grid",
+    "_secant",
     "solvers",
     "_tape",
     "_iterate",

@@ -6,6 +6,12 @@ from ._base import (
     check_cotangent as check_cotangent,
     strong as strong,
 )
+from ._broyden import BroydenAdjoint as BroydenAdjoint
 from ._implicit import ImplicitAdjoint as ImplicitAdjoint, implicit_vjp as implicit_vjp
+from ._phantom import (
+    JacobianFreeAdjoint as JacobianFreeAdjoint,
+    NeumannPhantomAdjoint as NeumannPhantomAdjoint,
+    PhantomAdjoint as PhantomAdjoint,
+)
 from ._recursive_checkpoint import RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint
 from ._reversible import ReversibleAdjoint as ReversibleAdjoint

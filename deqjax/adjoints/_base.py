@@ -5,6 +5,7 @@ does, `adjoint.apply(primal_fn, rewrite_fn, inputs, tags)`: `primal_fn(inputs + 
 runs the loop, `rewrite_fn(z, None, inputs)` is `f(z) - z`.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import PyTree
 
+from .._iterate import lax_while
 from .._tree import dot, mesh_axes, scale, vary
 
 AbstractAdjoint = optimistix.AbstractAdjoint
@@ -63,9 +65,114 @@ def tangent_of_extras(extras: PyTree, t_z: PyTree) -> PyTree:
     return jax.tree.map(like, eqx.filter(extras, eqx.is_inexact_array))
 
 
+class AbstractFixedPointAdjoint(AbstractAdjoint):
+    """Differentiates the fixed point, and not the steps: an adjoint that is a linear map.
+
+    A subclass says how the tangent of z follows from those of all that f depends on; what it does
+    with them is linear, so that JAX transposes it into the backward pass.
+    """
+
+    @abc.abstractmethod
+    def tangent(self, at: "Linearisation", problem: Problem, extras: tuple) -> PyTree:
+        """The tangent of z; `extras` is what the loop returned beside z."""
+
+    def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
+        """See `deqjax.adjoints`."""
+        del tags
+        out = primal_fn((*stop_gradient(inputs), lax_while))
+        z, extras = _attach(out, inputs, rewrite_fn, self)
+        return z, no_gradient(extras)
+
+
+class Linearisation(NamedTuple):
+    """The point at which `residual(z, moving) = f(z) - z` is differentiated."""
+
+    residual: Callable[[PyTree, PyTree], PyTree]
+    z: PyTree
+    moving: PyTree  # all arrays of the inputs that have a tangent
+    tangents: PyTree
+
+    def vary(self, *used: PyTree) -> PyTree:
+        """z, marked as varying over the mesh axes of `used` too: the first carry of a loop."""
+        return vary(self.z, mesh_axes(self.z, *used))
+
+    def right_side(self) -> PyTree:
+        """`b` of the equation below: `(df/dtheta) dtheta`."""
+        of_inputs = lambda moving: self.residual(self.z, moving)
+        _, b = jax.jvp(of_inputs, (self.moving,), (self.tangents,))
+        return vary(b, mesh_axes(self.z))
+
+    def equation(self) -> tuple[Callable[[PyTree], PyTree], PyTree]:
+        """`(matvec, b)` of the equation `(I - J) dz = b` of the implicit function theorem."""
+        # Linearised once, outside the loop: and then no product needs f again, nor, inside
+        # shard_map, a cast of its constants whose transpose would sum over devices.
+        _, product = jax.linearize(lambda z: self.residual(z, self.moving), self.z)
+        return lambda v: scale(-1, product(v)), self.right_side()
+
+
+@eqx.filter_custom_jvp
+def _attach(out: PyTree, inputs: tuple, rewrite_fn: Callable, adjoint: Any) -> PyTree:
+    """`out = (z, extras)` itself, z with the derivative that the adjoint says it has."""
+    del inputs, rewrite_fn, adjoint
+    return out
+
+
+@_attach.def_jvp
+def _attach_jvp(primals, tangents):
+    out, inputs, rewrite_fn, adjoint = primals
+    _, t_inputs, _, _ = tangents
+    z, extras = _attach(out, inputs, rewrite_fn, adjoint)  # so that z has a derivative here too
+    is_none = lambda x: x is None
+    moved = jax.tree.map(lambda t: t is not None, t_inputs, is_leaf=is_none)
+    moving, still = eqx.partition(inputs, moved, is_leaf=is_none)
+
+    def residual(z, moving):
+        return rewrite_fn(z, None, eqx.combine(moving, still))
+
+    at = Linearisation(residual, z, moving, t_inputs)
+    t_z = adjoint.tangent(at, unpack(inputs), extras)
+    return (z, extras), (t_z, tangent_of_extras(extras, t_z))
+
+
 def strong(tree: PyTree) -> PyTree:
     """`tree` as strongly typed arrays."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
+
+
+def check_damped(adjoint: Any) -> None:
+    """Raises `ValueError` unless the fields of a phantom gradient are right."""
+    name, steps, damp = type(adjoint).__name__, adjoint.steps, adjoint.damp
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(
+            f"{name} expects steps to be an int of at least 1, got {steps!r}; one undamped step is "
+            f"deqjax.JacobianFreeAdjoint()."
+        )
+    if not 0 <= damp < 1:
+        raise ValueError(f"{name} expects damp in [0, 1), got {damp}; 0 is a plain step of f.")
+
+
+def check_linear(adjoint: Any) -> None:
+    """Raises `ValueError` unless the fields of an adjoint that solves a linear system are right."""
+    name, how, tol, steps = (
+        type(adjoint).__name__,
+        adjoint.on_failure,
+        adjoint.tol,
+        adjoint.max_steps,
+    )
+    if how not in ("nan", "keep", "raise"):
+        raise ValueError(
+            f'{name} expects on_failure="nan", "keep" or "raise", got {how!r}; choose one of the '
+            f"three."
+        )
+    if tol is not None and not (isinstance(tol, float) and tol > 0):
+        raise ValueError(
+            f"{name} expects a float tolerance above 0, got tol={tol}; it is relative to y."
+        )
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(
+            f"{name} expects max_steps to be an int of at least 1, got {steps!r}; None is the "
+            f"ceiling of the solve."
+        )
 
 
 def check_cotangent(name: str, z: PyTree, cotangent: PyTree) -> None:

@@ -3,27 +3,24 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import lineax
 from jaxtyping import PyTree
 
-from .._iterate import lax_while
-from .._linear import LinearMap, by_lineax, series
-from .._solution import RESULTS
-from .._tree import lincomb, mesh_axes, scale, select, vary
+from .._linear import LinearMap, by_iteration, by_lineax, judged
+from .._tree import lincomb
+from ..solvers import AbstractSolver, Reversible
 from ._base import (
-    AbstractAdjoint,
+    AbstractFixedPointAdjoint,
+    Linearisation,
+    Problem,
     arrays_of,
     check_cotangent,
-    no_gradient,
-    stop_gradient,
+    check_linear,
     strong,
-    tangent_of_extras,
-    unpack,
 )
 
 
-class ImplicitAdjoint(AbstractAdjoint):
+class ImplicitAdjoint(AbstractFixedPointAdjoint):
     """Differentiates the fixed point by the implicit function theorem, matrix-free.
 
     With J the Jacobian of `f` with respect to z at the solution, and g the cotangent of `z*`,
@@ -35,104 +32,81 @@ class ImplicitAdjoint(AbstractAdjoint):
 
     **Arguments:**
 
-    - `linear_solver`: `None` sums the Neumann series `y <- g + J^T y`, which converges at the rate
-        of the spectral radius of J; each problem of a batch stops by itself. Or any Lineax solver
+    - `linear_solver`: how to solve `y = g + J^T y`.
+        `None`: the Neumann series `y <- g + J^T y`, until its residuals shrink by less than 0.3 a
+        term; from there Anderson's method, 16 steps deep. A deqjax solver other than `Reversible`,
+        for the method that it is (`FixedPointIteration()` is the series alone) and its `rtol`. Of
+        these each problem of a batch stops by itself. Or any Lineax solver
         (`lineax.GMRES(rtol=..., atol=...)`), for which a batch is one system.
-    - `tol`: relative tolerance of the series' last term, a float: the gradient's error is then
-        about `tol / (1 - rho(J))`. `None` is 10 eps of float32 or of the state's dtype, whichever
-        is wider; 2 eps of a half precision state, whose products are no better. The ceiling on the
-        terms is `max_steps` of the call (256, if that is more, with an Optimistix solver): a call
-        that allows the solve very few steps allows the gradient no more.
+    - `tol`: the relative residual `||g + J^T y - y||_2 / ||g + J^T y||_2` at which an iteration
+        stops, a float: the gradient's relative error is then about `tol / (1 - rho(J))`. `None` is
+        10 eps of float32 or of the state's dtype, whichever is wider, or 2 eps of a half precision
+        state, whose products are no better; with a deqjax solver, its `rtol`.
+    - `max_steps`: the ceiling of an iteration; `None` is that of the call (256, if that is more,
+        with an Optimistix solver).
     - `on_failure`: what a linear solve that fails gives: `"nan"`, `"keep"` its best value,
-        `"raise"` a run-time error. The series has failed if it does not meet its tolerance and what
-        is left of it, extrapolated from the last two terms, is above 100 times that (or 4 eps of
-        the state's dtype, if that is more); a Lineax solver if it says so.
+        `"raise"` a run-time error. An iteration has failed if its best residual is above 10 times
+        `tol` (and 4 eps of the state's dtype); a Lineax solver if it says so.
+    - `y0`: where the linear solve starts, of the structure of z; `None` is g. Of use where g and J
+        are nearly those of an earlier solve (`stats["solution"]` of `deqjax.implicit_vjp`).
 
-    **Cost:** one evaluation of `f` with its linearisation, one Jacobian product a term; three
-    copies of `z`. The number of terms to a tolerance t is about `log(t) / log(rho(J))`.
+    **Cost:** one evaluation of `f` with its linearisation, one Jacobian product a step; three
+    copies of `z`, and 38 where Anderson's method is at work. The number of terms of the series to a
+    tolerance t is about `log(t) / log(rho(J))`.
 
     **When not to use it:** away from a fixed point (a fixed small number of steps): it then
     differentiates a point that the solve did not reach; `deqjax.ReversibleAdjoint` and
-    `deqjax.RecursiveCheckpointAdjoint` differentiate the steps taken. Where rho(J) is 1 or more,
-    which Newton's method does not mind, pass a Lineax solver.
+    `deqjax.RecursiveCheckpointAdjoint` differentiate the steps taken.
 
-    Forward mode, higher derivatives, and `jax.shard_map` hold for the series; a Lineax solver
+    Forward mode, higher derivatives, and `jax.shard_map` hold for the iterations; a Lineax solver
     raises `ValueError` inside `jax.shard_map`. Through an `f` that holds a `jax.custom_vjp`
     function, JAX allows reverse mode alone, and no `jax.vmap` around it (`batched=True` does hold).
+
+    **Raises:** `ValueError` for an `on_failure` or a `linear_solver` that is none of the above, a
+    `tol` that is no positive float, or `max_steps < 1`.
 
     Reference: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019, theorem 1.
     """
 
-    linear_solver: lineax.AbstractLinearSolver | None = None
+    linear_solver: lineax.AbstractLinearSolver | AbstractSolver | None = None
     tol: float | None = None
     on_failure: Literal["nan", "keep", "raise"] = eqx.field(static=True, default="nan")
+    max_steps: int | None = eqx.field(static=True, default=None)
+    y0: PyTree = None
 
     def __check_init__(self):
-        if self.on_failure not in ("nan", "keep", "raise"):
+        check_linear(self)
+        allowed = lineax.AbstractLinearSolver | AbstractSolver | None
+        if not isinstance(self.linear_solver, allowed) or isinstance(
+            self.linear_solver, Reversible
+        ):
             raise ValueError(
-                f'ImplicitAdjoint expects on_failure="nan", "keep" or "raise", got '
-                f"{self.on_failure!r}; choose one of the three."
-            )
-        if self.tol is not None and not (isinstance(self.tol, float) and self.tol > 0):
-            raise ValueError(
-                f"ImplicitAdjoint expects a float tolerance above 0, got tol={self.tol}; "
-                f"None chooses one."
+                f"ImplicitAdjoint expects linear_solver to be None, a deqjax solver other than "
+                f"Reversible, or a Lineax solver, got {self.linear_solver!r}; pass an instance: "
+                f"deqjax.Broyden() or lineax.GMRES(rtol=1e-6, atol=1e-6)."
             )
 
-    def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
+    def tangent(self, at: Linearisation, problem: Problem, extras: tuple) -> PyTree:
         """See `deqjax.adjoints`."""
-        del tags
-        out = primal_fn((*stop_gradient(inputs), lax_while))
-        z, extras = _attach(out, inputs, rewrite_fn, self)
-        return z, no_gradient(extras)
+        del extras
+        options = {"max_steps": problem.max_steps, "rank": problem.rank}
+        solve = lambda matvec, b: self.solve(matvec, b, **options)[0]
+        matvec, b = at.equation()
+        return jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve)
 
     def solve(
         self, matvec: LinearMap, b: PyTree, *, max_steps: int | None, rank: int
     ) -> tuple[PyTree, dict[str, Any]]:
         """`y` with `matvec(y) = b`, where `matvec` is `I - J` or its transpose; and its stats."""
-        if self.linear_solver is None:
-            y, stats = series(matvec, b, self.tol, max_steps=max_steps, rank=rank)
+        solver = self.linear_solver
+        if isinstance(solver, lineax.AbstractLinearSolver):
+            y, stats = by_lineax(solver, matvec, b, self.y0)
         else:
-            y, stats = by_lineax(self.linear_solver, matvec, b)
-        failed = stats["result"] != RESULTS.successful
-        if self.on_failure == "nan":
-            y = select(failed, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), y), y)
-        elif self.on_failure == "raise":
-            message = "ImplicitAdjoint: the linear solve of the implicit function theorem failed."
-            y = eqx.error_if(y, jnp.any(failed), message)
-        return y, stats
-
-
-@eqx.filter_custom_jvp
-def _attach(out: PyTree, inputs: tuple, rewrite_fn: Callable, adjoint: ImplicitAdjoint) -> PyTree:
-    """`out = (z, extras)` itself, z with the derivative of the implicit function theorem."""
-    del inputs, rewrite_fn, adjoint
-    return out
-
-
-@_attach.def_jvp
-def _attach_jvp(primals, tangents):
-    out, inputs, rewrite_fn, adjoint = primals
-    _, t_inputs, _, _ = tangents
-    z, extras = _attach(out, inputs, rewrite_fn, adjoint)  # so that z has a derivative here too
-    is_none = lambda x: x is None
-    moved = jax.tree.map(lambda t: t is not None, t_inputs, is_leaf=is_none)
-    moving, still = eqx.partition(inputs, moved, is_leaf=is_none)
-
-    def residual(z, moving):
-        return rewrite_fn(z, None, eqx.combine(moving, still))
-
-    _, b = jax.jvp(lambda moving: residual(z, moving), (moving,), (t_inputs,))
-    # Linearised once, outside the loop: and then no product needs f again, nor, inside shard_map,
-    # a cast of its constants whose transpose would sum over devices.
-    _, product = jax.linearize(lambda z: residual(z, moving), z)
-    problem = unpack(inputs)
-    options = {"max_steps": problem.max_steps, "rank": problem.rank}
-    solve = lambda matvec, b: adjoint.solve(matvec, b, **options)[0]
-    matvec = lambda v: scale(-1, product(v))
-    b = vary(b, mesh_axes(z))
-    t_z = jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve)
-    return (z, extras), (t_z, tangent_of_extras(extras, b))
+            steps = max_steps if self.max_steps is None else self.max_steps
+            y, stats = by_iteration(
+                solver, matvec, b, self.y0, self.tol, max_steps=steps, rank=rank
+            )
+        return judged(y, stats, self.on_failure), stats
 
 
 def implicit_vjp(
@@ -154,13 +128,15 @@ def implicit_vjp(
 
     - `fn`, `z`, `args`: `fn(z, args)` is approximately `z`, a pytree of float arrays.
     - `cotangent`: of the structure, shapes and dtypes of `z`.
-    - `adjoint`, `max_steps`, `batched`: as in `deqjax.fixed_point`.
+    - `adjoint`, `max_steps`, `batched`: as in `deqjax.fixed_point`. With `on_failure="keep"` the
+        outcome is reported and nothing else.
 
     **Returns:** `((d_fn, d_args), stats)`. `d_fn` has the structure of `fn` if that is a pytree
     with inexact arrays (an Equinox module), `None` elsewhere; if `fn` is a plain function, it is a
     list of the cotangents of the inexact arrays it closes over, in order of first use. `stats` has
-    `"num_steps"`, `"residual"` and `"result"`, one entry per problem: terms of the series, size of
-    the last term relative to the sum (of a Lineax solver: its steps, and `||b - A y|| / ||b||`).
+    `"num_steps"`, `"residual"` and `"result"`, one entry per problem: steps of the solve, its
+    relative residual (see `tol`; of a Lineax solver `||g - (I - J^T) y|| / ||g||`) and its outcome;
+    and `"solution"`, y.
 
     **Cost:** one evaluation of `fn` with its linearisation, one VJP a term, one for the term that
     meets the tolerance and one for the arrays of `fn` and `args`.
@@ -187,5 +163,6 @@ def _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched):
     _, pull = jax.vjp(f, own, hidden, moving, z)
     matvec = lambda v: lincomb(1, v, -1, pull(v)[3])
     y, stats = adjoint.solve(matvec, cotangent, max_steps=max_steps, rank=int(batched))
+    stats["solution"] = y
     d_own, d_hidden, d_args, _ = pull(y)
     return (d_own if jax.tree.leaves(own) else jax.tree.leaves(d_hidden), d_args), stats

@@ -1,5 +1,7 @@
 """One fixed-point method a file."""
 
+from ._anderson import Anderson as Anderson
 from ._base import AbstractSolver as AbstractSolver
+from ._broyden import Broyden as Broyden
 from ._fixed_point_iteration import FixedPointIteration as FixedPointIteration
 from ._reversible import Reversible as Reversible

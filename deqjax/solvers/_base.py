@@ -12,8 +12,8 @@ from equinox import AbstractVar
 from jaxtyping import Array, Bool, Inexact, PyTree
 
 from .._solution import RESULTS
-from .._step import step
-from .._tree import is_traced, mesh_axes, vary
+from .._step import scaled_error, step
+from .._tree import is_traced, mesh_axes, select, vary
 
 Number = float | Inexact[Array, ""]
 
@@ -30,7 +30,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     """A fixed-point method as a pure mixing rule `(z, f(z), memory) -> (z_next, memory)`.
 
     A rule never calls `f` and never measures anything; it acts on one problem, and
-    `deqjax.fixed_point(..., batched=True)` maps it over the batch. Subclasses define `memory` and
+    `deqjax.fixed_point(..., batched=True)` maps it over the batch. Subclasses define `blank` and
     `mix`, and extend `requirements` for the fields they add.
     """
 
@@ -40,8 +40,17 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     norm: AbstractVar[Callable[[PyTree], Any]]
 
     @abc.abstractmethod
-    def memory(self, z0: PyTree) -> PyTree:
+    def blank(self, z0: PyTree) -> PyTree:
         """The memory before the first step, for the initial iterate `z0` of one problem."""
+
+    def error(self, z: PyTree, fz: PyTree) -> Inexact[Array, ""]:
+        """The measure of `f(z) - z` that the tolerances hold below 1."""
+        return scaled_error(self, z, fz)
+
+    @property
+    def best(self) -> bool:
+        """Whether the best iterate is returned, and not the last, if the steps run out."""
+        return True
 
     def start(self, z0: PyTree) -> PyTree:
         """The first iterate: `z0`, as exactly as the method can represent it."""
@@ -56,6 +65,15 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         """Whether a step could not be taken in those numbers, for that or because of a NaN."""
         del memory
         return jnp.asarray(False)
+
+    def recovers(self, memory: PyTree) -> Bool[Array, ""]:
+        """Whether the next `mix` takes back an iterate at which f is not finite."""
+        del memory
+        return jnp.asarray(False)
+
+    def keep(self, go: Bool[Array, "..."], new: PyTree, old: PyTree) -> PyTree:
+        """The memory, after a pass of the loop, of problems that `go` and of those that do not."""
+        return select(go, new, old)
 
     @abc.abstractmethod
     def mix(self, z: PyTree, fz: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
@@ -95,7 +113,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         """Optimistix: the state before the first step."""
         del options, f_struct, aux_struct, tags
         self.check()
-        memory = self.memory(y)
+        memory = self.blank(y)
         state = OptimistixState(memory, jnp.asarray(False), self.lost(memory))
         return vary(state, mesh_axes(fn, y, args))
 
@@ -104,7 +122,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         del options, tags
         out = step(fn, self, y, args, state.memory)
         broken = out.broken | out.overflow
-        return out.z, OptimistixState(out.memory, out.small, broken), out.aux
+        return out.z, OptimistixState(out.memory, out.error < 1, broken), out.aux
 
     def terminate(self, fn, y, args, options, state, tags):
         """Optimistix: whether the last evaluation met the tolerance, or has diverged."""

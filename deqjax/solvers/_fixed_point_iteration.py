@@ -45,7 +45,7 @@ class FixedPointIteration(AbstractSolver):
         damp = ("damp", self.damp, lambda x: x < 1, "a damping factor below 1")
         return [*super().requirements(), damp]
 
-    def memory(self, z0: PyTree) -> None:
+    def blank(self, z0: PyTree) -> None:
         """Picard iteration remembers nothing."""
         del z0
 

@@ -132,6 +132,11 @@ class Reversible(AbstractSolver):
         integers, fits = jax.tree.transpose(jax.tree.structure(tree), None, pairs)
         return integers, _all(fits)
 
+    @property
+    def best(self) -> bool:
+        """No: what is run backwards is what was returned."""
+        return False
+
     def start(self, z0: PyTree) -> PyTree:
         """`z0`, in the exact mode rounded to the grid."""
         if not self.exact:
@@ -143,7 +148,7 @@ class Reversible(AbstractSolver):
     def _values(self, integers: PyTree, like: PyTree) -> PyTree:
         return jax.tree.map(lambda z, x: self.grid.value(z, x.dtype), integers, like)
 
-    def memory(self, z0: PyTree) -> PyTree:
+    def blank(self, z0: PyTree) -> PyTree:
         """The previous iterate, `s[-1] = z0`; in the exact mode as integers."""
         if not self.exact:
             return z0

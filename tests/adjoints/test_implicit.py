@@ -12,6 +12,7 @@ import deqjax
 from deqjax import RESULTS
 
 PICARD = deqjax.FixedPointIteration(rtol=1e-12, atol=1e-12)
+SERIES = deqjax.FixedPointIteration(rtol=1e-6, atol=1e-6)  # as a linear solver: nothing else
 
 
 def value(fn, z0, args, adjoint=deqjax.ImplicitAdjoint(), max_steps=1000, **kwargs):
@@ -90,19 +91,31 @@ def test_closed_over_some_leaves_and_aux():
 
 @pytest.mark.optimised
 @pytest.mark.x64
-def test_batched_series_stops_per_problem():
+@pytest.mark.parametrize(
+    "linear, last",
+    [(None, True), (SERIES, False), (deqjax.Broyden(1e-12, 1e-12), True)],
+    ids=["default", "series", "broyden"],
+)
+def test_batched_solve_stops_per_problem(linear, last):
     """Values and steps do not depend on batch-mates, bit for bit; memory mates stay finite."""
     rates = jnp.asarray([0.1, 0.5, 0.9, 1.5])
     fn = lambda z, rate: rate * z + 1
     z = 1 / (1 - rates)
     run = lambda z, rates: deqjax.implicit_vjp(
-        fn, z, rates, jnp.ones_like(z), batched=True, max_steps=500
+        fn,
+        z,
+        rates,
+        jnp.ones_like(z),
+        batched=True,
+        max_steps=500,
+        adjoint=deqjax.ImplicitAdjoint(linear, tol=1e-12),
     )
     (_, d_rates), stats = run(z, rates)
     good = stats["result"] == RESULTS.successful
-    assert list(good) == [True, True, True, False]
-    np.testing.assert_allclose(d_rates[:3], (z / (1 - rates))[:3], rtol=1e-10)
-    assert jnp.isnan(d_rates[3])
+    assert list(good) == [True, True, True, last]
+    n = 3 + last
+    np.testing.assert_allclose(d_rates[:n], (z / (1 - rates))[:n], rtol=1e-10)
+    assert last or jnp.isnan(d_rates[3])
     for i in range(3):
         (_, alone), one = run(z[i : i + 1], rates[i : i + 1])
         assert alone[0] == d_rates[i]
@@ -115,22 +128,29 @@ def test_failure_is_nan_kept_or_raised(max_steps):
     fn = lambda z, b: 0.99 * z + b
     z, b = jnp.asarray([100.0]), jnp.asarray([1.0])
     run = lambda how: deqjax.implicit_vjp(
-        fn, z, b, jnp.ones(1), adjoint=deqjax.ImplicitAdjoint(on_failure=how), max_steps=max_steps
+        fn,
+        z,
+        b,
+        jnp.ones(1),
+        adjoint=deqjax.ImplicitAdjoint(SERIES, on_failure=how),
+        max_steps=max_steps,
     )
     (_, nan), stats = run("nan")
     assert jnp.isnan(nan[0])
     assert stats["result"] == RESULTS.nonlinear_max_steps_reached
     assert stats["num_steps"] == max_steps
     (_, kept), stats = run("keep")
-    partial = (1 - 0.99 ** (max_steps + 1)) / (1 - 0.99)
-    np.testing.assert_allclose(kept[0], partial, rtol=1e-4)
-    np.testing.assert_allclose(stats["residual"], 0.99**max_steps / partial, rtol=1e-3)
+    partial = lambda terms: (1 - 0.99**terms) / (1 - 0.99)
+    np.testing.assert_allclose(kept[0], partial(max_steps + 1), rtol=1e-4)
+    residual = 0.99 ** (max_steps + 1) / partial(max_steps + 2)
+    np.testing.assert_allclose(stats["residual"], residual, rtol=1e-3)
     with pytest.raises(eqx.EquinoxRuntimeError, match="linear solve"):
         jax.block_until_ready(run("raise"))
 
 
 def test_failure_poisons_the_gradient():
-    grad = jax.grad(lambda b: value(lambda z, b: 1.1 * z + b, -10.0, b, max_steps=50))
+    series = deqjax.ImplicitAdjoint(SERIES)
+    grad = jax.grad(lambda b: value(lambda z, b: 1.1 * z + b, -10.0, b, series, max_steps=50))
     assert jnp.isnan(grad(1.0))
     singular = deqjax.ImplicitAdjoint(lineax.GMRES(1e-6, 1e-6))
     grad = jax.grad(lambda b: jnp.sum(value(lambda z, b: z + 0 * b, jnp.ones(2), b, singular)))
@@ -247,13 +267,25 @@ def test_a_cell_with_its_own_vjp():
 @pytest.mark.parametrize("rate, terms", [(0.999, 2500), (0.9999, 10_000)])
 def test_a_small_last_term_is_no_success(rate, terms):
     """The last term is below 100 tolerances, and 8 % or 37 % of the sum are still missing."""
-    grad = jax.grad(lambda b: value(lambda z, b: rate * z + b, 1 / (1 - rate), b, max_steps=terms))
-    assert jnp.isnan(grad(1.0))
-    d = jnp.asarray([0.0, 0.999])  # a large fast component hides the slow one
+    fn, z = lambda z, b: rate * z + b, 1 / (1 - rate)
+    alone = deqjax.ImplicitAdjoint(SERIES)
+    assert jnp.isnan(jax.grad(lambda b: value(fn, z, b, alone, max_steps=terms))(1.0))
+    eps = float(jnp.finfo(np.float32).eps)
+    bound = 10 * 10 * eps / (1 - rate)
+    assert abs(jax.grad(lambda b: value(fn, z, b))(1.0) / z - 1) < bound
+
+
+def test_a_large_fast_component_hides_no_slow_one():
+    d = jnp.asarray([0.0, 0.999])
     g = jnp.asarray([1.0, 1.5e-4])
-    (_, y), stats = deqjax.implicit_vjp(lambda z, b: d * z + b, 1 / (1 - d), jnp.ones(2), g)
+    z, fn = 1 / (1 - d), lambda z, b: d * z + b
+    run = lambda how: deqjax.implicit_vjp(fn, z, jnp.ones(2), g, adjoint=how)
+    (_, y), stats = run(deqjax.ImplicitAdjoint(SERIES))
     assert stats["result"] != RESULTS.successful
     assert jnp.all(jnp.isnan(y))
+    (_, y), stats = run(deqjax.ImplicitAdjoint())
+    assert stats["result"] == RESULTS.successful
+    np.testing.assert_allclose(y, [1, 0.15], rtol=1e-2)
 
 
 def test_half_precision_needs_no_more_terms():

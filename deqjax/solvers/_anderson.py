@@ -1,0 +1,89 @@
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any
+
+import equinox as eqx
+import optimistix
+from jaxtyping import PyTree
+
+from .. import _secant
+from .._secant import Secants
+from ._base import AbstractSolver, Number
+
+
+class Anderson(AbstractSolver):
+    """Anderson acceleration of `z <- f(z)`, regularised and safeguarded.
+
+    With `g = f(z) - z` and, over the last `depth` accepted iterates, y and v the differences of g
+    and of f(z),
+
+        z' = f(z) + sum_j c_j v_j,    c = argmin ||g + sum_j c_j y_j||^2 + ridge tr(G) sum_j c_j^2
+
+    where every y_j is first scaled to unit length and G is their Gram matrix, in float32 or wider.
+    On a linear f it is a truncated GMRES. A step that makes ||g|| more than ten times its least
+    value is taken back: the next iterate is the Picard step from the last accepted one, the window
+    is emptied, and Picard steps follow, one after the first such failure and up to eight in the
+    end. So is a step at which f is not finite.
+
+    **Arguments:**
+
+    - `rtol`, `atol`, `norm`: as in `deqjax.FixedPointIteration`.
+    - `depth`: of the window, an int of at least 1.
+    - `mixing`: in (0, 1], the damping of every step:
+        `z' = z + mixing g + sum_j c_j (s_j + mixing y_j)`, s the differences of z.
+    - `ridge`: at least 0.
+
+    **Cost:** one evaluation of `f` a step; `2 depth + 3` copies of `z`, of which a step reads
+    `3 depth`. Under `batched=True` each problem has coefficients of its own; `jax.vmap` gives the
+    same numbers and copies the window in each step.
+
+    **When not to use it:** where Picard iteration takes some ten steps; for gradients of the steps
+    taken (those of a least squares problem are large where it is ill-conditioned).
+
+    **Raises:** `ValueError` for a tolerance below 0 or NaN, `depth < 1`, `mixing` outside (0, 1] or
+    a negative `ridge`.
+
+    Reference: Walker and Ni, Anderson acceleration for fixed-point iterations, SIAM J. Numer.
+    Anal. 49 (2011), equation 2.2 in its unconstrained form.
+    """
+
+    rtol: Number = 1e-4
+    atol: Number = 1e-6
+    norm: Callable[[PyTree], Any] = optimistix.max_norm
+    depth: int = eqx.field(static=True, default=5)
+    mixing: Number = 1.0
+    ridge: Number = 1e-8
+
+    def __check_init__(self):
+        if isinstance(self.depth, bool) or not isinstance(self.depth, Integral) or self.depth < 1:
+            raise ValueError(
+                f"Anderson expects depth to be an int of at least 1, got {self.depth!r}; it is the "
+                f"number of differences in the window."
+            )
+        self.check()
+
+    def requirements(self):
+        """See `AbstractSolver`."""
+        mixing = lambda x: (x > 0) & (x <= 1)
+        return [
+            *super().requirements(),
+            ("mixing", self.mixing, mixing, "a mixing in (0, 1]"),
+            ("ridge", self.ridge, lambda x: x >= 0, "a ridge of at least 0"),
+        ]
+
+    def blank(self, z0: PyTree) -> Secants:
+        """An empty window."""
+        return _secant.empty(z0, self.depth)
+
+    def mix(self, z: PyTree, fz: PyTree, memory: Secants) -> tuple[PyTree, Secants]:
+        """One step."""
+        rule = _secant.Rule(galerkin=False, mixing=self.mixing, ridge=self.ridge)
+        return _secant.mix(rule, z, fz, memory)
+
+    def keep(self, go, new: Secants, old: Secants) -> Secants:
+        """See `AbstractSolver`."""
+        return _secant.keep(go, new, old)
+
+    def recovers(self, memory: Secants):
+        """See `AbstractSolver`."""
+        return memory.stride > 0

@@ -1,0 +1,80 @@
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any
+
+import equinox as eqx
+import optimistix
+from jaxtyping import PyTree
+
+from .. import _secant
+from .._secant import Secants
+from ._base import AbstractSolver, Number
+
+# The roundings of a Gram matrix in float32: without it two parallel steps are a breakdown.
+_RIDGE = 1e-10
+
+
+class Broyden(AbstractSolver):
+    """Limited-memory good Broyden method on `g(z) = f(z) - z`, safeguarded.
+
+    With s, y and v the differences of z, g and f(z) over the last `memory` accepted iterates, in
+    rows, B is the matrix nearest to -I (in the Frobenius norm) for which `B s_j = y_j` for all j,
+
+        z' = z - B^-1 g,    B^-1 = -(I + V^T T^-1 S),    T = -S Y^T
+
+    the multisecant form of Broyden's first update. On a linear f it is a Petrov-Galerkin method in
+    the space of the last steps. A step that makes ||g|| more than ten times its least value, or at
+    which f is not finite, is taken back, as in `deqjax.Anderson`; a singular T empties the window.
+
+    **Arguments:**
+
+    - `rtol`, `atol`, `norm`: as in `deqjax.FixedPointIteration`.
+    - `memory`: the number of secants, an int of at least 1.
+    - `line_search`: halve a step from z along d until `||g(z + t d)|| <= (1 - 1e-4 t) ||g(z)||`
+        (Armijo's condition), at most five times, before it is taken back. A trial is a step like
+        any other, of one evaluation.
+
+    **Cost:** one evaluation of `f` a step; `2 memory + 3` copies of `z`, of which a step reads
+    `4 memory`. Under `batched=True` each problem has a B of its own; `jax.vmap` gives the same
+    numbers and copies the window in each step.
+
+    **When not to use it:** where Picard iteration takes some ten steps; where memory counts, for
+    `deqjax.Anderson` needs a third of it.
+
+    **Raises:** `ValueError` for a tolerance below 0 or NaN, or `memory < 1`.
+
+    Reference: Fang and Saad, Two classes of multisecant methods for nonlinear acceleration, Numer.
+    Linear Algebra Appl. 16 (2009), equation 14, from B_0 = -I.
+    """
+
+    rtol: Number = 1e-4
+    atol: Number = 1e-6
+    norm: Callable[[PyTree], Any] = optimistix.max_norm
+    memory: int = eqx.field(static=True, default=16)
+    line_search: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        rows = self.memory
+        if isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1:
+            raise ValueError(
+                f"Broyden expects memory to be an int of at least 1, got {rows!r}; it is the "
+                f"number of steps that are remembered."
+            )
+        self.check()
+
+    def blank(self, z0: PyTree) -> Secants:
+        """An empty window."""
+        return _secant.empty(z0, self.memory)
+
+    def mix(self, z: PyTree, fz: PyTree, memory: Secants) -> tuple[PyTree, Secants]:
+        """One step."""
+        rule = _secant.Rule(galerkin=True, ridge=_RIDGE, line_search=self.line_search)
+        return _secant.mix(rule, z, fz, memory)
+
+    def keep(self, go, new: Secants, old: Secants) -> Secants:
+        """See `AbstractSolver`."""
+        return _secant.keep(go, new, old)
+
+    def recovers(self, memory: Secants):
+        """See `AbstractSolver`."""
+        return memory.stride > 0
