@@ -4,6 +4,11 @@ from importlib.metadata import version as _version
 
 from . import models as models, nn as nn, positive as positive
 from ._fixed_point import fixed_point as fixed_point
+from ._jacobian import (
+    SpectralRadius as SpectralRadius,
+    jacobian_frobenius as jacobian_frobenius,
+    spectral_radius as spectral_radius,
+)
 from ._reversible_vjp import reversible_vjp as reversible_vjp
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from .adjoints import (

@@ -25,6 +25,7 @@ ORDER = [
     "_check",
     "_fixed_point",
     "_reversible_vjp",
+    "_jacobian",
     "positive",
     "nn",
     "models",
