@@ -9,6 +9,7 @@ from ._jacobian import (
     jacobian_frobenius as jacobian_frobenius,
     spectral_radius as spectral_radius,
 )
+from ._path import fixed_point_path as fixed_point_path
 from ._reversible_vjp import reversible_vjp as reversible_vjp
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from .adjoints import (

@@ -24,6 +24,7 @@ ORDER = [
     "adjoints",
     "_check",
     "_fixed_point",
+    "_path",
     "_reversible_vjp",
     "_jacobian",
     "positive",
