@@ -2,6 +2,7 @@
 
 from ._conv import Conv2d as Conv2d
 from ._deq import DEQ as DEQ
+from ._dropout import VariationalDropout as VariationalDropout, draw_masks as draw_masks
 from ._norm import GroupNorm as GroupNorm
 from ._positive import (
     PositiveConcaveConv2d as PositiveConcaveConv2d,
