@@ -8,3 +8,4 @@ from ._positive import (
     PositiveConcaveConv2d as PositiveConcaveConv2d,
     PositiveConcaveLinear as PositiveConcaveLinear,
 )
+from ._spectral import SpectralNorm as SpectralNorm, power_step as power_step
