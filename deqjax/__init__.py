@@ -4,6 +4,12 @@ from importlib.metadata import version as _version
 
 from . import models as models, nn as nn, positive as positive
 from ._fixed_point import fixed_point as fixed_point
+from ._jacobian import (
+    SpectralRadius as SpectralRadius,
+    jacobian_frobenius as jacobian_frobenius,
+    spectral_radius as spectral_radius,
+)
+from ._path import fixed_point_path as fixed_point_path
 from ._reversible_vjp import reversible_vjp as reversible_vjp
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from .adjoints import (

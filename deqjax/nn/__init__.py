@@ -2,8 +2,10 @@
 
 from ._conv import Conv2d as Conv2d
 from ._deq import DEQ as DEQ
+from ._dropout import VariationalDropout as VariationalDropout, draw_masks as draw_masks
 from ._norm import GroupNorm as GroupNorm
 from ._positive import (
     PositiveConcaveConv2d as PositiveConcaveConv2d,
     PositiveConcaveLinear as PositiveConcaveLinear,
 )
+from ._spectral import SpectralNorm as SpectralNorm, power_step as power_step

@@ -1,4 +1,5 @@
-"""What the layers share: a channels-last convolution whose cotangents are fast inside a loop.
+"""What the layers share: masks drawn once a solve, and a channels-last convolution whose cotangents
+are fast inside a loop.
 
 On a CPU, XLA reaches its fast kernel only for a plain NHWC/HWIO convolution; inside a `while` the
 stock cotangents (swapped axes, dilated kernels) fall to a naive loop nest. Both are therefore
@@ -13,17 +14,40 @@ mode and, under `jax.vmap` with a shared kernel, makes one kernel cotangent per 
 `jax.custom_derivatives.linear_call` cannot be batched.
 """
 
+import abc
+import itertools
 import math
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._tree import mesh_axes, vary
+
+
+class AbstractMask(eqx.Module):
+    """A module whose only array is a mask, which `nn.DEQ` draws once a solve."""
+
+    @abc.abstractmethod
+    def draw(self, key: PRNGKeyArray) -> "AbstractMask":
+        """Itself with a new mask."""
+
+
+def masks_of(tree: PyTree, key: PRNGKeyArray) -> PyTree:
+    """New masks for every `AbstractMask` in `tree`, for `eqx.combine(masks, tree)`: it has the
+    structure of `tree`, with `None` for everything else."""
+    count = itertools.count()
+
+    def node(x):
+        return x.draw(jax.random.fold_in(key, next(count))) if is_mask(x) else None
+
+    is_mask = lambda x: isinstance(x, AbstractMask)
+    return jax.tree.map(node, tree, is_leaf=is_mask)
 
 
 def conv2d(

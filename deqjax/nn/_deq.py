@@ -5,83 +5,121 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import paramax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from .._check import OptimistixSolver
 from .._fixed_point import fixed_point
 from .._solution import Solution
 from ..adjoints import AbstractAdjoint
+from ._base import masks_of
 
 
 class _Mapped(eqx.Module):
     """A cell over a batch. A module, not a closure: inside `jax.shard_map` its parameters can then
-    be made to vary before the loop instead of being summed over devices in each step of it."""
+    be made to vary before the loop instead of being summed over devices in each step of it.
+
+    Only the masks have a batch axis: mapping over the cell with its masks in it would give its
+    parameters one cotangent per example."""
 
     cell: Callable[[PyTree, PyTree], PyTree]
+    masks: PyTree
 
     def __call__(self, z, x):
-        return jax.vmap(self.cell)(z, x)
+        one = lambda masks, z, x: eqx.combine(masks, self.cell)(z, x)
+        return jax.vmap(one)(self.masks, z, x)
 
 
 class DEQ(eqx.Module):
     """A deep equilibrium layer: `z = cell(z, x)`, solved for z.
 
     Parameters that `paramax` reparametrises are materialised once, before the solve. If the cell
-    has a method `inject`, then `inject(x)` is what it sees as x, also computed once.
+    has a method `inject`, then `inject(x)` is what it sees as x, also computed once. So are the
+    masks of its `nn.VariationalDropout`, if there is a `key`.
 
     **Arguments:**
 
     - `cell`: `cell(z, x) -> z'` on one example.
     - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`.
+    - `predictor`: `predictor(x) -> z0` on one example, with x as the cell sees it; `None` is zeros.
+        With `deqjax.ImplicitAdjoint` z0 has no gradient, so train it with a loss of its own, for
+        instance `jnp.mean((deq.predictor(x) - jax.lax.stop_gradient(z)) ** 2)`. With an adjoint of
+        the steps taken, z0 has a gradient and the task trains it too.
 
     **Cost:** that of `deqjax.fixed_point`.
 
     **When not to use it:** for a fixed number of explicit layers, which need no solver.
 
-    Reference: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019, equation 3.
+    Reference: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019, equation 3; for the
+    predictor: Bai, Koltun, Kolter, Neural deep equilibrium solvers, ICLR 2022.
     """
 
     cell: Callable[[PyTree, PyTree], PyTree]
     solver: OptimistixSolver
     adjoint: AbstractAdjoint
     max_steps: int = eqx.field(static=True, default=256)
+    predictor: Callable[[PyTree], PyTree] | None = None
 
     def __call__(
-        self, x: PyTree, z0: PyTree = None, *, steps: int | Int[Array, ""] | None = None
+        self,
+        x: PyTree,
+        z0: PyTree = None,
+        *,
+        steps: int | Int[Array, ""] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree, Solution]:
         """Solves one example.
 
         **Arguments:**
 
         - `x`: one example, a pytree of arrays.
-        - `z0`: the initial iterate; `None` is zeros like the injected x.
-        - `steps`: a traced budget of at most `max_steps`.
+        - `z0`: the initial iterate, for instance the solution at a similar x or before the last
+            update; `None` is `predictor` of the injected x, or zeros like it.
+        - `steps`: a traced budget of at most `max_steps`; drawn anew in each training step, it
+            randomises the depth without recompiling.
+        - `key`: draws the masks of the cell's `nn.VariationalDropout`, one set for all evaluations
+            of the solve; `None` is inference, without dropout.
 
         **Returns:** `(z, sol)` with `z = sol.value`.
         """
-        return self._solve(lambda cell: cell, x, z0, batched=False, steps=steps)
+        return self._solve(x, z0, batched=False, steps=steps, key=key)
 
     def batch(
-        self, xs: PyTree, z0: PyTree = None, *, steps: int | Int[Array, "..."] | None = None
+        self,
+        xs: PyTree,
+        z0: PyTree = None,
+        *,
+        steps: int | Int[Array, "..."] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree, Solution]:
         """Solves a batch, on axis 0 of every leaf, as one state.
 
         Each example stops on its own tolerance, and the cotangent of the cell's parameters is
         accumulated once (so it is under `jax.vmap` of the layer, see `deqjax.fixed_point`).
         Arguments and returns as for one example, with one entry per example in `sol.result` and
-        `sol.stats`; `steps` may have shape `(batch,)`.
+        `sol.stats`; `steps` may have shape `(batch,)`. Example i has the masks of
+        `jax.random.fold_in(key, i)`, whatever its batch-mates; in `jax.shard_map` fold the device's
+        index into the key.
         """
-        return self._solve(_Mapped, xs, z0, batched=True, steps=steps)
+        return self._solve(xs, z0, batched=True, steps=steps, key=key)
 
-    def _solve(self, lift: Callable, x, z0, *, batched: bool, steps) -> tuple[Any, Solution]:
-        cell = paramax.unwrap(self.cell)
-        inject = getattr(cell, "inject", None)
-        if inject is not None:
-            x = jax.vmap(inject)(x) if batched else inject(x)
+    def _solve(self, x, z0, *, batched: bool, steps, key) -> tuple[Any, Solution]:
+        cell, predictor = paramax.unwrap((self.cell, self.predictor))
+        over = jax.vmap if batched else lambda one: one
+        if key is None:
+            masks = None
+        elif batched:
+            example = jnp.arange(jax.tree.leaves(x)[0].shape[0])
+            masks = jax.vmap(lambda i: masks_of(cell, jax.random.fold_in(key, i)))(example)
+        else:
+            masks = masks_of(cell, key)
+        if hasattr(cell, "inject"):
+            x = over(lambda masks, x: eqx.combine(masks, cell).inject(x))(masks, x)
+        if z0 is None:
+            z0 = jax.tree.map(jnp.zeros_like, x) if predictor is None else over(predictor)(x)
         sol = fixed_point(
-            lift(cell),
+            _Mapped(cell, masks) if batched else eqx.combine(masks, cell),
             self.solver,
-            jax.tree.map(jnp.zeros_like, x) if z0 is None else z0,
+            z0,
             x,
             batched=batched,
             max_steps=self.max_steps,
