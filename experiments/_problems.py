@@ -138,7 +138,7 @@ def suite() -> list[Problem]:
 
 
 def mixed(easy: int = 31, seed: int = 0) -> Problem:
-    """A batch of `easy` problems with rho 0.3 and one, the last, with rho 0.99; axis 0 is theirs."""
+    """A batch of `easy` problems with rho 0.3 and a last one with rho 0.99, along axis 0."""
     parts = [linear(0.3, n=16, seed=seed + i) for i in range(easy)]
     parts.append(linear(0.99, n=16, seed=seed + easy))
     stack = lambda *leaves: np.stack(leaves)
