@@ -21,7 +21,7 @@ from ._iterate import Budget, iterate, problems
 from ._solution import RESULTS, Solution, raise_unsuccessful, relative_residual, result_code
 from ._step import evaluate, measured, residual
 from ._tree import is_traced, mesh_axes, per_problem, vary
-from .adjoints import AbstractAdjoint, ImplicitAdjoint
+from .adjoints import AbstractAdjoint, AbstractFixedPointAdjoint, ImplicitAdjoint
 from .solvers import AbstractSolver
 
 
@@ -65,7 +65,9 @@ def fixed_point(
 
     **Returns:** a `Solution` with
 
-    - `value`: `z_n`, the iterate whose residual is reported.
+    - `value`: the iterate whose residual is reported: `z_n` after n steps; where `max_steps` (or
+        `steps`) ran out, the best one, by the measure of the stopping test. With zero tolerances, or
+        `deqjax.Reversible`, always `z_n`.
     - `result`: one `deqjax.RESULTS` code per problem: `successful` (met its tolerance, or took the
         fixed number of steps), `nonlinear_max_steps_reached`, `nonfinite`, or
         `nonlinear_divergence` (an entry above sqrt(largest float), an integer state out of its
@@ -75,8 +77,8 @@ def fixed_point(
         `||f(z) - z||_2 / ||f(z)||_2` in float32 or wider, `"overflow"` (an integer state would have
         left its range), each with one entry per problem; and `"max_steps"`.
 
-    **Cost:** `num_steps + 1` evaluations of `f`. After a stop on a tolerance the last one is made
-    again, outside the loop, if a residual, a result or an aux is used.
+    **Cost:** `num_steps + 1` evaluations of `f`. With a tolerance the last one is made again,
+    outside the loop, if a residual, a result or an aux is used.
 
     Inside `jax.shard_map`, `fn` may not communicate between devices, which stop at different steps.
     Like `jax.jit`, it traces `fn` once for each function object and shapes of its inputs: what
@@ -146,7 +148,7 @@ def _solve_optimistix(fn, solver, z0, args, adjoint, *, max_steps, has_aux) -> S
         sol = run(*inputs[:4])
         return sol.value, (jnp.asarray(sol.stats["num_steps"], jnp.int32), sol.result)
 
-    if isinstance(adjoint, ImplicitAdjoint):
+    if isinstance(adjoint, AbstractFixedPointAdjoint):
         # Of f(z) - z itself: Optimistix's minimisers would hand over the gradient of its square.
         terms = max(256, max_steps)
         budget = Budget(terms, jnp.asarray(terms), rank=0, fixed=False)

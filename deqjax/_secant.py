@@ -128,13 +128,14 @@ def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]
     if rule.mixed:
         left = add(minus(fa, za), combine(c, differences(rule, m)))
         ahead = lincomb(1, ahead, rule.mixing - 1, left)
-    half = select(shorter, lincomb(0.5, z, 0.5, za), ahead) if rule.line_search else ahead
+    if rule.line_search:
+        ahead = select(shorter, lincomb(0.5, z, 0.5, za), ahead)
 
     recovering = jnp.where(m.stride > 0, jnp.maximum(m.pause // 2, 1), m.pause)
     pause = jnp.where(back, jnp.minimum(2 * m.pause, _LONGEST_PAUSE), m.pause)
     pause = jnp.where(rejected, pause, recovering)
     stride = jnp.where(shorter, m.stride / 2, ready.astype(m.stride.dtype))
-    return half, dataclasses.replace(
+    return ahead, dataclasses.replace(
         m,
         z=za,
         f=fa,

@@ -35,7 +35,7 @@ class Broyden(AbstractSolver):
         any other, of one evaluation.
 
     **Cost:** one evaluation of `f` a step; `2 memory + 3` copies of `z`, of which a step reads
-    `4 memory`. Under `batched=True` each problem has a B of its own; `jax.vmap` gives the same
+    `5 memory`. Under `batched=True` each problem has a B of its own; `jax.vmap` gives the same
     numbers and copies the window in each step.
 
     **When not to use it:** where Picard iteration takes some ten steps; where memory counts, for
