@@ -65,9 +65,9 @@ def fixed_point(
 
     **Returns:** a `Solution` with
 
-    - `value`: the iterate whose residual is reported: `z_n` after n steps; where `max_steps` (or
-        `steps`) ran out, the best one, by the measure of the stopping test. With zero tolerances, or
-        `deqjax.Reversible`, always `z_n`.
+    - `value`: the iterate whose residual is reported: `z_n` after n steps; where these ran out
+        before the tolerance was met, the best one by the measure of the stopping test. With zero
+        tolerances, or `deqjax.Reversible`, always `z_n`.
     - `result`: one `deqjax.RESULTS` code per problem: `successful` (met its tolerance, or took the
         fixed number of steps), `nonlinear_max_steps_reached`, `nonfinite`, or
         `nonlinear_divergence` (an entry above sqrt(largest float), an integer state out of its
