@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
+from ._solution import too_large
 from ._step import isolate, measured, step
 from ._tape import AbstractTape
 from ._tree import mesh_axes, per_problem, select, vary
@@ -80,17 +81,20 @@ def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
     def body(c: _Carry) -> _Carry:
         f = isolate(fn, c.i) if tape is not None and tape.isolated else fn
         out = step(f, solver, c.z, args, c.memory, rank=rank)
-        # At a fixed depth no measurement is used, and the compiler drops it.
-        error = c.error if budget.fixed else jnp.where(c.stopped, c.error, out.error)
-        small = error < 1
-        stopped = c.stopped if budget.fixed else c.stopped | small | out.broken | out.overflow
+        # A single problem that has stopped by a test has left the loop. At a fixed depth no test is
+        # made, and the compiler drops what is measured.
+        stopped = c.stopped if rank or budget.fixed else jnp.asarray(False)
+        error = c.error if budget.fixed else jnp.where(stopped, c.error, out.error)
+        going = ~stopped & (c.num_steps < limit)
+        overflow = c.overflow | (out.overflow & going)
+        if not budget.fixed:
+            stopped = stopped | (error < 1) | out.broken | out.overflow
         spent, kept = c.spent, c.kept
         if kept is not None:
             spent = spent | (~stopped & (c.num_steps >= limit))
             kept = select(error < kept[1], (c.z, error), kept)
             stopped = stopped | spent
         go = ~stopped & (c.num_steps < limit)
-        overflow = c.overflow | (out.overflow & ~c.stopped & (c.num_steps < limit))
         record = c.tape if tape is None else tape.push(c.tape, c.i, go, solver.pair(c.z, c.memory))
         z, memory = out.z, out.memory
         if not budget.uniform:
@@ -117,7 +121,9 @@ def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
     out = while_loop(cond, body, vary(init, axes), max_steps=passes)
     z, error = out.z, out.error
     if keeps:
-        z, error = select(out.spent, out.kept, (z, error))
+        # What has diverged is not to look like a solve that was merely too short.
+        spent = out.spent & ~per_problem(too_large, rank)(z)
+        z, error = select(spent, out.kept, (z, error))
     memory = Memory(out.memory, out.overflow, error, out.tape)
     return z, (out.num_steps, error < 1, memory)
 

@@ -27,7 +27,8 @@ def result_code(
     in_range: Bool[Array, ""],
 ) -> RESULTS:
     """The result code of one problem; `complete` is what it is without a numerical failure."""
-    finite = jnp.isfinite(max_abs((z, fz)))
+    # The last finite iterate of a divergent sequence may have no finite f.
+    finite = jnp.isfinite(max_abs((z, fz))) | (too_large(z) & jnp.isfinite(max_abs(z)))
     diverged = too_large((z, fz)) | ~in_range
     code = RESULTS.where(complete, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
     code = RESULTS.where(diverged, RESULTS.nonlinear_divergence, code)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
-from ._solution import too_large
 from ._tree import per_problem, unify, widen
 
 Fn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -20,7 +19,7 @@ class Step(NamedTuple):
     memory: PyTree  # what the solver wants to see at the next step
     aux: PyTree  # the auxiliary output of f(z)
     error: Inexact[Array, "..."]  # the solver's measure of f(z) - z; its tolerance is met below 1
-    broken: Bool[Array, "..."]  # f(z) is non-finite or has diverged
+    broken: Bool[Array, "..."]  # f(z) is not finite
     overflow: Bool[Array, "..."]  # the next iterate would have left the solver's number range
 
 
@@ -38,17 +37,21 @@ def residual(z: PyTree, _: Any, inputs: tuple) -> PyTree:
 
 
 def scaled_error(solver: Any, z: PyTree, fz: PyTree) -> Inexact[Array, ""]:
-    """`norm((f(z) - z) / (atol + rtol |f(z)|))`; infinite with both tolerances zero."""
+    """`norm((f(z) - z) / (atol + rtol |f(z)|))`; infinite with both tolerances zero.
+
+    NaN if and only if f(z) - z is not finite: one pass over the state tells both.
+    """
     rtol, atol = jnp.asarray(solver.rtol), jnp.asarray(solver.atol)
 
     def scaled(z, fz):
         gap, size = widen(fz) - widen(z), jnp.abs(widen(fz))
         scale = atol.astype(size.dtype) + rtol.astype(size.dtype) * size
-        return jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, scale))
+        ratio = jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, scale))
+        return jnp.where(jnp.isfinite(gap), ratio, jnp.nan)
 
     measurable = (rtol >= 0) & (atol >= 0) & (rtol + atol > 0)
     error = solver.norm(unify(jax.tree.map(scaled, z, fz)))
-    return jnp.where(measurable, error, jnp.inf)
+    return jnp.where(measurable | jnp.isnan(error), error, jnp.inf)
 
 
 def measured(solver: Any, z: PyTree, fz: PyTree, rank: int) -> Inexact[Array, "..."]:
@@ -61,13 +64,13 @@ def step(fn: Fn, solver: Any, z: PyTree, args: PyTree, memory: PyTree, *, rank: 
     fz, aux = evaluate(fn, z, args)
     error = measured(solver, z, fz, rank)
 
-    def mix(solver, z, fz, memory):
-        broken = too_large(fz) & ~solver.recovers(memory)
+    def mix(solver, z, fz, memory, error):
+        broken = jnp.isnan(error) & ~solver.recovers(memory)
         z, memory = solver.mix(z, fz, memory)
         return z, memory, broken, solver.overflow(memory)
 
     # An array of the solver may hold one value per problem.
-    z, memory, broken, overflow = per_problem(mix, rank)(solver, z, fz, memory)
+    z, memory, broken, overflow = per_problem(mix, rank)(solver, z, fz, memory, error)
     return Step(z, memory, aux, error, broken, overflow)
 
 
