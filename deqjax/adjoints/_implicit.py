@@ -91,8 +91,7 @@ class ImplicitAdjoint(AbstractFixedPointAdjoint):
         del extras
         options = {"max_steps": problem.max_steps, "rank": problem.rank}
         solve = lambda matvec, b: self.solve(matvec, b, **options)[0]
-        matvec, b = at.equation()
-        return jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve)
+        return at.solved(solve, solve)
 
     def solve(
         self, matvec: LinearMap, b: PyTree, *, max_steps: int | None, rank: int
