@@ -93,7 +93,7 @@ def test_a_loss_of_statistics_is_refused_or_right(name):
     fn = lambda z, b: 0.5 * jnp.sin(z) + b
 
     def loss(b, c):
-        sol = deqjax.fixed_point(fn, solver, jnp.ones(2), b, max_steps=2, adjoint=adjoint)
+        sol = deqjax.fixed_point(fn, solver, jnp.ones(2), b, steps=2, adjoint=adjoint)
         return jnp.sum(sol.value) + c * sol.stats["residual"]
 
     b = jnp.asarray([0.3, 0.9])
