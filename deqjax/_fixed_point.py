@@ -22,7 +22,7 @@ from ._iterate import Budget, iterate, problems
 from ._solution import RESULTS, Solution, raise_unsuccessful, relative_residual, result_code
 from ._step import evaluate, measured, residual
 from ._tree import is_traced, mesh_axes, per_problem, vary
-from .adjoints import AbstractAdjoint, ImplicitAdjoint
+from .adjoints import AbstractAdjoint, AbstractFixedPointAdjoint, ImplicitAdjoint
 from .solvers import AbstractSolver
 
 
@@ -149,7 +149,7 @@ def _solve_optimistix(fn, solver, z0, args, adjoint, *, max_steps, has_aux) -> S
         sol = run(*inputs[:4])
         return sol.value, (jnp.asarray(sol.stats["num_steps"], jnp.int32), sol.result)
 
-    if isinstance(adjoint, ImplicitAdjoint):
+    if isinstance(adjoint, AbstractFixedPointAdjoint):
         # Of f(z) - z itself: Optimistix's minimisers would hand over the gradient of its square.
         terms = max(256, max_steps)
         budget = Budget(terms, jnp.asarray(terms), rank=0, fixed=False)

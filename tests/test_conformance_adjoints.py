@@ -76,6 +76,22 @@ def test_phantoms_are_partial_sums(name, door):
 
 
 @pytest.mark.x64
+@pytest.mark.parametrize("solver", ["newton", "picard", "minimiser"])
+@pytest.mark.parametrize("name", ["phantom", "neumann-phantom", "jacobian-free"])
+def test_phantoms_of_the_solvers_of_optimistix(name, solver):
+    """Of f, though a minimiser works on the gradient of `||f(z) - z||^2`."""
+    solver = {
+        "newton": optimistix.Newton(1e-11, 1e-11),
+        "picard": optimistix.FixedPointIteration(1e-11, 1e-11),
+        "minimiser": optimistix.LevenbergMarquardt(1e-11, 1e-11),
+    }[solver]
+    adjoint, closed = PHANTOMS[name]
+    (d,) = tree()
+    run = gradient(d.problem.fn, solver, adjoint)
+    assert relative_error(run(*inputs(d)), d.phantom(*closed)) < 1e-9 * d.condition
+
+
+@pytest.mark.x64
 def test_a_phantom_misses_the_gradient_by_its_first_term_left_out():
     """With A normal: by `rho(B)^steps` of it, and by nothing else."""
     d = affine()[1]
@@ -108,9 +124,7 @@ def test_phantoms_away_from_a_fixed_point():
     assert abs(unrolled - series) > 1e-2
 
 
-@pytest.mark.parametrize(
-    "kind", [deqjax.PhantomAdjoint, deqjax.NeumannPhantomAdjoint]
-)
+@pytest.mark.parametrize("kind", [deqjax.PhantomAdjoint, deqjax.NeumannPhantomAdjoint])
 def test_fields_of_phantoms(kind):
     for bad in (dict(steps=0), dict(steps=True), dict(steps=2.0), dict(damp=1.0), dict(damp=-0.1)):
         with pytest.raises(ValueError, match=f"^{kind.__name__} expects"):
@@ -176,9 +190,11 @@ def test_shine_of_a_solve_without_steps():
 
 
 def test_shine_needs_broyden():
-    solve = lambda b: deqjax.fixed_point(
-        lambda z, b: z / 2 + b, deqjax.Anderson(), 0.0, b, adjoint=deqjax.BroydenAdjoint()
-    ).value
+    solve = lambda b: (
+        deqjax.fixed_point(
+            lambda z, b: z / 2 + b, deqjax.Anderson(), 0.0, b, adjoint=deqjax.BroydenAdjoint()
+        ).value
+    )
     with pytest.raises(ValueError, match="expects the solver deqjax.Broyden, got Anderson"):
         jax.grad(solve)(1.0)
     for bad in (dict(tol=0.0), dict(tol=None, on_failure="no"), dict(max_steps=0)):

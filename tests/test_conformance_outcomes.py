@@ -40,9 +40,7 @@ def test_best_iterate_at_the_cap(make):
     # A test that no iterate meets, and one that takes every step: the same iterates.
     tol = 1e-13
     rule, walk = make(tol), make(0.0)
-    run = lambda solver, n: deqjax.fixed_point(
-        p.fn, solver, p.z0, p.args, max_steps=12, steps=n
-    )
+    run = lambda solver, n: deqjax.fixed_point(p.fn, solver, p.z0, p.args, max_steps=12, steps=n)
     path = [run(walk, n).value for n in range(13)]
     measure = lambda z: float(
         jnp.max(jnp.abs((p.fn(z, p.args) - z) / (tol + tol * jnp.abs(p.fn(z, p.args)))))
@@ -74,9 +72,9 @@ def test_gradients_of_the_best_iterate():
             zs.append(fn(zs[-1], b))
         return jnp.stack(zs)
 
-    solve = lambda b, adjoint: deqjax.fixed_point(
-        fn, picard, z0, b, max_steps=n, adjoint=adjoint
-    ).value
+    solve = lambda b, adjoint: (
+        deqjax.fixed_point(fn, picard, z0, b, max_steps=n, adjoint=adjoint).value
+    )
     zs = path(jnp.asarray(b))
     errors = jnp.abs(fn(zs, b) - zs) / (1 + jnp.abs(fn(zs, b)))
     k = int(jnp.argmin(errors))

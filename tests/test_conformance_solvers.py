@@ -17,7 +17,9 @@ from problems import relative_error
 
 import deqjax
 
-FAMILIES = {name: ft.cache(make) for name, make in dict(affine=affine, curved=curved, tree=tree).items()}
+FAMILIES = {
+    name: ft.cache(make) for name, make in dict(affine=affine, curved=curved, tree=tree).items()
+}
 # What needs rho(J) < 1, or an eigenvalue below 1 in the real part.
 CONTRACTIVE = ("picard", "damped", "reversible", "reversible-exact", "their-picard", "best-picard")
 

@@ -108,9 +108,9 @@ def test_a_failed_backward_solve_neither_aborts_nor_lies():
     p = d.problem.astype(jnp.float32)
     adjoint = deqjax.ImplicitAdjoint(lineax.GMRES(1e-6, 1e-6, restart=2, max_steps=2))
     for door in (deqjax.fixed_point, optimistix.fixed_point):
-        solve = lambda args, door=door: door(
-            p.fn, deqjax.Anderson(1e-5, 1e-5), p.z0, args, adjoint=adjoint, throw=False
-        ).value
+        solve = lambda args, door=door: (
+            door(p.fn, deqjax.Anderson(1e-5, 1e-5), p.z0, args, adjoint=adjoint, throw=False).value
+        )
         assert bool(jnp.all(jnp.isfinite(solve(p.args))))
         grad = jax.grad(lambda args, solve=solve: jnp.sum(solve(args)))(p.args)
         assert all(bool(jnp.all(jnp.isnan(x))) for x in jax.tree.leaves(grad))

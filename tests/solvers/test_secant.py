@@ -226,7 +226,13 @@ def test_nonfinite_without_a_way_back(solver):
 
 
 def test_fields_refused():
-    for bad in (dict(depth=0), dict(depth=2.0), dict(depth=True), dict(mixing=0.0), dict(ridge=-1.0)):
+    for bad in (
+        dict(depth=0),
+        dict(depth=2.0),
+        dict(depth=True),
+        dict(mixing=0.0),
+        dict(ridge=-1.0),
+    ):
         with pytest.raises(ValueError, match="^Anderson expects"):
             deqjax.Anderson(**bad)
     for bad in (dict(memory=0), dict(memory=1.5), dict(memory=True), dict(rtol=-1.0)):
