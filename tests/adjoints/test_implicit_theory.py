@@ -1,4 +1,4 @@
-"""The implicit gradient: accuracy, memory, higher derivatives, warm starts, and what is reported."""
+"""The implicit gradient: accuracy, memory, higher derivatives, warm starts, what is reported."""
 
 import collections
 
@@ -21,7 +21,7 @@ BROYDEN = deqjax.Broyden(1e-12, 1e-12)
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("rho", [0.9, 0.99, 0.999])
 def test_default_gradient_in_float32(rho, both):
-    """Within `10 tol / (1 - rho)` of the dense one, or NaN; A is normal, so cond is 1 / (1 - rho)."""
+    """Within `10 tol / (1 - rho)` of the dense one, or NaN; A is normal: cond is 1 / (1 - rho)."""
     d = dense(_p.linear(rho, both=both))
     p = d.problem.astype(jnp.float32)
     tol = 10 * float(jnp.finfo(jnp.float32).eps)

@@ -1,6 +1,7 @@
 """Anderson's and Broyden's methods against what is proved of them."""
 
 import collections
+import itertools
 
 import _problems as _p
 import jax
@@ -32,8 +33,8 @@ def anderson_by_hand(f, z, steps, depth, mixing):
         past = list(zip(zs[-len(g) :], g, strict=True))
         z_next = zs[-1] + mixing * g[-1]
         if len(g) > 1:
-            s = np.stack([b[0] - a[0] for a, b in zip(past, past[1:], strict=False)], 1)
-            y = np.stack([b[1] - a[1] for a, b in zip(past, past[1:], strict=False)], 1)
+            s = np.stack([b[0] - a[0] for a, b in itertools.pairwise(past)], 1)
+            y = np.stack([b[1] - a[1] for a, b in itertools.pairwise(past)], 1)
             c = np.linalg.lstsq(y, -g[-1], rcond=None)[0]
             z_next = z_next + (s + mixing * y) @ c
         zs.append(z_next)
@@ -107,7 +108,7 @@ def test_the_inverse_of_broyden():
     apply = jax.vmap(lambda x, t: _secant.inverse(memory, x, transpose=t), (1, None), 1)
     inverse = -apply(eye, False)
     np.testing.assert_allclose(apply(eye, True), -inverse.T, atol=1e-10)
-    for (z0, f0), (z1, f1) in zip(seen, seen[1:], strict=False):
+    for (z0, f0), (z1, f1) in itertools.pairwise(seen):
         s, y = z1 - z0, (f1 - z1) - (f0 - z0)
         np.testing.assert_allclose(inverse @ y, s, atol=1e-7 * float(jnp.linalg.norm(s)))
 
