@@ -11,7 +11,7 @@ import numpy as np
 import optimistix
 from jaxtyping import Array, Int, PyTree
 
-from ._tree import is_traced
+from ._tree import is_traced, mesh_axes
 from .adjoints import AbstractAdjoint
 
 OptimistixSolver = (
@@ -129,4 +129,15 @@ def check_optimistix(solver: Any, batched: bool, steps: Any) -> None:
         raise ValueError(
             f"batched=True and steps=... are expected with a deqjax solver, got the Optimistix "
             f"solver {name}; use jax.vmap for a batch, and max_steps as the ceiling."
+        )
+
+
+def check_unmapped(solver: Any, *inputs: PyTree) -> None:
+    """Loops of Optimistix raise carry-type errors in `jax.shard_map`, whatever their inputs."""
+    axes = mesh_axes(*inputs)
+    if axes:
+        raise ValueError(
+            f"The Optimistix solver {type(solver).__name__} expects to run outside jax.shard_map, "
+            f"got inputs that vary over the mesh axes {sorted(map(str, axes))}; use a deqjax "
+            f"solver there."
         )

@@ -15,6 +15,7 @@ from ._check import (
     check_optimistix,
     check_state,
     check_steps,
+    check_unmapped,
     convert,
 )
 from ._iterate import Budget, iterate, problems
@@ -87,7 +88,8 @@ def fixed_point(
 
     **Raises:** `ValueError` when traced, if `fn` changes the structure, a shape or a dtype of z, if
     z0 is not of floating point, for `max_steps < 1`, a solver field out of its range, a solver and
-    an adjoint that do not go together, batch axes of unequal length, or `steps` out of place.
+    an adjoint that do not go together, batch axes of unequal length, `steps` out of place, or an
+    Optimistix solver inside `jax.shard_map`.
     """
     z0, max_steps = check_state(z0, batched, max_steps)
     check_adjoint(adjoint)
@@ -142,6 +144,7 @@ def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solu
 
 def _solve_optimistix(fn, solver, z0, args, adjoint, *, max_steps, has_aux) -> Solution:
     fn = convert(fn, z0, args, has_aux)
+    check_unmapped(solver, fn, z0, args)
     run = ft.partial(optimistix.fixed_point, has_aux=True, max_steps=max_steps, throw=False)
 
     def primal(inputs):

@@ -21,6 +21,8 @@ LinearMap = Callable[[PyTree], PyTree]
 _STALLED = 0.7
 # Two copies of y a row: the products of sixteen steps at rho = 0.999 are worth them.
 _ANDERSON = Anderson(depth=16)
+# The ratio of y to b above which a tenth of b in the residual is too much: 1 / (1 - rho) at 0.9999.
+_SINGULAR = 1e4
 
 
 class _Memory(NamedTuple):
@@ -113,6 +115,10 @@ def by_iteration(
 
     tolerance = jnp.asarray(tol, error.dtype)
     good = error * tolerance <= jnp.maximum(10 * tolerance, 4 * eps(b))
+    # A singular system has no solution, and yet a small residual beside a y that is large enough.
+    growth = per_problem(max_abs, rank)(y).astype(error.dtype)
+    left = jnp.maximum(error * tolerance, eps(wide)) * growth
+    good = good & ((growth < _SINGULAR) | (left < 0.1))
     code = lambda good: RESULTS.where(good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
     restore = lambda y, s, b: jax.tree.map(
         lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b

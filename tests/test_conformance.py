@@ -27,6 +27,8 @@ def solvers(tol):
         "damped": deqjax.FixedPointIteration(tol, tol, damp=0.3),
         "reversible-0.8": deqjax.Reversible(tol, tol, beta=0.8),
         "reversible-1.2": deqjax.Reversible(tol, tol, beta=1.2),
+        "anderson": deqjax.Anderson(tol, tol),
+        "broyden": deqjax.Broyden(tol, tol, line_search=True),
         "newton": optimistix.Newton(tol, tol),
         "chord": optimistix.Chord(tol, tol),
     }

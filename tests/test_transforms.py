@@ -24,6 +24,27 @@ PAIRS = {
     "reversible-tolerant": (TOLERANT, deqjax.ReversibleAdjoint(), 24),
     "implicit": (PICARD, deqjax.ImplicitAdjoint(), 200),
     "checkpointed": (REVERSIBLE, deqjax.RecursiveCheckpointAdjoint(), 8),
+    "anderson": (
+        deqjax.Anderson(rtol=1e-6, atol=1e-6),
+        deqjax.ImplicitAdjoint(deqjax.Anderson(rtol=1e-6)),
+        200,
+    ),
+    "broyden": (
+        deqjax.Broyden(rtol=1e-6, atol=1e-6, memory=8),
+        deqjax.BroydenAdjoint(tol=1e-6),
+        200,
+    ),
+    "phantom": (
+        deqjax.Broyden(rtol=1e-6, atol=1e-6, memory=8, line_search=True),
+        deqjax.PhantomAdjoint(),
+        200,
+    ),
+    "neumann-phantom": (
+        deqjax.Anderson(rtol=1e-6, atol=1e-6, mixing=0.8),
+        deqjax.NeumannPhantomAdjoint(),
+        200,
+    ),
+    "jacobian-free": (PICARD, deqjax.JacobianFreeAdjoint(), 200),
 }
 pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 

@@ -109,6 +109,15 @@ class Linearisation(NamedTuple):
         _, product = jax.linearize(lambda z: self.residual(z, self.moving), self.z)
         return lambda v: scale(-1, product(v)), self.right_side()
 
+    def solved(self, solve: Callable, transpose_solve: Callable) -> PyTree:
+        """The solution of the equation, by `solve(matvec, b)`."""
+        # custom_linear_solve expects of the leaves of b that all have a tangent or none. In a
+        # second derivative some have: a barrier gives the others zeros, forwards and transposed.
+        whole = jax.lax.optimization_barrier
+        matvec, b = self.equation()
+        solution = jax.lax.custom_linear_solve(matvec, whole(b), solve, transpose_solve)
+        return whole(solution)
+
 
 @eqx.filter_custom_jvp
 def _attach(out: PyTree, inputs: tuple, rewrite_fn: Callable, adjoint: Any) -> PyTree:

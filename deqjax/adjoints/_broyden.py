@@ -1,7 +1,6 @@
 from typing import Literal
 
 import equinox as eqx
-import jax
 from jaxtyping import PyTree
 
 from .._linear import LinearMap, by_iteration, judged
@@ -66,5 +65,4 @@ class BroydenAdjoint(AbstractFixedPointAdjoint):
 
             return run
 
-        matvec, b = at.equation()
-        return jax.lax.custom_linear_solve(matvec, b, solve(False), transpose_solve=solve(True))
+        return at.solved(solve(False), solve(True))

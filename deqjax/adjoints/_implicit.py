@@ -46,7 +46,8 @@ class ImplicitAdjoint(AbstractFixedPointAdjoint):
         with an Optimistix solver).
     - `on_failure`: what a linear solve that fails gives: `"nan"`, `"keep"` its best value,
         `"raise"` a run-time error. An iteration has failed if its best residual is above 10 times
-        `tol` (and 4 eps of the state's dtype); a Lineax solver if it says so.
+        `tol` (and 4 eps of the state's dtype), or if y is above 1e4 g and misses a tenth of g, as
+        in a singular system; a Lineax solver if it says so.
     - `y0`: where the linear solve starts, of the structure of z; `None` is g. Of use where g and J
         are nearly those of an earlier solve (`stats["solution"]` of `deqjax.implicit_vjp`).
 
@@ -91,8 +92,7 @@ class ImplicitAdjoint(AbstractFixedPointAdjoint):
         del extras
         options = {"max_steps": problem.max_steps, "rank": problem.rank}
         solve = lambda matvec, b: self.solve(matvec, b, **options)[0]
-        matvec, b = at.equation()
-        return jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve)
+        return at.solved(solve, solve)
 
     def solve(
         self, matvec: LinearMap, b: PyTree, *, max_steps: int | None, rank: int

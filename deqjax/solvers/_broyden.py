@@ -39,7 +39,8 @@ class Broyden(AbstractSolver):
     numbers and copies the window in each step.
 
     **When not to use it:** where Picard iteration takes some ten steps; where memory counts, for
-    `deqjax.Anderson` needs a third of it.
+    `deqjax.Anderson` needs a third of it; with `line_search`, where ||g|| has to rise on the way (a
+    clipped f that is expansive at z0).
 
     **Raises:** `ValueError` for a tolerance below 0 or NaN, or `memory < 1`.
 
