@@ -75,9 +75,9 @@ def _evaluations(table: Claims, rows: list[Row]) -> None:
             excess.append(math.inf if mine == math.inf else mine - limit)
         text = f"{method}: evaluations - max(1.2 Picard, Picard + 2), worst of {len(problems)}"
         table.add(text, max(excess, default=None), 0)
-    differ = [abs(r["steps"] - r["evaluations"]) for r in rows if r["steps"] and r["met"]
-              and "every" not in r]  # fmt: skip
-    table.add("evaluations counted by the front door - step by step, worst", max(differ), 0)
+    counted = [r for r in rows if r["steps"] and r["met"] and "every" not in r]
+    differ = max((abs(r["steps"] - r["evaluations"]) for r in counted), default=None)
+    table.add("evaluations counted by the front door - step by step, worst", differ, 0)
     for what, of, bound in (
         ("evaluations", _count_ratio, 1),
         ("seconds", _time_ratio, 1),
