@@ -83,11 +83,16 @@ def _evaluations(table: Claims, rows: list[Row]) -> None:
         ("seconds", _time_ratio, 1),
     ):
         for ours, theirs in (*PAIRS.items(), ("best", "best")):
-            found = [of(list(p.values()), ours, theirs) for p in problems.values()]
-            measured = [x for x in found if x is not None]
-            text = f"{what} of {ours} / of {theirs}, worst problem of {len(measured)}"
+            found = {name: of(list(p.values()), ours, theirs) for name, p in problems.items()}
+            measured = {name: x for name, x in found.items() if x is not None}
+            text = f"{what} of {ours} / of {theirs}, worst of {len(measured)} problems"
             text = text.replace("best / of best", "our best / of jaxopt's best")
-            table.add(text, max(measured, default=None), bound)
+            name = max(measured, key=lambda name: measured[name], default=None)
+            table.add(
+                text + (f": {name}" if name else ""),
+                None if name is None else measured[name],
+                bound,
+            )
 
 
 def _names(ours: str, theirs: str) -> tuple[list[str], list[str]]:
