@@ -1,0 +1,88 @@
+"""Every gradient of a fixed point beside the exact one: its error, memory and time.
+
+Shown: which gradient when. On `z = A z + b` with rho(A) up to 0.999, on an attention block and on a
+convolution block: how far each adjoint is from the exact implicit gradient (float64), what it keeps
+and how long it takes; that the default backward pass keeps a fixed number of copies of z, and is
+right or NaN, never a wrong number. jaxopt's implicit_diff has a row if it is installed.
+
+    python experiments/compare_adjoints.py                     # everything
+    python experiments/compare_adjoints.py --sections guarantee memory
+    python experiments/compare_adjoints.py --smoke             # the same in seconds, tiny
+
+Writes results.json (all numbers), table.md and gradients.png into runs/compare_adjoints/, over
+those of an earlier run; a section that isn't asked for is kept from there. All options: --help.
+
+Hardware: two cores of a shared x86 CPU with other work on them.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from _compare_adjoints import backward_memory, block_cases, compare, guarantee, linear_cases
+from _compare_methods import attention_block, convolution_block
+from _compare_plot import plot_gradients
+from _compare_run import record
+from _compare_which import claims, tables
+
+Section = Literal["guarantee", "memory", "adjoints"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compare gradients: error, memory and time."""
+
+    sections: tuple[Section, ...] = ("guarantee", "memory", "adjoints")
+    """What to measure."""
+    rhos: tuple[float, ...] = (0.5, 0.9, 0.99, 0.999)
+    """Spectral radii of the linear family."""
+    n: int = 64
+    """Its number of unknowns; the exact gradient is dense."""
+    size: int = 32_768
+    """The state whose backward pass's memory is measured; and half and twice of it."""
+    steps: int = 256
+    """Evaluations of the adjoints that differentiate steps."""
+    rounds: int = 5
+    """Of time measurements, interleaved; the median is reported."""
+    seed: int = 0
+    """Of blocks and cotangents."""
+    out: Path | None = None
+    """The folder of the results; None: runs/compare_adjoints, smoke runs beside it."""
+    smoke: bool = False
+    """Tiny problems: everything is run through, nothing is shown by it."""
+
+
+# These are forced: a smoke run is quick whatever else is asked for.
+SMOKE: dict[str, Any] = {"rhos": (0.5, 0.9), "n": 6, "size": 512, "steps": 8, "rounds": 1}
+
+
+def measure(section: Section, config: Config) -> dict[str, Any]:
+    c = config
+    match section:
+        case "guarantee":
+            return {"guarantee": guarantee(c.rhos, c.n)}
+        case "memory":
+            return {"memory": backward_memory((c.size // 2, c.size, 2 * c.size))}
+        case "adjoints":
+            cells = []
+            if not c.smoke:
+                cells.append(attention_block(2, 32, 64, 2, c.seed))
+                cells.append(convolution_block(2, 16, 8, c.seed))
+            cases = [*linear_cases(c.rhos, c.n), *block_cases(cells)]
+            return {"adjoints": compare(cases, c.steps, c.rounds)}
+
+
+def main(config: Config) -> None:
+    if config.smoke:
+        config = dataclasses.replace(config, **SMOKE)
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
+    out, results = record("compare_adjoints", config, measure, claims, tables)
+    if "adjoints" in results:
+        line = [row for row in results["adjoints"] if row["problem"] == "linear"]
+        plot_gradients(line, out / "gradients.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,124 @@
+"""Solvers beside each other, and beside jaxopt's: evaluations of f, time, and what a step costs.
+
+Shown: how many evaluations each solver needs on problems of known difficulty; that each example of
+a batch stops by itself; that a step of the secant methods costs what its history takes to move, and
+that a solve with its gradient costs its evaluations and VJPs. jaxopt's `FixedPointIteration` and
+`AndersonAcceleration` run in the same rounds, with their defaults but for tolerance and ceiling,
+if it is installed: `pip install -e '.[bench]'`.
+
+    python experiments/compare_solvers.py                       # everything
+    python experiments/compare_solvers.py --sections overhead floor
+    python experiments/compare_solvers.py --smoke               # the same in seconds, tiny
+
+Writes results.json (all numbers), table.md and residuals.png into runs/compare_solvers/, over those
+of an earlier run; a section that isn't asked for is kept from there. All options: --help.
+
+Hardware: two cores of a shared x86 CPU with other work on them.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from _compare_evaluations import evaluations, mixed_batch
+from _compare_methods import as_problem, attention_block, convolution_block, inject
+from _compare_plot import plot_residuals
+from _compare_report import claims, tables
+from _compare_run import record
+from _compare_time import blocks, floor, overhead
+from _problems import Problem, linear, slow_tanh, suite
+
+Section = Literal["evaluations", "overhead", "floor", "blocks"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compare solvers: evaluations, time, and what they cost beside f."""
+
+    sections: tuple[Section, ...] = ("evaluations", "overhead", "floor", "blocks")
+    """What to measure; the mixed batch goes with evaluations."""
+    tol: float = 1e-8
+    """Relative residual of section evaluations, in float64."""
+    ceiling: int = 30_000
+    """On evaluations there: Picard at rho 0.999 needs 11,507, its damped form twice that."""
+    history: int = 300
+    """Evaluations of which residuals are drawn."""
+    easy: int = 31
+    """Easy examples of the mixed batch, beside a hard one."""
+    size: int = 1_000_000
+    """Of the state in section overhead, float32."""
+    steps: int = 40
+    """There, with a full window."""
+    width: int = 512
+    """Of the dense tanh map in section floor."""
+    batch: int = 64
+    """There."""
+    gradient_tol: float = 1e-5
+    """Relative residual of the solves whose gradients are taken, in float32."""
+    rounds: int = 9
+    """Of time measurements, interleaved; medians of ratios of the same round are reported."""
+    seed: int = 0
+    """Of parameters, inputs and cotangents."""
+    out: Path | None = None
+    """The folder of the results; None: runs/compare_solvers, smoke runs beside it."""
+    smoke: bool = False
+    """Few and tiny problems: everything is run through, nothing is shown by it."""
+
+
+# These are forced: a smoke run is quick whatever else is asked for.
+SMOKE: dict[str, Any] = {
+    "ceiling": 5000,
+    "history": 100,
+    "easy": 3,
+    "size": 1000,
+    "steps": 4,
+    "width": 16,
+    "batch": 4,
+    "rounds": 2,
+}
+
+
+def problems(config: Config) -> list[Problem]:
+    """In float64."""
+    if config.smoke:
+        return [p.astype(jnp.float64) for p in (linear(0.5, n=4), slow_tanh())]
+    cells = attention_block(2, 16, 32, 2, config.seed), convolution_block(2, 8, 8, config.seed)
+    wide = [as_problem(cell.astype(jnp.float64)) for cell in cells]
+    return [*(p.astype(jnp.float64) for p in suite()), *wide]
+
+
+def measure(section: Section, config: Config) -> dict[str, Any]:
+    c = config
+    match section:
+        case "evaluations":
+            with jax.enable_x64(True):
+                rows = evaluations(problems(c), c.tol, c.ceiling, c.history, c.rounds)
+                return {"evaluations": rows, "mixed": mixed_batch(c.easy, c.tol, c.ceiling, c.seed)}
+        case "overhead":
+            return {"overhead": overhead(c.size, c.steps, c.rounds)}
+        case "floor":
+            return {"floor": floor(c.width, c.batch, c.gradient_tol, c.rounds, c.seed)}
+        case "blocks":
+            if c.smoke:
+                return {"blocks": blocks([attention_block(1, 4, 8, 2, c.seed)], 1e-4, c.rounds)}
+            attention = attention_block(8, 64, 128, 4, c.seed)
+            convolution = convolution_block(8, 16, 16, c.seed)
+            cells = [attention, inject(attention, 3.0), convolution]
+            return {"blocks": blocks(cells, c.gradient_tol, c.rounds)}
+
+
+def main(config: Config) -> None:
+    if config.smoke:
+        config = dataclasses.replace(config, **SMOKE)
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
+    out, results = record("compare_solvers", config, measure, claims, tables)
+    if "evaluations" in results:
+        tol = results["runs"]["evaluations"]["config"]["tol"]
+        plot_residuals(results["evaluations"], tol, out / "residuals.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
