@@ -47,7 +47,7 @@ def evaluations(
                 repeats[method] = _repeats(calls[method])
         found = interleaved(calls, rounds, repeats)
         rows += [row | {"all_seconds": found.get(row["method"])} for row in mine]
-        if sum(x.size for x in jax.tree.leaves(p.z0)) <= 100:  # it makes a dense Jacobian
+        if sum(x.size for x in jax.tree.leaves(p.z0)) <= 1000:  # it makes a dense Jacobian
             rows.append(_newton(p, tol, size))
     return rows
 

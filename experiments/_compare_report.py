@@ -6,25 +6,14 @@ from typing import Any
 
 from _compare_evaluations import ratio
 from _compare_methods import OURS, PAIRS, THEIRS
+from _compare_run import Claims, said
 from _compare_time import median_ratio
-from _fidelity_report import claims_table, markdown, mib, number, pick, show
+from _fidelity_report import markdown, mib, number, pick, show
 
 Results = dict[str, Any]
 Row = dict[str, Any]
 
 ACCELERATED = ("Anderson", "Broyden")
-
-
-class Claims:
-    """Lines of the table of claims. A bound of None: stated, nothing promised."""
-
-    def __init__(self):
-        self.lines: list[Row] = []
-
-    def add(self, text: str, measured: float | None, bound: float | None) -> None:
-        """`measured=None`: not measured, which neither holds nor fails."""
-        said = None if bound is None or measured is None else bool(measured <= bound)
-        self.lines.append({"claim": text, "measured": measured, "bound": bound, "holds": said})
 
 
 def claims(results: Results) -> list[Row]:
@@ -168,18 +157,6 @@ def tables(results: Results) -> str:
         if name in results:
             parts += [f"## {name.capitalize()}", table(results[name])]
     return "\n\n".join([*parts, NOTE]) + "\n"
-
-
-def said(lines: list[Row]) -> str:
-    """The table of claims; one that could not be measured says so."""
-    text = claims_table([line | {"measured": line["measured"]} for line in lines])
-    missing = {line["claim"] for line in lines if line["measured"] is None}
-    rows = text.splitlines()
-    for i, row in enumerate(rows):
-        if row.split(" | ")[0][2:] in missing:
-            bound = row.split(" | ")[2]
-            rows[i] = f"| {row.split(' | ')[0][2:]} | not measured | {bound} | - |"
-    return "\n".join(rows)
 
 
 def evaluation_table(rows: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""The folder of a comparison: its record, section by section, and its table."""
+"""The folder of a comparison: its record, section by section, its claims and its table."""
 
 import dataclasses
 import importlib.metadata
@@ -10,9 +10,35 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from _fidelity_report import claims_table
 from gradient_fidelity import finite
 
 Results = dict[str, Any]
+Row = dict[str, Any]
+
+
+class Claims:
+    """Lines of the table of claims. A bound of None: stated, nothing promised."""
+
+    def __init__(self):
+        self.lines: list[Row] = []
+
+    def add(self, text: str, measured: float | None, bound: float | None) -> None:
+        """`measured=None`: not measured, which neither holds nor fails."""
+        said = None if bound is None or measured is None else bool(measured <= bound)
+        self.lines.append({"claim": text, "measured": measured, "bound": bound, "holds": said})
+
+
+def said(lines: list[Row]) -> str:
+    """The table of claims; one that could not be measured says so."""
+    text = claims_table([line | {"measured": line["measured"]} for line in lines])
+    missing = {line["claim"] for line in lines if line["measured"] is None}
+    rows = text.splitlines()
+    for i, row in enumerate(rows):
+        if row.split(" | ")[0][2:] in missing:
+            bound = row.split(" | ")[2]
+            rows[i] = f"| {row.split(' | ')[0][2:]} | not measured | {bound} | - |"
+    return "\n".join(rows)
 
 
 def record(

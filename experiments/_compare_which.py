@@ -5,7 +5,7 @@ from typing import Any
 
 from _compare_adjoints import JAXOPT_ROW
 from _compare_methods import JAXOPT
-from _compare_report import Claims, said
+from _compare_run import Claims, said
 from _fidelity_report import markdown, number, pick, show, tiny
 
 Results = dict[str, Any]

@@ -66,6 +66,8 @@ def _make(name: str, fn: Callable, a: np.ndarray, b: np.ndarray, start: float = 
         z = act(a @ z + b)
     for _ in range(60):
         z = act(a @ z + b)
+        if np.linalg.norm(act(a @ z + b) - z) <= 1e-14 * np.linalg.norm(z):
+            break
         z = z - np.linalg.solve(eye - slope(z)[:, None] * a, z - act(a @ z + b))
     assert np.linalg.norm(act(a @ z + b) - z) <= 1e-11 * np.linalg.norm(z), name
     return Problem(name, fn, np.zeros(len(b)), (a, b), z, radius(slope(z)[:, None] * a))
@@ -106,9 +108,9 @@ def positive(fn: Callable, rho: float, x: float, n: int = 80, seed: int = 0) -> 
     return _make(name, fn, w, x * rng.uniform(0.5, 1.5, n), start=6.0)
 
 
-def slow_tanh() -> Problem:
+def slow_tanh(n: int = 80) -> Problem:
     """Positive concave, with rho(J) = 0.996: tanh(u) ~ u - u^3 / 3 gives it by the size of x."""
-    return positive(_tanh, 1.0, 8.5e-5)._replace(name="tanh, rho(J) 0.996")
+    return positive(_tanh, 1.0, 8.5e-5, n)._replace(name="tanh, rho(J) 0.996")
 
 
 def split(p: Problem) -> Problem:
@@ -119,21 +121,22 @@ def split(p: Problem) -> Problem:
     return p._replace(name=f"{p.name}, pytree", fn=fn, z0=cut(p.z0), solution=cut(p.solution))
 
 
-def suite() -> list[Problem]:
-    """Every problem of one state."""
+def suite(scale: int = 1) -> list[Problem]:
+    """Every problem of one state, of 8 to 80 unknowns times `scale`."""
+    k = scale
     return [
-        *(linear(rho) for rho in (0.1, 0.5, 0.9, 0.99, 0.999)),
-        linear(0.99, both=True),
-        rotation(0.9),
-        rotation(1.0),
-        rotation(1.2),
-        tanh(0.8, n=8),
-        tanh(0.99, scale=0.05),
-        tanh(1.95, scale=0.1),
-        slow_tanh(),
-        positive(_relu6, 0.999, 3e-3),
-        positive(_relu6, 1.01, 1e-3),
-        split(linear(0.9, seed=1)),
+        *(linear(rho, n=40 * k) for rho in (0.1, 0.5, 0.9, 0.99, 0.999)),
+        linear(0.99, n=40 * k, both=True),
+        rotation(0.9, n=20 * k),
+        rotation(1.0, n=20 * k),
+        rotation(1.2, n=20 * k),
+        tanh(0.8, n=8 * k),
+        tanh(0.99, n=80 * k, scale=0.05),
+        tanh(1.95, n=80 * k, scale=0.1),
+        slow_tanh(80 * k),
+        positive(_relu6, 0.999, 3e-3, n=80 * k),
+        positive(_relu6, 1.01, 1e-3, n=80 * k),
+        split(linear(0.9, n=40 * k, seed=1)),
     ]
 
 

@@ -44,6 +44,8 @@ class Config:
     """Relative residual of section evaluations, in float64."""
     ceiling: int = 30_000
     """On evaluations there: Picard at rho 0.999 needs 11,507, its damped form twice that."""
+    scale: int = 8
+    """Unknowns there, in units of 8 to 80: f is then dearer than the bookkeeping of any loop."""
     history: int = 300
     """Evaluations of which residuals are drawn."""
     easy: int = 31
@@ -71,6 +73,7 @@ class Config:
 # These are forced: a smoke run is quick whatever else is asked for.
 SMOKE: dict[str, Any] = {
     "ceiling": 5000,
+    "scale": 1,
     "history": 100,
     "easy": 3,
     "size": 1000,
@@ -87,7 +90,7 @@ def problems(config: Config) -> list[Problem]:
         return [p.astype(jnp.float64) for p in (linear(0.5, n=4), slow_tanh())]
     cells = attention_block(2, 16, 32, 2, config.seed), convolution_block(2, 8, 8, config.seed)
     wide = [as_problem(cell.astype(jnp.float64)) for cell in cells]
-    return [*(p.astype(jnp.float64) for p in suite()), *wide]
+    return [*(p.astype(jnp.float64) for p in suite(config.scale)), *wide]
 
 
 def measure(section: Section, config: Config) -> dict[str, Any]:

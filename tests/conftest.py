@@ -31,3 +31,10 @@ def precision(request):
     jax.config.update("jax_disable_most_optimizations", not marked("optimised"))
     with jax.enable_x64(marked("x64")):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Every compiled program holds maps of memory, of which Linux gives a process 65,530."""
+    yield
+    jax.clear_caches()
