@@ -29,7 +29,13 @@ def plot_residuals(rows: list[dict[str, Any]], tol: float, path: Path) -> None:
     lines = -(-len(names) // columns)
     size = (4 * columns, 0.9 + 2.6 * lines)
     figure, panels = plt.subplots(
-        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False
+        lines,
+        columns,
+        figsize=size,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     longest = max(len(row["history"]) for row in rows)
     drawn: dict[str, Any] = {}
@@ -54,12 +60,10 @@ def plot_residuals(rows: list[dict[str, Any]], tol: float, path: Path) -> None:
     figure.legend(
         [drawn[name] for name in order],
         order,
-        loc="upper center",
+        loc="outside upper center",
         ncols=len(order) if columns > 2 else 3,
         frameon=False,
     )
-    top = 0.35 if columns > 2 else 0.8
-    figure.tight_layout(rect=(0, 0, 1, 1 - top / size[1]))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
