@@ -1,5 +1,6 @@
 """The front door: the solve that everything else is for."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import Any
@@ -91,16 +92,35 @@ def fixed_point(
     an adjoint that do not go together, batch axes of unequal length, `steps` out of place, or an
     Optimistix solver inside `jax.shard_map`.
     """
+    options = {"has_aux": has_aux, "batched": batched, "max_steps": max_steps, "steps": steps}
+    sol = solve(fn, solver, z0, args, adjoint=adjoint, best=True, **options)
+    return raise_unsuccessful(sol) if throw else sol
+
+
+def solve(
+    fn: Callable[[PyTree, PyTree], Any],
+    solver: OptimistixSolver,
+    z0: PyTree,
+    args: PyTree,
+    *,
+    has_aux: bool,
+    batched: bool,
+    max_steps: int,
+    steps: int | Int[Array, "..."] | None,
+    adjoint: AbstractAdjoint,
+    best: bool,
+) -> Solution:
+    """`fixed_point`, which with `best=False` returns `z_n` even if the steps run out."""
     z0, max_steps = check_state(z0, batched, max_steps)
     check_adjoint(adjoint)
     if not isinstance(solver, AbstractSolver):
         check_optimistix(solver, batched, steps)
-        sol = _solve_optimistix(fn, solver, z0, args, adjoint, max_steps=max_steps, has_aux=has_aux)
-        return raise_unsuccessful(sol) if throw else sol
-
+        return _solve_optimistix(
+            fn, solver, z0, args, adjoint, max_steps=max_steps, has_aux=has_aux
+        )
     solver, budget, requested = prepare(solver, z0, batched, max_steps, steps)
-    sol = _solve(fn, solver, z0, args, budget, requested, adjoint, has_aux=has_aux)
-    return raise_unsuccessful(sol) if throw else sol
+    budget = dataclasses.replace(budget, best=best)
+    return _solve(fn, solver, z0, args, budget, requested, adjoint, has_aux=has_aux)
 
 
 def prepare(
@@ -142,6 +162,7 @@ def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solu
     return _solution(z, fz, aux, complete, solver.in_range(), state.overflow, num_steps, budget)
 
 
+@eqx.filter_jit
 def _solve_optimistix(fn, solver, z0, args, adjoint, *, max_steps, has_aux) -> Solution:
     fn = convert(fn, z0, args, has_aux)
     check_unmapped(solver, fn, z0, args)

@@ -25,6 +25,7 @@ class Budget(eqx.Module):
     limit: Int[Array, "..."]
     rank: int = eqx.field(static=True)  # that many leading axes of the state enumerate problems
     fixed: bool = eqx.field(static=True)  # both tolerances are zero: take exactly `limit` steps
+    best: bool = eqx.field(static=True, default=True)  # a solver that can returns its best iterate
     tape: AbstractTape | None = None
 
     @property
@@ -72,7 +73,7 @@ def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
     axes = mesh_axes(fn, solver, z0, args, budget)
     rank, limit, tape = budget.rank, budget.limit, budget.tape
     shape = problems(z0, rank)
-    keeps = solver.best and not budget.fixed
+    keeps = solver.best and budget.best and not budget.fixed
 
     def cond(c: _Carry):
         going = ~c.stopped if keeps else ~c.stopped & (c.num_steps < limit)
@@ -92,13 +93,15 @@ def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
         spent, kept = c.spent, c.kept
         if kept is not None:
             spent = spent | (~stopped & (c.num_steps >= limit))
-            kept = select(error < kept[1], (c.z, error), kept)
+            # A measure that is infinite throughout, as with zero tolerances, keeps the last.
+            kept = select(error <= kept[1], (c.z, error), kept)
             stopped = stopped | spent
         go = ~stopped & (c.num_steps < limit)
         record = c.tape if tape is None else tape.push(c.tape, c.i, go, solver.pair(c.z, c.memory))
         z, memory = out.z, out.memory
         if not budget.uniform:
-            z, memory = select(go, z, c.z), solver.keep(go, memory, c.memory)
+            live = ~c.stopped if rank else jnp.asarray(True)
+            z, memory = select(go, z, c.z), solver.keep(go, live, memory, c.memory)
         count = c.num_steps + go.astype(jnp.int32)
         new = (c.i + 1, z, memory, record, count, stopped, overflow, error, kept, spent)
         return vary(_Carry(*new), axes)

@@ -61,9 +61,9 @@ class _Linear(AbstractSolver):
     def recovers(self, memory):
         return self.inner.recovers(memory.inner)
 
-    def keep(self, go, new, old):
-        rest = super().keep(go, new._replace(inner=None), old._replace(inner=None))
-        return rest._replace(inner=self.inner.keep(go, new.inner, old.inner))
+    def keep(self, go, live, new, old):
+        rest = super().keep(go, live, new._replace(inner=None), old._replace(inner=None))
+        return rest._replace(inner=self.inner.keep(go, live, new.inner, old.inner))
 
 
 def by_iteration(
@@ -89,7 +89,12 @@ def by_iteration(
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     divide = lambda x, s: jax.tree.map(lambda x: x / s.astype(x.dtype), x)
     unit = per_problem(divide, rank)(wide, size)
-    start = unit if y0 is None else per_problem(divide, rank)(cast(y0, wide), size)
+    start = unit
+    if y0 is not None:
+        # Where b is 0 so is y, to which a relative residual does not lead.
+        warm = per_problem(divide, rank)(cast(y0, wide), size)
+        usable = per_problem(lambda b, y: (max_abs(b) > 0) & jnp.isfinite(max_abs(y)), rank)
+        start = select(usable(b, y0), warm, unit)
 
     def fn(y, unit):
         product = matvec(cast(y, b))
@@ -114,7 +119,9 @@ def by_iteration(
         error = state.error
 
     tolerance = jnp.asarray(tol, error.dtype)
-    good = error * tolerance <= jnp.maximum(10 * tolerance, 4 * eps(b))
+    # Ten times a loose tolerance would be no answer at all.
+    allowed = jnp.maximum(tolerance, jnp.minimum(10 * tolerance, 0.1))
+    good = error * tolerance <= jnp.maximum(allowed, 4 * eps(b))
     # A singular system has no solution, and yet a small residual beside a y that is large enough.
     growth = per_problem(max_abs, rank)(y).astype(error.dtype)
     left = jnp.maximum(error * tolerance, eps(wide)) * growth

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from ._check import OptimistixSolver, check_state, check_steps
-from ._fixed_point import fixed_point
+from ._fixed_point import solve
 from ._iterate import problems
 from ._solution import Solution
 from .adjoints import AbstractAdjoint, ImplicitAdjoint, RecursiveCheckpointAdjoint
@@ -82,7 +82,7 @@ def fixed_point_path(
         last = end == max_steps
         # What a traced budget asks beyond the ceiling stays with the last segment, which says so.
         left = None if steps is None else jnp.clip(steps - start, 0, None if last else end - start)
-        sol = fixed_point(
+        sol = solve(
             fn,
             solver,
             z,
@@ -92,6 +92,7 @@ def fixed_point_path(
             max_steps=end - start,
             steps=left,
             adjoint=adjoint if last else path_adjoint,
+            best=last,  # on the way the iteration is to go on where it is
         )
         sols.append(sol)
         z = sol.value

@@ -148,13 +148,15 @@ def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]
     )
 
 
-def keep(go: Bool[Array, "..."], new: Secants, old: Secants) -> Secants:
-    """The memory after a pass of the loop, which a problem that is frozen need not keep.
+def keep(live: Bool[Array, "..."], new: Secants, old: Secants) -> Secants:
+    """The memory after a pass of the loop, of problems some of which had stopped before it.
 
-    At an unchanged z it takes no secant in; and a copy of the window would cost more than a step.
+    Theirs stays what it was as far as it counts: at the same z there is no secant to take in but
+    that from an iterate that was rejected, which is not counted. A copy of the window would cost
+    more than a step.
     """
-    del go, old
-    return new
+    small = lambda m: (m.count, m.size, m.best, m.stride, m.wait, m.pause)
+    return eqx.tree_at(small, new, select(live, small(new), small(old)))
 
 
 def differences(rule: Rule, m: Secants) -> PyTree:
@@ -210,6 +212,13 @@ def _solve(m: Secants, b: Float[Array, " m"], ridge: Any, transpose: bool) -> Fl
     # The Gram matrix of unit vectors has their number as its trace.
     trace = jnp.minimum(m.count, rows).astype(gram.dtype)
     eye = jnp.eye(rows, dtype=gram.dtype)
-    gram = gram + jnp.asarray(ridge, gram.dtype) * trace * eye
+    # Less than the rounding of the diagonal would be no ridge.
+    ridge = jnp.maximum(jnp.asarray(ridge, gram.dtype), jnp.finfo(gram.dtype).eps)
+    gram = gram + ridge * trace * eye
     gram = jnp.where(known[:, None] & known[None], gram, eye)
-    return unit * jnp.linalg.solve(gram, unit * b.astype(gram.dtype))
+    b = unit * b.astype(gram.dtype)
+    # A breakdown is NaN, and stays what it is to derivatives too if it is found out beforehand.
+    found = jnp.linalg.solve(*jax.lax.stop_gradient((gram, b)))
+    good = jnp.all(jnp.isfinite(found))
+    c = jnp.linalg.solve(jnp.where(good, gram, eye), b)
+    return unit * jnp.where(good, c, jnp.nan)

@@ -186,3 +186,49 @@ def test_through_the_door_of_optimistix(make):
     assert run(lambda z, _: jnp.sqrt(z**2 + 1)).result == RESULTS.nonlinear_max_steps_reached
     assert run(lambda z, _: z * jnp.nan).result != RESULTS.successful
     assert run(lambda z, _: 0.5 * z).result == RESULTS.successful
+
+
+@solvers
+def test_traced_zero_tolerances_ask_for_steps(make):
+    """As static ones do, and though no measure can tell which iterate is the best."""
+    fn = lambda z, b: jnp.tanh(0.5 * z) + b
+    b = jnp.asarray([1.0, -0.3])
+    solve = lambda tol: deqjax.fixed_point(fn, make(tol, tol), jnp.zeros(2), b, max_steps=3)
+    traced, static = jax.jit(solve)(0.0), solve(0.0)
+    assert traced.result == RESULTS.successful
+    assert traced.stats["num_steps"] == 3
+    np.testing.assert_allclose(traced.value, static.value, rtol=1e-6)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("line_search", [False, True])
+def test_memory_of_a_problem_that_has_stopped(line_search):
+    """SHINE's gradient of one that ran out of steps, however long its batch-mate goes on."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(np.linalg.qr(rng.standard_normal((6, 6)))[0])
+    xs = jnp.asarray(2 * rng.standard_normal((2, 6)))
+    fn = lambda z, a: jnp.tanh(a[0][:, None] * (z @ q.T) + a[1])
+    solver = deqjax.Broyden(1e-8, 1e-9, line_search=line_search)
+    options = dict(batched=True, max_steps=30)
+    options["adjoint"] = deqjax.BroydenAdjoint(on_failure="keep", max_steps=1)
+
+    @jax.jit
+    def grad(rate, steps):
+        def loss(xs):
+            args = (jnp.stack([2.5, rate]), xs)
+            sol = deqjax.fixed_point(fn, solver, 0 * xs, args, steps=steps, **options)
+            return jnp.sum(jnp.sin(sol.value[0]))
+
+        return jax.grad(loss)(xs)[0]
+
+    for n in (2, 5, 8, 11):
+        alone = grad(0.1, jnp.asarray([n, 0]))
+        for rate in (0.9, 2.5):
+            np.testing.assert_array_equal(grad(rate, jnp.asarray([n, 30])), alone)
+
+
+@pytest.mark.parametrize("solver", [deqjax.Anderson(), deqjax.Broyden()], ids=["and", "broyden"])
+def test_derivatives_of_coefficients_ask_for_float64(solver):
+    adjoint = deqjax.RecursiveCheckpointAdjoint()
+    with pytest.raises(ValueError, match="expects a float64 state with"):
+        deqjax.fixed_point(lambda z, b: jnp.cos(z) + b, solver, 0.0, 0.1, adjoint=adjoint)

@@ -121,3 +121,18 @@ def test_optimistix_statistics_are_not_differentiated_in_silence():
 
     with pytest.raises(RuntimeError, match="cannot be reverse-mode"):
         jax.grad(lambda args: aux_of(args))(p.args)
+
+
+def test_their_solvers_are_not_traced_again():
+    count = 0
+
+    def fn(z, b):
+        nonlocal count
+        count += 1
+        return jnp.cos(z) + b
+
+    solve = lambda b: deqjax.fixed_point(fn, optimistix.Newton(1e-6, 1e-6), jnp.zeros(2), b)
+    solve(jnp.asarray(0.1))
+    once = count
+    solve(jnp.asarray(0.2))
+    assert count == once

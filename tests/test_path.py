@@ -157,3 +157,17 @@ def test_bad_indices_raise(indices, words):
     args, z0 = dyadic(jnp.float32)
     with pytest.raises(ValueError, match=words):
         deqjax.fixed_point_path(linear, FIXED, z0, args, indices=indices, max_steps=DEPTH)
+
+
+def test_the_path_goes_on_where_the_residual_rises():
+    """Iterates on the way are those of the undivided solve, and not the best so far."""
+    J = jnp.asarray([[0.5, 20.0], [0.0, 0.5]])
+    fn = lambda z, b: J @ z + b
+    b = jnp.asarray([0.0, 1.0])
+    solver = deqjax.FixedPointIteration(1e-5, 1e-6)
+    sols = deqjax.fixed_point_path(fn, solver, jnp.zeros(2), b, indices=(1, 2, 3), max_steps=60)
+    z = jnp.zeros(2)
+    for sol in sols[:3]:
+        z = fn(z, b)
+        assert jnp.array_equal(sol.value, z)
+    assert sols[3].result == deqjax.RESULTS.successful

@@ -46,10 +46,11 @@ class ImplicitAdjoint(AbstractFixedPointAdjoint):
         with an Optimistix solver).
     - `on_failure`: what a linear solve that fails gives: `"nan"`, `"keep"` its best value,
         `"raise"` a run-time error. An iteration has failed if its best residual is above 10 times
-        `tol` (and 4 eps of the state's dtype), or if y is above 1e4 g and misses a tenth of g, as
-        in a singular system; a Lineax solver if it says so.
-    - `y0`: where the linear solve starts, of the structure of z; `None` is g. Of use where g and J
-        are nearly those of an earlier solve (`stats["solution"]` of `deqjax.implicit_vjp`).
+        `tol` (no more than 0.1, unless `tol` is), and 4 eps of the state's dtype; or if y is above
+        1e4 g and misses a tenth of g, as in a singular system. A Lineax solver has if it says so.
+    - `y0`: where the linear solve starts, of the structure of z; `None` is g, as it is for problems
+        whose y0 is not finite. Of use where g and J are nearly those of an earlier solve
+        (`stats["solution"]` of `deqjax.implicit_vjp`).
 
     **Cost:** one evaluation of `f` with its linearisation, one Jacobian product a step; three
     copies of `z`, and 38 where Anderson's method is at work. The number of terms of the series to a
@@ -86,6 +87,14 @@ class ImplicitAdjoint(AbstractFixedPointAdjoint):
                 f"Reversible, or a Lineax solver, got {self.linear_solver!r}; pass an instance: "
                 f"deqjax.Broyden() or lineax.GMRES(rtol=1e-6, atol=1e-6)."
             )
+
+        rtol = getattr(self.linear_solver, "rtol", 1.0)
+        if isinstance(self.linear_solver, AbstractSolver) and self.tol is None:
+            if isinstance(rtol, float | int) and rtol == 0:
+                raise ValueError(
+                    "ImplicitAdjoint expects a linear_solver with rtol above 0, or a tol, got "
+                    "neither; for a fixed number of terms use deqjax.NeumannPhantomAdjoint."
+                )
 
     def tangent(self, at: Linearisation, problem: Problem, extras: tuple) -> PyTree:
         """See `deqjax.adjoints`."""
@@ -144,6 +153,11 @@ def implicit_vjp(
     **Raises:** `ValueError` if `fn` both holds and closes over inexact arrays, if the cotangent is
     not shaped like `z`, or for `max_steps < 1`.
     """
+    if not isinstance(adjoint, ImplicitAdjoint):
+        raise ValueError(
+            f"implicit_vjp expects a deqjax.ImplicitAdjoint, got {adjoint!r}; the others solve no "
+            f"linear system of which there would be something to tell."
+        )
     z, cotangent = strong(z), strong(cotangent)
     check_cotangent("implicit_vjp", z, cotangent)
     if max_steps < 1:

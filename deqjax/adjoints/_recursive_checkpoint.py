@@ -1,9 +1,13 @@
 import functools as ft
 from collections.abc import Callable
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._iterate import checkpointed_while
+from ..solvers import Anderson, Broyden
 from ._base import AbstractAdjoint, unpack
 
 
@@ -28,8 +32,9 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
     at O(1) memory; of the steps of `deqjax.Reversible`, `deqjax.ReversibleAdjoint` gives the same
     gradient with two states kept and one evaluation of f fewer a step.
 
-    **Raises:** `ValueError` for `checkpoints < 1`, or with no `max_steps` (Optimistix allows
-    `None`).
+    **Raises:** `ValueError` for `checkpoints < 1`, with no `max_steps` (Optimistix allows
+    `None`), or with `deqjax.Anderson` or `deqjax.Broyden` and a state narrower than float64, in
+    which the derivatives of their coefficients are noise.
 
     Reference: Griewank and Walther, Algorithm 799: revolve, ACM Trans. Math. Softw. 26 (2000); this
     is their scheme with two levels.
@@ -47,7 +52,16 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
         """See `deqjax.adjoints`."""
         del rewrite_fn, tags
-        if unpack(inputs).max_steps is None:
+        p = unpack(inputs)
+        narrow = any(jnp.finfo(x.dtype).bits < 64 for x in jax.tree.leaves(p.z0))
+        if isinstance(p.solver, Anderson | Broyden) and narrow:
+            raise ValueError(
+                f"RecursiveCheckpointAdjoint expects a float64 state with "
+                f"{type(p.solver).__name__}, got {eqx.tree_pformat(p.z0)}: near a fixed point the "
+                f"coefficients of its steps are quotients of roundings, and their derivatives "
+                f"noise. Use deqjax.ImplicitAdjoint(), or differentiate deqjax.FixedPointIteration."
+            )
+        if p.max_steps is None:
             raise ValueError(
                 "RecursiveCheckpointAdjoint expects a number as max_steps, got None; "
                 "choose a ceiling on the number of steps."

@@ -77,7 +77,8 @@ class DEQ(eqx.Module):
         - `steps`: a traced budget of at most `max_steps`; drawn anew in each training step, it
             randomises the depth without recompiling.
         - `key`: draws the masks of the cell's `nn.VariationalDropout`, one set for all evaluations
-            of the solve; `None` is inference, without dropout.
+            of the solve; `None` is inference: no mask but those that the cell
+            already holds.
 
         **Returns:** `(z, sol)` with `z = sol.value`.
         """

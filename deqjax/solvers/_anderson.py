@@ -31,14 +31,15 @@ class Anderson(AbstractSolver):
     - `depth`: of the window, an int of at least 1.
     - `mixing`: in (0, 1], the damping of every step:
         `z' = z + mixing g + sum_j c_j (s_j + mixing y_j)`, s the differences of z.
-    - `ridge`: at least 0.
+    - `ridge`: at least 0; no less than eps of the Gram matrix's dtype is used.
 
     **Cost:** one evaluation of `f` a step; `2 depth + 3` copies of `z`, of which a step reads
     `3 depth`. Under `batched=True` each problem has coefficients of its own; `jax.vmap` gives the
     same numbers and copies the window in each step.
 
     **When not to use it:** where Picard iteration takes some ten steps; for gradients of the steps
-    taken (those of a least squares problem are large where it is ill-conditioned).
+    taken, whose coefficients are ill-conditioned near a fixed point
+    (`deqjax.RecursiveCheckpointAdjoint` asks for float64).
 
     **Raises:** `ValueError` for a tolerance below 0 or NaN, `depth < 1`, `mixing` outside (0, 1] or
     a negative `ridge`.
@@ -80,9 +81,10 @@ class Anderson(AbstractSolver):
         rule = _secant.Rule(galerkin=False, mixing=self.mixing, ridge=self.ridge)
         return _secant.mix(rule, z, fz, memory)
 
-    def keep(self, go, new: Secants, old: Secants) -> Secants:
+    def keep(self, go, live, new: Secants, old: Secants) -> Secants:
         """See `AbstractSolver`."""
-        return _secant.keep(go, new, old)
+        del go
+        return _secant.keep(live, new, old)
 
     def recovers(self, memory: Secants):
         """See `AbstractSolver`."""

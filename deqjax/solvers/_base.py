@@ -71,8 +71,14 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         del memory
         return jnp.asarray(False)
 
-    def keep(self, go: Bool[Array, "..."], new: PyTree, old: PyTree) -> PyTree:
-        """The memory, after a pass of the loop, of problems that `go` and of those that do not."""
+    def keep(
+        self, go: Bool[Array, "..."], live: Bool[Array, "..."], new: PyTree, old: PyTree
+    ) -> PyTree:
+        """The memory after a pass of the loop: `new` for problems that `go` on, `old` for others.
+
+        `live` are those that had not stopped before this pass.
+        """
+        del live
         return select(go, new, old)
 
     @abc.abstractmethod

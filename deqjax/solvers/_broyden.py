@@ -39,8 +39,9 @@ class Broyden(AbstractSolver):
     numbers and copies the window in each step.
 
     **When not to use it:** where Picard iteration takes some ten steps; where memory counts, for
-    `deqjax.Anderson` needs a third of it; with `line_search`, where ||g|| has to rise on the way (a
-    clipped f that is expansive at z0).
+    `deqjax.Anderson` needs a third of it; for gradients of the steps taken, whose coefficients are
+    ill-conditioned near a fixed point (`deqjax.RecursiveCheckpointAdjoint` asks for float64); with
+    `line_search`, where ||g|| has to rise on the way (a clipped f that is expansive at z0).
 
     **Raises:** `ValueError` for a tolerance below 0 or NaN, or `memory < 1`.
 
@@ -72,9 +73,10 @@ class Broyden(AbstractSolver):
         rule = _secant.Rule(galerkin=True, ridge=_RIDGE, line_search=self.line_search)
         return _secant.mix(rule, z, fz, memory)
 
-    def keep(self, go, new: Secants, old: Secants) -> Secants:
+    def keep(self, go, live, new: Secants, old: Secants) -> Secants:
         """See `AbstractSolver`."""
-        return _secant.keep(go, new, old)
+        del go
+        return _secant.keep(live, new, old)
 
     def recovers(self, memory: Secants):
         """See `AbstractSolver`."""

@@ -204,3 +204,38 @@ def test_training_that_logs_its_backward_solve_at_no_extra_cost():
     assert losses[-1] < losses[0]
     assert all(0 < steps < 60 and residual < 1e-5 for steps, residual in log)
     assert cost["products"] > sum(steps for steps, _ in log)
+
+
+@pytest.mark.parametrize("linear", [None, deqjax.Broyden(1e-6, 1e-6)], ids=["default", "broyden"])
+def test_warm_start_of_a_masked_and_of_a_failed_example(linear):
+    """b = 0 has y = 0 whatever y0 is; and a y0 that is not finite is none."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(0.9 * np.linalg.qr(rng.standard_normal((4, 4)))[0], jnp.float32)
+    fn = lambda z, x: z @ q.T + x
+    z = jnp.zeros((3, 4))
+    g = jnp.ones((3, 4)).at[1].set(0)
+    y0 = jnp.ones((3, 4)).at[2].set(jnp.nan)
+    run = lambda adjoint: deqjax.implicit_vjp(fn, z, z, g, batched=True, adjoint=adjoint)
+    (_, warm), stats = run(deqjax.ImplicitAdjoint(linear, y0=y0))
+    (_, cold), _ = run(deqjax.ImplicitAdjoint(linear))
+    assert jnp.all(stats["result"] == deqjax.RESULTS.successful)
+    assert not jnp.any(warm[1])
+    np.testing.assert_allclose(warm, cold, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loose_tolerance_is_no_licence():
+    """Ten times 0.1 would pass anything."""
+    q = jnp.asarray(np.linalg.qr(np.random.default_rng(0).standard_normal((40, 40)))[0])
+    fn = lambda z, x: 0.97 * (q @ z) + x
+    adjoint = deqjax.ImplicitAdjoint(tol=0.1, max_steps=1)
+    (_, d), stats = deqjax.implicit_vjp(fn, jnp.zeros(40), q[0], q[1], adjoint=adjoint)
+    assert stats["residual"] > 0.1
+    assert jnp.all(jnp.isnan(d))
+
+
+def test_no_tolerance_at_all_is_refused():
+    with pytest.raises(ValueError, match="rtol above 0"):
+        deqjax.ImplicitAdjoint(deqjax.FixedPointIteration(rtol=0.0, atol=0.0))
+    with pytest.raises(ValueError, match=r"expects a deqjax\.ImplicitAdjoint"):
+        z = jnp.zeros(2)
+        deqjax.implicit_vjp(lambda z, _: z / 2, z, None, z, adjoint=deqjax.BroydenAdjoint())
