@@ -184,10 +184,18 @@ def _push(rule: Rule, z: PyTree, fz: PyTree, m: Secants, accept: Bool[Array, ""]
     y = minus(v, s)
     p = s if rule.galerkin else jax.tree.map(jnp.negative, y)
     k = m.count % m.gram.shape[0]
-    # The first iterate has none before it, and a frozen problem meets the same one again.
+    # The first iterate has none before it, and a frozen problem meets the same one again. Broyden's
+    # window then stays what it is, for `inverse`; Anderson's is given up, which saves reading the
+    # row that would have to stay. Zeros, since 0 times what is not finite would be NaN.
     norm = two_norm(p)
     new = accept & jnp.isfinite(m.size) & (norm > 0) & jnp.isfinite(norm)
-    row = lambda rows, x: _set_row(rows, k, select(new, x, jax.tree.map(lambda r: r[k], rows)))
+
+    def row(rows, x):
+        old = (
+            jax.tree.map(lambda r: r[k], rows) if rule.galerkin else jax.tree.map(jnp.zeros_like, z)
+        )
+        return _set_row(rows, k, select(new, x, old))
+
     rows_p, rows_v = row(m.p, p), row(m.v, v)
     column = -products(rows_p, y)
     across = products(rows_p, s) - products(rows_v, s) if rule.galerkin else column
@@ -199,7 +207,7 @@ def _push(rule: Rule, z: PyTree, fz: PyTree, m: Secants, accept: Bool[Array, ""]
         v=rows_v,
         norms=m.norms.at[k].set(jnp.where(new, norm.astype(m.norms.dtype), m.norms[k])),
         gram=gram,
-        count=m.count + new.astype(jnp.int32),
+        count=jnp.where(new, m.count + 1, m.count if rule.galerkin else 0),
     )
 
 

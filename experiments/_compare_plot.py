@@ -27,7 +27,7 @@ def plot_residuals(rows: list[dict[str, Any]], tol: float, path: Path) -> None:
     names = list(dict.fromkeys(row["problem"] for row in rows))
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    size = (4 * columns, 0.9 + 2.6 * lines)
+    size = (4.2 * columns, 1 + 2.8 * lines)
     figure, panels = plt.subplots(
         lines,
         columns,
@@ -80,7 +80,9 @@ def _draw(panel: Any, row: dict[str, Any], longest: int) -> Any:
     first = next((i for i, (_, y) in enumerate(keep) if y <= BOTTOM), len(keep) - 1)
     xs, ys = zip(*keep[: first + 1], strict=True) if keep else ((), ())
     whole = {"clip_on": every == 1}  # a dot on the edge is one step that solves the problem
-    return panel.plot(xs, ys, **STYLE[row["method"]], **whole)[0]
+    line = panel.plot(xs, ys, **STYLE[row["method"]], **whole)[0]
+    line.set_in_layout(False)  # without points and unclipped, it would claim the whole figure
+    return line
 
 
 ADJOINTS: tuple[dict[str, Any], ...] = tuple(
