@@ -186,15 +186,14 @@ def _push(rule: Rule, z: PyTree, fz: PyTree, m: Secants, accept: Bool[Array, ""]
     k = m.count % m.gram.shape[0]
     # The first iterate has none before it, and a frozen problem meets the same one again. Broyden's
     # window then stays what it is, for `inverse`; Anderson's is given up, which saves reading the
-    # row that would have to stay. Zeros, since 0 times what is not finite would be NaN.
+    # row that would have to stay. Without what is not finite, since 0 times that would be NaN.
     norm = two_norm(p)
     new = accept & jnp.isfinite(m.size) & (norm > 0) & jnp.isfinite(norm)
 
     def row(rows, x):
-        old = (
-            jax.tree.map(lambda r: r[k], rows) if rule.galerkin else jax.tree.map(jnp.zeros_like, z)
-        )
-        return _set_row(rows, k, select(new, x, old))
+        if rule.galerkin:
+            return _set_row(rows, k, select(new, x, jax.tree.map(lambda r: r[k], rows)))
+        return _set_row(rows, k, jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), x))
 
     rows_p, rows_v = row(m.p, p), row(m.v, v)
     column = -products(rows_p, y)

@@ -22,9 +22,9 @@ Hardware: two cores of a shared x86 CPU, JAX 0.10.2, jaxopt 0.8.5, seed 0; 6 min
     seconds, Picard / jaxopt's, Anderson / jaxopt's, worst of 17 (f of 2 us)  1.30, 1.55
     dense tanh, value and gradient: time / floor, batched                     0.76, 0.86
     attention, solve and gradient: Picard / jaxopt's, Anderson / jaxopt's     0.31, 0.28
-    time beyond f / time its history takes to move: Anderson, Broyden         1.2 to 2.5, 1.4 to 1.6
+    time beyond f / time its history takes to move: Anderson; Broyden         1.15-1.35; 1.4-1.5
 
-The last line moves with the bandwidth that the machine happens to have, 49 to 60 GB/s.
+The last line moves with the minute: in some the machine reads at 60 GB/s and runs the rest slower.
 """
 
 import dataclasses
