@@ -86,7 +86,8 @@ def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
         # made, and the compiler drops what is measured.
         stopped = c.stopped if rank or budget.fixed else jnp.asarray(False)
         error = c.error if budget.fixed else jnp.where(stopped, c.error, out.error)
-        going = ~stopped & (c.num_steps < limit)
+        live = ~stopped
+        going = live & (c.num_steps < limit)
         overflow = c.overflow | (out.overflow & going)
         if not budget.fixed:
             stopped = stopped | (error < 1) | out.broken | out.overflow
@@ -100,7 +101,6 @@ def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
         record = c.tape if tape is None else tape.push(c.tape, c.i, go, solver.pair(c.z, c.memory))
         z, memory = out.z, out.memory
         if not budget.uniform:
-            live = ~c.stopped if rank else jnp.asarray(True)
             z, memory = select(go, z, c.z), solver.keep(go, live, memory, c.memory)
         count = c.num_steps + go.astype(jnp.int32)
         new = (c.i + 1, z, memory, record, count, stopped, overflow, error, kept, spent)

@@ -91,6 +91,10 @@ def combine(c: Float[Array, " m"], rows: PyTree) -> PyTree:
     return jax.tree.map(leaf, rows)
 
 
+def _minus(x: PyTree, y: PyTree) -> PyTree:
+    return lincomb(1, x, -1, y)
+
+
 def _set_row(rows: PyTree, k: Int[Array, ""], row: PyTree) -> PyTree:
     put = lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, k, 0)
     return jax.tree.map(put, rows, row)
@@ -98,8 +102,7 @@ def _set_row(rows: PyTree, k: Int[Array, ""], row: PyTree) -> PyTree:
 
 def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]:
     """The next iterate and memory of a secant method."""
-    minus = lambda a, b: lincomb(1, a, -1, b)
-    g = minus(fz, z)
+    g = _minus(fz, z)
     size = two_norm(g).astype(m.size.dtype)
     better = size <= _WORSE * m.best
     shorter = jnp.asarray(False)
@@ -126,7 +129,7 @@ def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]
     za, fa = accepted
     ahead = add(fa, combine(c, m.v))
     if rule.mixed:
-        left = add(minus(fa, za), combine(c, differences(rule, m)))
+        left = add(_minus(fa, za), combine(c, differences(rule, m)))
         ahead = lincomb(1, ahead, rule.mixing - 1, left)
     if rule.line_search:
         ahead = select(shorter, lincomb(0.5, z, 0.5, za), ahead)
@@ -162,7 +165,7 @@ def keep(live: Bool[Array, "..."], new: Secants, old: Secants) -> Secants:
 def differences(rule: Rule, m: Secants) -> PyTree:
     """The rows y."""
     if rule.galerkin:
-        return lincomb(1, m.v, -1, m.p)
+        return _minus(m.v, m.p)
     return jax.tree.map(jnp.negative, m.p)
 
 
@@ -179,9 +182,8 @@ def inverse(m: Secants, x: PyTree, *, transpose: bool) -> PyTree:
 
 def _push(rule: Rule, z: PyTree, fz: PyTree, m: Secants, accept: Bool[Array, ""]) -> Secants:
     """The window with the secant of an accepted iterate."""
-    minus = lambda a, b: lincomb(1, a, -1, b)
-    s, v = minus(z, m.z), minus(fz, m.f)
-    y = minus(v, s)
+    s, v = _minus(z, m.z), _minus(fz, m.f)
+    y = _minus(v, s)
     p = s if rule.galerkin else jax.tree.map(jnp.negative, y)
     k = m.count % m.gram.shape[0]
     # The first iterate has none before it, and a frozen problem meets the same one again. Broyden's
