@@ -87,11 +87,14 @@ def _equation(eqn: Any, flags: list[bool], name: str) -> tuple[float, list[bool]
     unit = float(jnp.finfo(dtype).eps) / 2
     if kind == "scan":
         return _scan(eqn, flags, name)
+    if kind == "cond":
+        parts = [_of(branch.jaxpr, flags[1:], name) for branch in eqn.params["branches"]]
+        return max(error for error, _ in parts), every
     inner = [p for p in eqn.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
     label = eqn.params.get("name", kind)
     if label in _FUNCTIONS:  # a jitted function of JAX, softplus, whose body would seem to cancel
         return _FUNCTIONS[label] * unit, every
-    if len(inner) == 1 and kind != "while" and not eqn.params.get("branches"):
+    if len(inner) == 1 and kind != "while":
         body = inner[0].jaxpr if isinstance(inner[0], ClosedJaxpr) else inner[0]
         if len(body.invars) == len(flags):
             return _of(body, flags, name)
