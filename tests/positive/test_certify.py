@@ -69,7 +69,7 @@ def test_it_is_tight(case):
     error = check(c, z, p.solution)
     factor = 2 if case[0] == "relu6" else 1.15
     assert np.all(np.asarray(c.relative_error) <= factor * error)
-    assert np.all(c.steps <= 7)
+    assert np.all(c.steps <= 11)
     low, high = c.spectral_radius
     assert np.all(high - low <= 0.2) and np.all(high < 1)
 
