@@ -75,7 +75,7 @@ class Residual(AbstractMeasure):
 
 
 def slack(tolerance: Inexact[Array, ""]) -> Inexact[Array, ""]:
-    """What is accepted where `tolerance` was asked for; ten times a loose one would be no answer"""
+    """What is accepted in the place of `tolerance`; ten times a loose one would be no answer."""
     return jnp.maximum(tolerance, jnp.minimum(10 * tolerance, 0.1))
 
 
@@ -155,7 +155,7 @@ def by_iteration(
 
     def run(inner, y, limit, impatient=False):
         budget = Budget(ceiling, limit, rank, fixed=False)
-        method = _Linear(inner, measure, impatient=impatient)
+        method = _Linear(inner=inner, measure=measure, impatient=impatient)
         return iterate((fn, method, y, unit, budget, lax_while))
 
     limit = jnp.asarray(ceiling, jnp.int32)
