@@ -20,9 +20,9 @@ _FLOOR = 0.1
 _ROUNDINGS = 20
 # The rounding of a product, in eps. Sums of nonnegative terms have none but that of their length,
 # which grows as sqrt(n) (Ipsen and Zhou, Probabilistic error analysis for inner products, 2020),
-# and was measured to be below 1 for n up to 300. Saturated units, whose slopes `1 - tanh(u)^2` are
-# nearly lost in rounding, were measured to cost up to 12.
-_SUM, _SLOPE = 0.25, 16
+# and was measured to be below 1 for n up to 300. Saturated units cost more, since their slopes
+# `1 - tanh(u)^2` are lost in rounding: up to 31 eps in float32, with g at such a unit alone.
+_SUM, _SLOPE = 0.25, 32
 
 
 class Contraction(NamedTuple):
@@ -137,7 +137,7 @@ class PositiveConcaveAdjoint(AbstractImplicitAdjoint):
     - `tol`: a float, the relative error in the norm above at which to stop. It is that of the
         linear solve: the default is a solver's default `rtol`, since J is no nearer to J at z* than
         z is to z*. Nothing below 1.5 roundings of a product divided by `1 - c` is asked for, a
-        rounding being `16 + sqrt(n) / 4` eps with n entries of z; `None` asks for just that.
+        rounding being `32 + sqrt(n) / 4` eps with n entries of z; `None` asks for just that.
     - `max_steps`: as in `deqjax.ImplicitAdjoint`.
     - `on_failure`: what a solve that fails gives: `"nan"`, `"keep"` its best value, `"raise"` a
         run-time error. It has failed if its best bound is above 10 times `tol` (no more than 0.1,
@@ -147,8 +147,9 @@ class PositiveConcaveAdjoint(AbstractImplicitAdjoint):
     concave, or z is far from its fixed point; nor in half precision. `error_bound` is then
     infinite, and the solve is held to the relative residual of `ImplicitAdjoint()`.
 
-    `deqjax.implicit_vjp` reports `"error_bound"`: at least `||y_k - y||_w / ||y||_w`, rounding
-    included.
+    `deqjax.implicit_vjp` reports `"error_bound"`: at least `||y_k - y||_w / ||y||_w`, with the
+    rounding of products included. It is the error for J at z, and what z misses of the fixed point
+    is not in it; nor, in float64, all of the rounding of slopes that are nearly 0 (some 65 eps).
 
     **Cost:** one evaluation of `f` with its linearisation, three JVPs, one Jacobian product a step
     and, for the stats, another; five copies of `z`, and 40 where Anderson's method is at work. With
