@@ -7,7 +7,7 @@ import optimistix
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._bracket import Bracket, centre, flat, narrow, unflat
-from ._base import AbstractCertifiedSolver
+from .._certified import AbstractCertifiedSolver
 
 
 class _Memory(NamedTuple):

@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import _secant
 from .._bracket import Bracket, at_most, centre, flat, narrow, unflat
+from .._certified import AbstractCertifiedSolver
 from .._secant import Secants
 from .._tree import select
-from ._base import AbstractCertifiedSolver
 
 # Above this ratio of residuals Picard iteration gives way to Anderson's method: at 0.7 a digit
 # takes six more evaluations, about what the acceleration needs to come into its stride.

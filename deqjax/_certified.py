@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._bracket import Bracket, flat, relative_error, unflat
-from .._rounding import rounding
-from .._tree import unify
-from ..solvers import AbstractSolver
+from ._bracket import Bracket, flat, relative_error, unflat
+from ._rounding import rounding
+from ._tree import unify
+from .solvers import AbstractSolver
 
 
 class AbstractCertifiedSolver(AbstractSolver):
