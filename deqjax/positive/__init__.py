@@ -1,7 +1,19 @@
-"""Positive concave models: the hypotheses of their theorems, and what follows from them."""
+"""Positive concave models: the hypotheses of their theorems, and what follows from them.
+
+The cells are layers: `nn.PositiveConcaveLinear`, `nn.PositiveConcaveConv2d`, and
+`nn.PositiveConcave` around a cell of your own.
+"""
 
 from ._activations import (
     ACTIVATIONS as ACTIVATIONS,
+    PROPERTIES as PROPERTIES,
     Activation as Activation,
+    Power as Power,
+    Shifted as Shifted,
+    properties as properties,
     qualify as qualify,
+    saturating as saturating,
 )
+from ._base import AbstractActivation as AbstractActivation, Properties as Properties
+from ._inject import StrictlyPositive as StrictlyPositive
+from ._nonnegative import AbstractNonnegative as AbstractNonnegative, project as project
