@@ -56,12 +56,12 @@ class Resolvent(paramax.AbstractUnwrappable[Array]):
 class MonotoneLinear(eqx.Module):
     """The cell `relu(W z + x)` with one fixed point, whatever W has learnt and of whatever sign.
 
-        W = (1 - m) I - A^T A + B - B^T,        z* = relu(W z* + x)  <=>  0 in (I - W) z* - x + dg(z*)
+        W = (1 - m) I - A^T A + B - B^T
+        z* = relu(W z* + x)   <=>   0 in (I - W) z* - x + dg(z*),     g the indicator of z >= 0
 
-    with g the indicator of z >= 0: I - W is strongly monotone (by m) and dg is monotone, hence
-    their sum has exactly one zero. Picard iteration of the cell itself need not find it, and
-    diverges where W is large; a splitting does. Each is a cell for `nn.DEQ` or
-    `deqjax.fixed_point`, for every solver:
+    I - W is strongly monotone (by m) and dg is monotone, hence their sum has exactly one zero.
+    Picard iteration of the cell itself need not find it, and diverges where W is large; a splitting
+    does find it. Each is a cell for `nn.DEQ` or `deqjax.fixed_point`, for every solver:
 
         deq = nn.DEQ(cell.peaceman_rachford(1.0), solver, adjoint)
         z, sol = deq(x)                         # z = z*, whichever the splitting
@@ -147,7 +147,7 @@ class ForwardBackward(eqx.Module):
     **Raises:** `ValueError` for a step that is not above 0.
 
     Reference: Winston and Kolter, Monotone operator equilibrium networks, NeurIPS 2020, arXiv
-    2006.08591, section 3.2 and algorithm 1.
+    2006.08591, algorithm 1.
     """
 
     weight: Matrix
@@ -191,7 +191,7 @@ class PeacemanRachford(eqx.Module):
     **Raises:** `ValueError` for a step that is not above 0.
 
     Reference: Winston and Kolter, Monotone operator equilibrium networks, NeurIPS 2020, arXiv
-    2006.08591, section 3.2 and algorithm 2.
+    2006.08591, algorithm 2.
     """
 
     resolvent: Matrix
@@ -204,8 +204,7 @@ class PeacemanRachford(eqx.Module):
 
     def __call__(self, u: Float[Array, " n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
         """f of one example."""
-        # Not jnp.abs: its derivative at 0 is 0, and 2 relu(u) - u would be -1 there. A unit that is
-        # off for good, or the start at u = 0, is measured by the same rule in f and in the readout.
+        # Not jnp.abs: at u = 0 its derivative would not be that of the readout's relu.
         v = 2 * jax.nn.relu(u) - u
         return 2 * (paramax.unwrap(self.resolvent) @ (v + self.step * x)) - v
 

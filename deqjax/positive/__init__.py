@@ -15,5 +15,10 @@ from ._activations import (
     saturating as saturating,
 )
 from ._base import AbstractActivation as AbstractActivation, Properties as Properties
+from ._hypotheses import (
+    Finding as Finding,
+    Hypotheses as Hypotheses,
+    check_hypotheses as check_hypotheses,
+)
 from ._inject import StrictlyPositive as StrictlyPositive
 from ._nonnegative import AbstractNonnegative as AbstractNonnegative, project as project

@@ -166,7 +166,8 @@ class Power(AbstractActivation):
 @functools.cache
 def _subhomogeneity(activation: Callable[[Array], Array]) -> float:
     # Bounded, concave, positive at 0: u sigma' tends to 0 at both ends, u sigma'(2u) <=
-    # sigma(2u) - sigma(u), so that the maximum lies between. Each round divides the interval's length, in log u, by 3,000.
+    # sigma(2u) - sigma(u), so that the maximum lies between. Each round leaves 1/3,000 of the
+    # interval, in log u.
     low, high, largest = 1e-6, 1e6, 0.0
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         for _ in range(4):
