@@ -109,15 +109,17 @@ def check_hypotheses(
     if hasattr(unwrapped, "inject"):
         x = unwrapped.inject(x)
     z = float_state(x if z is None else z)
-    return _check(convert(unwrapped, z, x, False), z, x, key, samples=int(samples))
+    # For what it refuses; what it returns would be compiled anew at each call.
+    convert(unwrapped, z, x, False)
+    return _check(unwrapped, z, x, key, samples=int(samples))
 
 
 @eqx.filter_jit
-def _check(fn, like, x, key, *, samples: int) -> Hypotheses:
+def _check(cell, like, x, key, *, samples: int) -> Hypotheses:
     flat, unravel = ravel_pytree(unify(like))
     back = lambda v: cast(unravel(v), like)
     n, dtype = flat.size, flat.dtype
-    f = lambda v: ravel_pytree(unify(fn(back(v), x)[0]))[0].astype(dtype)
+    f = lambda v: ravel_pytree(unify(cell(back(v), x)))[0].astype(dtype)
     # A sum of n terms is off by about sqrt(n) roundings of itself, and by n at worst; 8 for sigma.
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(like))
     rounding = 2 * (8 + math.sqrt(n)) * eps
