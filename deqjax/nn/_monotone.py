@@ -153,8 +153,10 @@ class ForwardBackward(eqx.Module):
     weight: Matrix
     step: float = eqx.field(static=True)
 
-    def __check_init__(self):
-        _check_step(self.step)
+    def __init__(self, weight: Matrix, step: float):
+        _check_step(step)
+        self.weight = weight
+        self.step = step
 
     def __call__(self, z: Float[Array, " n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
         """f of one example."""
