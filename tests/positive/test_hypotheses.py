@@ -68,10 +68,8 @@ def test_a_witness_is_a_counterexample():
     assert jax.jvp(lambda z: f(z, x), (z,), (jnp.ones(1),))[1] < 0
     f, x, _ = COUNTEREXAMPLES["x below 0"]
     x = jnp.asarray(x)
-    z = check(f, x).scalable.witness
-    assert jnp.max(f(z * jnp.exp(jnp.linspace(0, 4, 99)), x) / jnp.exp(jnp.linspace(0, 4, 99))) > (
-        2 * f(z, x)[0]
-    )
+    z, a = check(f, x).scalable.witness, jnp.exp(jnp.linspace(0.0, 4.0, 99))
+    assert jnp.max(f(a * z, x) / a) > 2 * f(z, x)[0]
     # Seen at f(0) already: then 0 is the witness.
     f, x, _ = COUNTEREXAMPLES["sqrt, x = 0"]
     assert check(f, jnp.asarray(x)).positive.witness == 0
@@ -134,6 +132,9 @@ def test_other_cells(getkey):
     # Of a user's own, with a parametrised weight, wrapped, and a state that is a pair.
     weight = paramax.Parameterize(jnp.exp, jax.random.normal(getkey(), (5, 5)))
     assert check(nn.PositiveConcave(Pair(weight)), (x[0, :, 0], x[1, :, 1])).holds
+    # Of two dtypes.
+    two = lambda z, x: (jnp.tanh(z[0] + x[0]), jnp.log1p(z[1] + x[1]))
+    assert check(two, (jnp.ones(2), jnp.ones(1, jnp.bfloat16))).holds
     # Division by the largest entry is not monotone.
     found = check(nn.SubhomogeneousLinear(5, normalise=True, key=getkey()), x[0, :, 0])
     assert "monotone" in refused(found) and found.exists.holds
