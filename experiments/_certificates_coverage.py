@@ -66,7 +66,9 @@ def _solved(p: Batch, dtype: str, which: str, rng: np.random.Generator) -> Row:
         "relative error": _short(p, sol.value, stats["relative_error"]),
         "tolerance": good & (p.error(sol.value) > rtol * (1 + 1e-6) + doubt),
     }
-    every = {k: stats[k] for k in ("lower", "upper", "relative_error")} | {"rtol": [rtol] * len(good)}
+    every = {k: stats[k] for k in ("lower", "upper", "relative_error")} | {
+        "rtol": [rtol] * len(good)
+    }
     row = _about(p, dtype, which, false, np.asarray(sol.value), every)
     return row | {"sources": [[len(good), int(good.sum())]]}
 

@@ -126,9 +126,7 @@ def _hard(batch, n, seed, name, rho, x, dtype, rtol, possible) -> Row:
         count = lambda sol: int(np.max(sol.stats["num_fn_evals"]))
 
         def run(solver, max_steps):
-            return deqjax.fixed_point(
-                p.fn, solver, z0, p.args, batched=True, max_steps=max_steps
-            )
+            return deqjax.fixed_point(p.fn, solver, z0, p.args, batched=True, max_steps=max_steps)
 
         top = SIGMAS[name].supremum
         sol = run(deqjax.PositiveConcaveSolver(rtol=rtol, upper=top), 256)
@@ -166,4 +164,6 @@ def _counted(p: Batch, z: jax.Array) -> tuple[deqjax.Enclosure, int]:
     c = deqjax.certify(fn, z, p.args, batched=True, fan_in=z.shape[-1])
     jax.block_until_ready(c)
     jax.effects_barrier()
-    return c, len(calls) - 2  # the two JVPs for the radius evaluate f as well, and are counted there
+    return c, len(
+        calls
+    ) - 2  # the two JVPs for the radius evaluate f as well, and are counted there
