@@ -162,6 +162,7 @@ def solved(name: str, w: np.ndarray, x: np.ndarray) -> Batch:
             break
     w_long, x_long, z = w.astype(LONG), x.astype(LONG), z.astype(LONG)
     w_long = np.broadcast_to(w_long, (*x.shape, n))
+    matrix = eye
     for _ in range(4):
         u = product(w_long, z) + x_long
         j = (sigma.slope(u)[..., None] * w_long).astype(LONG)
@@ -214,7 +215,7 @@ def images(
     def matrix(kernel):
         taps = ((a, b) for a in range(3) for b in range(3))
         parts = (padded[:, a : a + size, b : b + size] @ kernel[a, b] for a, b in taps)
-        return sum(parts).reshape(n, n).T
+        return np.add.reduce(list(parts)).reshape(n, n).T
 
     kernel = (kernel * rho / radius(matrix(kernel))).astype(dtype)
     cell = make(channels, 3, SIGMAS[name].jax, nonnegative=None, dtype=dtype, key=jax.random.key(0))

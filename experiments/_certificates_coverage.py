@@ -18,9 +18,9 @@ SOLVERS = {"PositiveConcaveSolver": deqjax.PositiveConcaveSolver, "Bracketing": 
 
 
 def coverage(count: int, each: int | None, seed: int) -> list[Row]:
-    """`count` problems a dtype, or `each` in one group of three activations only, for a smoke run."""
+    """`count` problems a dtype; with `each`, so many of two activations only, a smoke run."""
     rng = np.random.default_rng(seed)
-    names = list(SIGMAS)[: 3 if each else None]
+    names = list(SIGMAS)[: 2 if each else None]
     more = rng.integers(2, SIZES + 1, _EACH * len(SIGMAS) - SIZES)
     sizes = rng.permutation(np.concatenate([np.arange(1, SIZES + 1), more]))
     pairs = [(names[i % len(names)], int(n)) for i, n in enumerate(sizes)]

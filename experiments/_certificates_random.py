@@ -81,8 +81,8 @@ def _radius(j: np.ndarray, over: np.ndarray, under: np.ndarray) -> tuple[float, 
         part = np.flatnonzero(label == k)
         one, above, below = (m[np.ix_(part, part)] for m in (j, over, under))
         values, vectors = np.linalg.eig(one.astype(float))
-        v = np.abs(vectors[:, np.argmax(values.real)]).astype(LONG)
-        shift = LONG(max(float(np.max(values.real)), 1e-30))
+        v = np.abs(vectors[:, np.argmax(np.real(values))]).astype(LONG)
+        shift = LONG(max(float(np.max(np.real(values))), 1e-30))
         for _ in range(_POWER if len(part) > 1 else 1):
             v = v / v.max()
             v = one @ v + shift * np.maximum(v, 1e-300)

@@ -1,0 +1,109 @@
+"""What `deqjax.certify` and the certified solvers prove: whether it is true, how tight, how dear.
+
+Shown: certified against true error of positive concave cells, dense and convolutional, from easy to
+nearly critical; hard problems to a certified tolerance; violations of every bound over random
+problems, against solutions in long double; what refuses maps without the theorem; the time of a
+certificate and of a convolutional cell's gradient; that batch-mates change not a bit.
+
+    python experiments/certificates.py                        # everything
+    python experiments/certificates.py --sections time mates
+    python experiments/certificates.py --smoke                # the same in seconds, tiny
+
+Writes results.json (all numbers), table.md and certificates.png into runs/certificates/, over those
+of an earlier run; a section that isn't asked for is kept from there. All options: --help.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from _certificates_claims import claims
+from _certificates_coverage import coverage
+from _certificates_mates import mates
+from _certificates_plot import plot_tightness
+from _certificates_refused import refused
+from _certificates_report import tables
+from _certificates_tight import hard, tightness
+from _certificates_time import time
+from _compare_run import record
+
+Section = Literal["tightness", "hard", "coverage", "refused", "time", "mates"]
+SECTIONS: tuple[Section, ...] = ("tightness", "hard", "coverage", "refused", "time", "mates")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Certificates: true, tight, and at what cost."""
+
+    sections: tuple[Section, ...] = SECTIONS
+    """What to measure."""
+    n: int = 80
+    """Unknowns of a dense problem: the width of the reference's linear network."""
+    batch: int = 64
+    """Examples, as in the reference's training; the small convolution has 8."""
+    size: int = 6
+    """Pixels of a side of the small convolution's images: its matrix is written out."""
+    channels: int = 4
+    """Its channels."""
+    problems: int = 10_000
+    """Random problems a dtype, at least."""
+    each: int | None = None
+    """Problems of an activation and size, of two activations only; None: as many as it takes."""
+    time_size: int = 28
+    """Pixels of a side of the images of the timed convolution."""
+    time_channels: int = 82
+    """Its channels: the reference's single-convolution network on 28 x 28 images."""
+    rounds: int = 9
+    """Of time measurements, interleaved; four times it for the dense problems, which are quick."""
+    seed: int = 0
+    """Of everything."""
+    out: Path | None = None
+    """The folder of the results; None: runs/certificates, smoke runs beside it."""
+    smoke: bool = False
+    """Tiny problems: everything is run through, nothing is shown by it."""
+
+
+# These are forced: a smoke run is quick whatever else is asked for.
+SMOKE: dict[str, Any] = {
+    "n": 6,
+    "batch": 6,
+    "size": 3,
+    "channels": 2,
+    "each": 12,
+    "time_size": 4,
+    "time_channels": 3,
+    "rounds": 1,
+}
+
+
+def measure(section: Section, config: Config) -> dict[str, Any]:
+    c = config
+    match section:
+        case "tightness":
+            found: Any = tightness(c.batch, c.n, c.size, c.channels, c.seed, c.smoke)
+        case "hard":
+            found = hard(c.batch, c.n, c.seed, c.smoke)
+        case "coverage":
+            found = coverage(c.problems, c.each, c.seed)
+        case "refused":
+            found = refused(c.seed)
+        case "time":
+            found = time(c.batch, c.n, c.time_channels, c.time_size, c.rounds, c.seed)
+        case "mates":
+            found = mates(min(c.batch, 16), c.n, c.seed)
+    return {section: found}
+
+
+def main(config: Config) -> None:
+    if config.smoke:
+        config = dataclasses.replace(config, **SMOKE)
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
+    out, results = record("certificates", config, measure, claims, tables)
+    if "tightness" in results:
+        plot_tightness(results["tightness"], out / "certificates.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
