@@ -122,6 +122,23 @@ def test_pytrees_and_images(getkey):
     assert np.all((c.relative_error >= 1e-4) & (c.relative_error <= 2e-4))
 
 
+@pytest.mark.x64
+@pytest.mark.optimised
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_radius_where_the_derivative_has_no_digit_left(dtype):
+    """1 - tanh^2 of a saturated unit is rounding, which its large weight magnifies."""
+    w = np.linspace(5, 25, 2001).astype(dtype)[:, None]
+    fn = lambda z, w: jnp.tanh(w * z + 0.125)
+    z = jnp.ones_like(w)
+    low, high = deqjax.certify(fn, z, jnp.asarray(w), batched=True).spectral_radius
+    wide = w[:, 0].astype(np.longdouble)
+    u = wide + 0.125  # z* = 1 - 1e-4 or nearer to 1
+    for _ in range(20):
+        u = wide * np.tanh(u) + 0.125
+    rho = wide / np.cosh(u) ** 2
+    assert np.all(np.asarray(low) <= rho) and np.all(rho <= np.asarray(high))
+
+
 def test_what_has_no_fixed_point_is_not_enclosed():
     w = jnp.full((3, 3), 0.4)  # spectral radius 1.2
     f = lambda z, x: jax.nn.relu(w @ z + x)
