@@ -87,5 +87,9 @@ def _radius(j: np.ndarray, over: np.ndarray, under: np.ndarray) -> tuple[float, 
             v = v / v.max()
             v = one @ v + shift * np.maximum(v, 1e-300)
         high = max(high, float(np.max(above @ v / v)))
-        low = max(low, float(np.min(below @ v / v)))
+        # Any v >= 0 will do for the lower bound, with the entries left out where it is 0.
+        for cut in (0.0, *10.0 ** np.arange(-40, 0, 2)):
+            some = np.where(v > cut * v.max(), v, 0)
+            ratio = (below @ some)[some > 0] / some[some > 0]
+            low = max(low, float(np.min(ratio)))
     return low, high

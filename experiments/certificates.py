@@ -88,7 +88,7 @@ def measure(section: Section, config: Config) -> dict[str, Any]:
         case "coverage":
             found = coverage(c.problems, c.each, c.seed)
         case "refused":
-            found = refused(c.seed)
+            found = refused(c.seed, c.smoke)
         case "time":
             found = time(c.batch, c.n, c.time_channels, c.time_size, c.rounds, c.seed)
         case "mates":
