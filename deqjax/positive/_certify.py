@@ -17,9 +17,9 @@ from .._tree import mesh_axes, vary
 
 # Steps of once, twice and four times the length are tried.
 _LAST = 4
-# In eps, ten times u |s'(u) - sigma'(u)| of XLA's derivatives s' on a CPU where sigma saturates: the
-# largest over 2e6 points is 30.3 in float32 and 138.5 in float64 (tanh; all others: below 19). Ten,
-# since it enters relative to a weight, which is a tenth of z at least.
+# In eps, ten times u |s'(u) - sigma'(u)| of XLA's derivatives s' on a CPU where sigma saturates:
+# the largest over 2e6 points is 30.3 in float32 and 138.5 in float64 (tanh; all others: below 19).
+# Ten, since it enters relative to a weight, which is a tenth of z at least.
 _SATURATED = {32: 310, 64: 1400}
 
 
