@@ -31,6 +31,7 @@ class End(NamedTuple):
     """An end of the enclosure that is to be proved."""
 
     step: Float[Array, "*b n"]  # away from z
+    close: Float[Array, "*b n"]  # t v, the last part of it
     size: Float[Array, "*b"]  # of the step, relative to z
     closed: Float[Array, "*b"]  # what of that is t v
 
@@ -75,7 +76,7 @@ def candidates(
         t = needed(margin * longer)
         step = sign * total + t * weight
         size = largest(jnp.abs(step) / base)
-        return End(step, jnp.where(jnp.isnan(size), jnp.inf, size), t[..., 0])
+        return End(step, t * weight, jnp.where(jnp.isnan(size), jnp.inf, size), t[..., 0])
 
     def compare(c: Candidates) -> Candidates:
         up = close(1, c.term, c.sum, c.weight, c.product)
@@ -105,7 +106,7 @@ def candidates(
 
     shape, zero = z.shape[:-1], jnp.zeros_like(z)
     inf = jnp.full(shape, jnp.inf, z.dtype)
-    none = End(zero, inf, inf)
+    none = End(zero, zero, inf, inf)
     count, yes = jnp.ones(shape, jnp.int32), jnp.ones(shape, bool)
     first = Candidates(fz - z, zero, base, jvp(base), none, none, count, yes)
     going = lambda c: jnp.any(c.going & (c.steps < 2 * _PASSES + 1))

@@ -15,8 +15,10 @@ from .._rounding import rounding
 from .._step import evaluate
 from .._tree import mesh_axes, vary
 
-# Steps of once, twice and four times the length are tried.
-_LAST = 4
+# What is tried, in steps and in t v beside them. First more of t v alone, for rounding: where d has
+# entries of both signs, twice the step need not be an upper or a lower point.
+_STEPS, _CLOSES = (1.0, 1.0, 2.0, 4.0), (0.0, 1.0, 2.0, 4.0)
+_TRIES = len(_STEPS)
 # In eps, ten times u |s'(u) - sigma'(u)| of XLA's derivatives s' on a CPU where sigma saturates:
 # the largest over 2e6 points is 30.3 in float32 and 138.5 in float64 (tanh; all others: below 19).
 # Ten, since it enters relative to a weight, which is a tenth of z at least.
@@ -54,7 +56,7 @@ def certify(
 
     which is exact as far as f is linear; l likewise. What proves is one evaluation of f at each,
     in which every entry has to hold by more than rounding can move it; it also brings both ends
-    closer. Where it fails the step is doubled, twice, and then l is 0.
+    closer. Where it fails t is doubled, then the whole is, twice, and then l is 0.
 
     **Arguments:**
 
@@ -128,20 +130,22 @@ def _enclose(f: Callable, z, like: PyTree, slack: float, axes) -> Enclosure:
 
     # Only these evaluations prove anything.
     def prove(carry):
-        bracket, above, below, times = carry
-        u = representable(z + times * found.up.step)
-        l = representable(jnp.maximum(z - times * found.down.step, 0))
-        l = jnp.where(times < _LAST, l, 0)
+        bracket, above, below, tries = carry
+        length, more = (jnp.asarray(x, z.dtype)[tries] for x in (_STEPS, _CLOSES))
+        away = lambda end: length * end.step + more * end.close
+        u = representable(z + away(found.up))
+        l = representable(jnp.maximum(z - away(found.down), 0))
+        l = jnp.where(tries < _TRIES - 1, l, 0)
         tried_u, more_above, _ = narrow(bracket, u, f(u), slack)
         tried_l, _, more_below = narrow(bracket, l, f(l), slack)
         upper = jnp.where(above[..., None], bracket.upper, tried_u.upper)
         lower = jnp.where(below[..., None], bracket.lower, tried_l.lower)
-        return Bracket(lower, upper), above | more_above, below | more_below, 2 * times
+        return Bracket(lower, upper), above | more_above, below | more_below, tries + 1
 
     no = jnp.zeros(z.shape[:-1], bool)
     bracket = Bracket(jnp.zeros_like(z), jnp.full_like(z, jnp.inf))
-    open = lambda c: jnp.any(~c[1] | ~c[2]) & (c[3] <= _LAST)
-    carry = vary((bracket, no, no, jnp.ones((), z.dtype)), axes)
+    open = lambda c: jnp.any(~c[1] | ~c[2]) & (c[3] < _TRIES)
+    carry = vary((bracket, no, no, jnp.zeros((), jnp.int32)), axes)
     bracket, above, _, _ = jax.lax.while_loop(open, prove, carry)
     holds = above & jnp.all(bracket.lower <= bracket.upper, -1)
     error = jnp.where(holds, relative_error(z, bracket), jnp.inf)

@@ -124,6 +124,19 @@ def test_pytrees_and_images(getkey):
 
 @pytest.mark.x64
 @pytest.mark.optimised
+def test_rounding_does_not_cost_the_bound():
+    """A first step that rounding refuses, from a z above z* in some entries: more of t v alone."""
+    p = concave("relu6", 1.01, 1e-3, n=80, batch=64)
+    solver = deqjax.PositiveConcaveSolver(rtol=1e-8, upper=6.0)
+    z0 = jnp.zeros_like(p.args[1])
+    z = deqjax.fixed_point(p.fn, solver, z0, p.args, batched=True).value
+    c = deqjax.certify(p.fn, z, p.args, batched=True, fan_in=80)
+    check(c, z, p.solution)
+    assert np.all(np.asarray(c.relative_error) <= 1e-8)
+
+
+@pytest.mark.x64
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_radius_where_the_derivative_has_no_digit_left(dtype):
     """1 - tanh^2 of a saturated unit is rounding, which its large weight magnifies."""
