@@ -24,7 +24,15 @@ def tables(results: Results) -> str:
 
 def tightness_table(rows: list[Row]) -> str:
     head = ["cell, rho(W), x", "rho(J)", "its bracket", "true error", "bound", "ratio"]
-    table = [[*head, "worst, median example", "JVPs", "float64: true, bound", "own stop: f32, f64"]]
+    table = [
+        [
+            *head,
+            "worst, median example",
+            "JVPs: median, worst",
+            "float64: true, bound",
+            "own stop: f32, f64",
+        ]
+    ]
     for row in pick(rows, dtype="float32", stop="batch"):
         about = {k: row[k] for k in ("cell", "W", "x", "ordinary")}
         (wide,) = pick(rows, **about, dtype="float64", stop="batch")
@@ -39,7 +47,7 @@ def tightness_table(rows: list[Row]) -> str:
                 _error(row["bound"]),
                 show(row["ratio"]),
                 f"{show(row['worst ratio'])}, {show(row['median ratio'])}",
-                str(row["products"]),
+                ", ".join(map(str, row["products"])),
                 f"{_error(wide['true'])}, {_error(wide['bound'])}",
                 ", ".join(show(r["ratio"]) for r in own),
             ]
@@ -53,7 +61,7 @@ def _error(x: float | None) -> str:
 
 def hard_table(rows: list[Row]) -> str:
     head = ["cell, rho(W), x, dtype", "to", "solved", "f", "f without upper", "certify: f + JVPs"]
-    table = [[*head, "true error", "bound", "Picard", "Bracketing"]]
+    table = [[*head, "true error", "its own bound", "certify's", "Picard", "Bracketing"]]
     count = lambda x: "-" if x is None else f"{x:,}"
     for row in rows:
         table.append(
@@ -65,6 +73,7 @@ def hard_table(rows: list[Row]) -> str:
                 count(row["without upper"]),
                 " + ".join(map(str, row["certificate"])),
                 _error(row["true"]),
+                _error(row["own bound"]),
                 _error(row["bound"]),
                 count(row["picard"]),
                 count(row["bracketing"]),
@@ -127,8 +136,8 @@ def time_table(timing: Row) -> str:
         counted = {
             "solve": f"{n['evaluations']} evaluations",
             "certify": f"{n['products']} JVPs, bound {_error(n['bound'])}",
-            "value and gradient": f"{n.get('VJPs')} VJPs in z",
         }
+        counted |= {name: f"{k} VJPs in z" for name, k in n.get("VJPs", {}).items()}
         for name, seconds in s.items():
             ms = 1e3 * statistics.median(seconds)
             whole = name in ("certify", "certify, no radius", "3 evaluations, 3 JVPs", "solve")

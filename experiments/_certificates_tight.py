@@ -92,7 +92,7 @@ def _rows(about: Row, p: Batch, fn: Callable, x: Any, args: Any) -> list[Row]:
             "ratio": _ratio(bound, true)[0],
             "worst ratio": _ratio(bound, true)[1],
             "median ratio": _ratio(bound, true)[2],
-            "products": int(np.max(c.steps)),
+            "products": [int(np.median(c.steps)), int(np.max(c.steps))],
             "radius": true_radius,
             "low": float(np.median(low)),
             "high": float(np.median(high)),
@@ -107,7 +107,7 @@ def _ratio(bound: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
     """Of the largest, the largest, the median; NaN where Picard has found z* to the last bit."""
     some = true > 0
     if not np.any(some):
-        return (math.nan,) * 3
+        return math.nan, math.nan, math.nan
     each = bound[some] / true[some]
     return float(bound.max() / true.max()), float(each.max()), float(np.median(each))
 
@@ -154,6 +154,7 @@ def _hard(batch, n, seed, name, rho, x, dtype, rtol, possible) -> Row:
             "certified": met(sol),
             "evaluations": count(sol),
             "certificate": [evaluations, int(np.max(c.steps)) + 2],
+            "unbounded": float(np.mean(~np.asarray(c.holds))),
             "without upper": count(blind) if met(blind) == 1 else None,
             "true": float(p.error(sol.value).max()),
             "bound": float(np.max(np.asarray(c.relative_error, float))),

@@ -55,7 +55,7 @@ class Config:
     """Pixels of a side of the images of the timed convolution."""
     time_channels: int = 82
     """Its channels: the reference's single-convolution network on 28 x 28 images."""
-    rounds: int = 9
+    rounds: int = 15
     """Of time measurements, interleaved; four times it for the dense problems, which are quick."""
     seed: int = 0
     """Of everything."""
