@@ -11,7 +11,7 @@ from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._bracket import Bracket, flat, relative_error, unflat
-from ._rounding import rounding
+from ._rounding import of_one_sum, rounding
 from ._tree import unify
 from .solvers import AbstractSolver
 
@@ -40,14 +40,17 @@ class AbstractCertifiedSolver(AbstractSolver):
         slack = rounding(fn, z0, args, self.fan_in, type(self).__name__)
         return dataclasses.replace(self, slack=slack)
 
-    def margin(self) -> float:
+    def margin(self, z: PyTree) -> float:
         """The slack; Optimistix's own front door shows a solver no f to read it off."""
-        if self.slack is None:
+        if self.slack is not None:
+            return self.slack
+        if self.fan_in is None:
             raise ValueError(
                 f"{type(self).__name__} expects to be run by deqjax.fixed_point, which reads the "
-                f"rounding of f off its jaxpr; got Optimistix's front door. Use deqjax.fixed_point."
+                f"rounding of f off its jaxpr, or to have a fan_in; got neither. Pass fan_in=the "
+                f"number of terms of the longest sum in f."
             )
-        return self.slack
+        return of_one_sum(z, self.fan_in, type(self).__name__)
 
     def start(self, z0: PyTree) -> PyTree:
         """See `AbstractSolver`."""

@@ -129,7 +129,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
 
     def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
         """One step of the iteration, or one evaluation of an attempt."""
-        m, x, fx, slack = memory, flat(z, 0), flat(fz, 0), self.margin()
+        m, x, fx, slack = memory, flat(z, 0), flat(fz, 0), self.margin(z)
         bracket, _, _ = narrow(m.bracket, x, fx, slack)
         iterate, climbing = m.phase == 0, m.phase == 4
         bounded = jnp.all(jnp.isfinite(bracket.upper))

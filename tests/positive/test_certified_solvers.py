@@ -204,8 +204,18 @@ def test_mistakes_raise(method):
         optimistix.fixed_point(f, method(), jnp.ones(3))
     with pytest.raises(ValueError, match=f"{method.__name__} expects fn.*'sub', which cancels"):
         deqjax.fixed_point(lambda z, _: jnp.tanh(z - 1), method(), jnp.ones(3))
-    counted = method(fan_in=5)
-    assert deqjax.fixed_point(lambda z, _: jnp.tanh(1 - (1 - z)), counted, jnp.ones(3)) is not None
+    with pytest.raises(ValueError, match="fan_in to be None or an int of at least 1"):
+        deqjax.fixed_point(f, method(fan_in=0), jnp.ones(3))
+
+
+@solvers
+def test_a_given_fan_in(method):
+    """In the place of what is counted, and in Optimistix's front door, which shows no f."""
+    p = concave("tanh", 1.0, 0.3)
+    check(solve(p, method(rtol=1e-3, fan_in=20)), p, 1e-3)
+    one, x = p.one, (p.args[0], p.args[1][0])
+    sol = optimistix.fixed_point(one, method(rtol=1e-3, fan_in=20), jnp.zeros(20), x)
+    np.testing.assert_allclose(sol.value, p.solution[0], rtol=2e-3)
 
 
 def test_depth_of_the_window():
