@@ -11,7 +11,7 @@ import optimistix
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import _secant
-from .._bracket import Bracket, at_most, centre, flat, narrow, unflat
+from .._bracket import Bracket, at_most, consistent, flat, narrow, unflat
 from .._certified import AbstractCertifiedSolver
 from .._secant import Secants
 from .._tree import select
@@ -63,14 +63,16 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     - `rtol`, `atol`: what is certified; `norm` (optimistix.max_norm) only picks the best iterate
         where steps run out.
     - `upper`: a number that f never exceeds, the supremum of a bounded activation
-        (`deqjax.positive.ACTIVATIONS[activation].supremum`): a bound from the start, and where the
-        iteration starts, whatever z0 is. `None` starts at z0.
+        (`deqjax.positive.properties(activation).supremum`): a bound from the start, and where the
+        iteration starts where z0 is 0 or above it. `None`, or infinity, starts at z0.
     - `fan_in`: as in `deqjax.certify`; it has to be given in Optimistix's own front door.
+    - `slack`: the bound of the relative rounding of f itself, in the place of what is counted.
     - `depth`: of Anderson's window, an int of at least 1.
 
     `sol.stats` has `"relative_error"`, a proved bound of `max_i |z_i - z*_i| / z*_i` for `z =
     sol.value` (infinite if nothing is), and `"lower"` and `"upper"`, the bounds of z*. The result
-    is `successful` only for what is certified. It stops early, with `nonlinear_max_steps_reached`,
+    is `successful` only for what is certified (with both tolerances zero, for the steps taken). It
+    stops early, with `nonlinear_max_steps_reached`,
     after eight attempts that failed, or three where rounding, times 1 / (1 - rho(J)), is seen to be
     above the tolerance.
 
@@ -91,10 +93,10 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     rtol: float | Float[Array, ""] = 1e-4
     atol: float | Float[Array, ""] = 0.0
     norm: Callable[[PyTree], Any] = optimistix.max_norm
-    upper: float | None = None
+    upper: float | None = eqx.field(static=True, default=None)
     fan_in: int | None = eqx.field(static=True, default=None)
     depth: int = eqx.field(static=True, default=5)
-    slack: float | None = None  # the bound of rounding, once f is known
+    slack: float | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         if isinstance(self.depth, bool) or not isinstance(self.depth, Integral) or self.depth < 1:
@@ -173,14 +175,13 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         hopeless = (over(margin) > 1) & ~bent & (m.failed > 0)
         part = jnp.where(bent, jnp.maximum(m.part / 4, jnp.minimum(finest, m.part)), m.part)
 
-        done = self.closed(bracket)
+        answer, done = self.answer(bracket, z)
         phase = jnp.where(attempt, 1, jnp.where(m.phase == 1, 2, 0))
         phase = jnp.where(climb, 4, phase)
         here = iterate | arrived
         target = jnp.where(attempt, middle + width, jnp.where(here, ahead, m.ahead))
         target = jnp.where(climb, 2 * jnp.maximum(x, fx), target)
         target = jnp.where(m.phase == 1, middle - width, target)
-        target = jnp.where(done, centre(bracket), target)
         memory = _Memory(
             secants,
             bracket,
@@ -194,11 +195,12 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
             part,
             m.failed + jnp.where(end, jnp.where(hopeless, 3, 1), 0),
         )
-        return unflat(target, z), memory
+        return select(done, answer, unflat(target, z)), memory
 
     def recovers(self, memory: _Memory) -> Bool[Array, ""]:
         """See `AbstractSolver`."""
-        return (memory.secants.stride > 0) & (memory.failed < _ATTEMPTS)
+        going = (memory.failed < _ATTEMPTS) & consistent(memory.bracket)
+        return going & (memory.secants.stride > 0)
 
     def keep(self, go, live, new: _Memory, old: _Memory) -> _Memory:
         """See `AbstractSolver`."""
