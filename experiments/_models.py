@@ -39,7 +39,9 @@ def constructor(
     concave = {
         "activation": ACTIVATIONS[activation],
         "solver": deqjax.FixedPointIteration(rtol=tolerance, atol=1e-6),
-        "adjoint": deqjax.ImplicitAdjoint(),
+        # At its own default of 1e-6 the backward solve would take most of the time, to resolve a
+        # gradient taken at a point that is not known so well.
+        "adjoint": deqjax.ImplicitAdjoint(tol=tolerance),
         "max_steps": max_steps,
     }
     match model:
