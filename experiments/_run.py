@@ -165,16 +165,19 @@ class RunFolder:
             panels[1].plot(epochs, median, color=color, linestyle="--", label=f"{name}: median")
             panels[2].plot(epochs, count[:, i], color=color, marker=".", label=name)
         panels[1].axhline(tolerance, color="gray", linestyle=":", label="tolerance of the solves")
-        panels[1].set_yscale("log")
+        # Whole decades: with less there is at most one number at the axis.
+        logs = np.log10([tolerance, *error[np.isfinite(error) & (error > 0)]])
+        low, high = 10.0 ** np.floor(logs.min()), 10.0 ** np.ceil(logs.max())
+        panels[1].set(yscale="log", ylim=(low / 1.5, high * 1.5))
         panels[0].set(ylabel=r"bounds of the largest $\rho(J)$")
         panels[1].set(ylabel=r"bound of $\max_i |z_i - z^*_i| / z^*_i$")
         panels[2].set(ylabel="evaluations of f, mean")
-        panels[2].set_ylim(bottom=0)
+        panels[2].set_ylim(0, 1.3 * count.max())  # room for the legend
         for panel in panels:
             panel.set_xlabel("epoch")
             panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             panel.legend(fontsize="small")
-        figure.suptitle(f"{title}: certificates of one batch")
+        figure.suptitle(f"{title}: one batch of examples that are not trained on")
         self._save(figure, "certificates.png")
 
     def _save(self, figure: Any, name: str) -> None:
