@@ -114,9 +114,19 @@ def certified_predictions(
 ) -> Bool[Array, " b"]:
     """Whether the class that `model`, at rest, predicts is that of every point of the last box.
 
-    The solves are repeated from the model's own results to the tolerance `rtol`: the box can't be
-    narrower than what a solve leaves open. An example of which an enclosure doesn't hold is not
-    certified.
+    An example of which an enclosure does not hold is not certified.
+    """
+    classes, box, holds = last_box(model, norms, images, rtol)
+    return holds & wins(model.head, classes, box)
+
+
+def last_box(
+    model: PositiveConcaveNet, norms: eqx.nn.State, images: Float[Array, "b h w c"], rtol: float
+) -> tuple[Int[Array, " b"], Box, Bool[Array, " b"]]:
+    """The classes predicted, what the head sees as a box, and whether all enclosures hold.
+
+    The solves go on from the model's own results to the tolerance `rtol`: no box can be narrower
+    than what its solve leaves open.
     """
     logits, _, solves = model(images, norms)
     box, holds = Box(images, images), jnp.ones(len(images), bool)
@@ -124,30 +134,29 @@ def certified_predictions(
         x = box.affine(stage.lift).map(partial(_at_rest, stage.norm_before, norms))
         solver = dataclasses.replace(stage.deq.solver, rtol=rtol, atol=0.0)
         deq = dataclasses.replace(stage.deq, solver=solver)
-        ends = [
-            enclose(deq, end, deq.batch(end, z0=sol.value)[0]) for end in x[: 1 if i == 0 else 2]
-        ]
+        ends = x[:1] if i == 0 else x  # the first box is a point
+        ends = [enclose(deq, end, deq.batch(end, z0=sol.value)[0]) for end in ends]
         holds &= ends[0].holds & ends[-1].holds
         z = Box(ends[0].lower, ends[-1].upper)
         box = z.map(jax.vmap(stage.after)).map(partial(_at_rest, stage.norm_after, norms))
     box = box.map(jax.vmap(model.pool)).map(lambda y: y.reshape(len(y), -1))
-    return holds & _wins(model.head, jnp.argmax(logits, -1), box)
+    return jnp.argmax(logits, -1), box, holds
+
+
+def wins(head: eqx.nn.Linear, classes: Int[Array, " b"], box: Box) -> Bool[Array, " b"]:
+    """Whether the head gives each example's class the largest logit on the whole of its box."""
+    assert head.bias is not None
+    margin = lambda w: w[classes][:, None] - w[None]  # (b, classes, ...)
+    centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
+    product = partial(jnp.einsum, "bjf,bf->bj", precision="highest")
+    weight = margin(head.weight)
+    least = product(weight, centre) - product(jnp.abs(weight), radius) + margin(head.bias)
+    itself = jnp.arange(head.bias.size)[None] == classes[:, None]
+    # Not a search for least <= 0, which NaN, as of a failed solve, is not.
+    return jnp.all((least > 0) | itself, -1)
 
 
 def _at_rest(norm: eqx.nn.BatchNorm, norms: eqx.nn.State, x: Array) -> Array:
     # Equinox has one example's channels first.
     y, _ = jax.vmap(norm, (0, None), (0, None), axis_name="batch")(jnp.moveaxis(x, -1, 1), norms)
     return jnp.moveaxis(y, 1, -1)
-
-
-def _wins(head: eqx.nn.Linear, classes: Int[Array, " b"], box: Box) -> Bool[Array, " b"]:
-    assert head.bias is not None
-    weight = head.weight[classes][:, None] - head.weight  # (b, classes, features)
-    centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
-    least = jnp.einsum("bjf,bf->bj", weight, centre) - jnp.einsum(
-        "bjf,bf->bj", jnp.abs(weight), radius
-    )
-    least += head.bias[classes][:, None] - head.bias
-    others = jnp.arange(head.bias.size) != classes[:, None]
-    # Not jnp.any(least <= 0): a comparison with NaN, the box of a failed solve, is False.
-    return jnp.all((least > 0) | ~others, -1)

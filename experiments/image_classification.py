@@ -81,8 +81,8 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     per_epoch = n // batch_size
     total = per_epoch * config.epochs
     model_key, augment_key, measure_key = jax.random.split(jax.random.key(config.seed), 3)
-    names = ("model", "features", "max_steps", "tolerance", "beta", "activation")
-    make = constructor(**{name: recorded[name] for name in names})
+    names = ("model", "features", "max_steps", "tolerance", "gradient_tolerance", "beta")
+    make = constructor(**{name: recorded[name] for name in (*names, "activation")})
     make = eqx.filter_jit(eqx.nn.make_with_state(make))  # one compilation, not one a parameter
     model, norms = make(data.image_shape, data.num_classes, key=model_key)
     params, static = eqx.partition(model, eqx.is_inexact_array)

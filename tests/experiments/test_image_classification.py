@@ -200,7 +200,13 @@ def test_a_step_donates_its_buffers(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     train, models = (importlib.import_module(name) for name in ("_train", "_models"))
     make = models.constructor(
-        "pc-linear", features=(8,), max_steps=20, tolerance=1e-4, beta=0.8, activation="tanh"
+        "pc-linear",
+        features=(8,),
+        max_steps=20,
+        tolerance=1e-4,
+        gradient_tolerance=1e-2,
+        beta=0.8,
+        activation="tanh",
     )
     model, norms = eqx.nn.make_with_state(make)((4, 4, 1), 10, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
