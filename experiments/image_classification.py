@@ -154,7 +154,8 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     if concave:
         options = (prepare, data.test, batch_size, config.certify_tolerance)
         share = certified_share(model, state.norms, *options)
-        folder.log({"step": step, "certified": share})
+        if step == total:  # a run that goes on leaves the lines of one that never stopped
+            folder.log({"step": step, "certified": share})
     row = {
         "model": title(config),
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
