@@ -147,6 +147,8 @@ class RunFolder:
     def plot_certificates(self, title: str, tolerance: float) -> None:
         """Bracket of rho, certified error and evaluations of each solve, against the epoch."""
         lines = [line for line in self.metrics() if "certified_error" in line]
+        if not lines:  # stopped before the end of the first epoch
+            return
         epochs = [line["epoch"] for line in lines]
         # (lines, solves, 2), (lines, solves, 2) and (lines, solves); null is infinity.
         read = lambda name: np.array([line[name] for line in lines], float)
