@@ -2,14 +2,17 @@
 
 Shown: a RevDEQ (exact gradient of the steps taken, by reversing them) and pcDEQs of both kinds
 (a unique fixed point, gradient by the implicit function theorem) learn to read digits about as
-well as an explicit residual network with the parameters of the RevDEQ.
+well as an explicit residual network with the parameters of the RevDEQ; and of a pcDEQ it is
+certified how far each solve is from its fixed point, and which predictions that cannot change.
 
     python experiments/image_classification.py                # digits, four models, one table
     python experiments/image_classification.py --seed 1
-    python experiments/image_classification.py --dataset mnist --model pc-linear
     python experiments/image_classification.py --dataset mnist --model implicit-resnet
+    python experiments/image_classification.py --preset mnist-softsign-short
+    python experiments/image_classification.py --preset cifar10-multi-relu6  # the paper's
     python experiments/image_classification.py --smoke        # the same in seconds, not learning
 
+The presets of the pcDEQ paper run for 40 to 120 epochs; those of our own, -short, for minutes.
 Digits come with scikit-learn. The others are read by TensorFlow Datasets from TFDS_DATA_DIR.
 `--resume` with the same options goes on where a run was stopped, bit for bit. Every run has a
 folder runs/<name>/ with its configuration, metrics, checkpoints and plots; a name that is taken
