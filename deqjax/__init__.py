@@ -23,6 +23,12 @@ from .adjoints import (
     ReversibleAdjoint as ReversibleAdjoint,
     implicit_vjp as implicit_vjp,
 )
+from .positive import (
+    Bracketing as Bracketing,
+    Enclosure as Enclosure,
+    PositiveConcaveSolver as PositiveConcaveSolver,
+    certify as certify,
+)
 from .solvers import (
     AbstractSolver as AbstractSolver,
     Anderson as Anderson,

@@ -149,7 +149,8 @@ def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solu
     if axes:  # Then only what f closes over may still be constant over a mesh axis.
         fn, solver, z0, args, budget = vary((fn, solver, z0, args, budget), axes)
         converted = convert(fn, z0, args, has_aux)
-    fn, inputs = converted, (converted, solver, z0, args, budget)
+    fn, solver = converted, solver.bound(converted, z0, args)
+    inputs = (fn, solver, z0, args, budget)
     z, (num_steps, small, state) = adjoint.apply(iterate, residual, inputs, frozenset())
 
     # Outside the differentiated loop: gradients of aux and residual come free, and what is not
@@ -159,7 +160,10 @@ def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solu
     # Zero tolerances, traced or not, ask for a number of steps.
     untested = (solver.rtol == 0) & (solver.atol == 0)
     complete = jnp.where(untested, num_steps == requested, small)
-    return _solution(z, fz, aux, complete, solver.in_range(), state.overflow, num_steps, budget)
+    sol = _solution(z, fz, aux, complete, solver.in_range(), state.overflow, num_steps, budget)
+    report = per_problem(lambda solver, *at: solver.report(*at), budget.rank)
+    sol.stats.update(report(solver, z, state.memory))
+    return sol
 
 
 @eqx.filter_jit

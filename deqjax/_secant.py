@@ -162,6 +162,12 @@ def keep(live: Bool[Array, "..."], new: Secants, old: Secants) -> Secants:
     return eqx.tree_at(small, new, select(live, small(new), small(old)))
 
 
+def restart(now: Bool[Array, ""], m: Secants) -> Secants:
+    """The memory as before the first step, where `now`: what is in the window counts no more."""
+    small = lambda m: (m.count, m.size, m.best, m.stride, m.wait, m.pause)
+    return eqx.tree_at(small, m, select(now, small(empty(m.z, m.gram.shape[0])), small(m)))
+
+
 def differences(rule: Rule, m: Secants) -> PyTree:
     """The rows y."""
     if rule.galerkin:

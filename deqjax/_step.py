@@ -65,12 +65,13 @@ def step(fn: Fn, solver: Any, z: PyTree, args: PyTree, memory: PyTree, *, rank: 
     error = measured(solver, z, fz, rank)
 
     def mix(solver, z, fz, memory, error):
+        error = solver.verdict(error, memory)
         broken = jnp.isnan(error) & ~solver.recovers(memory)
         z, memory = solver.mix(z, fz, memory)
-        return z, memory, broken, solver.overflow(memory)
+        return z, memory, error, broken, solver.overflow(memory)
 
     # An array of the solver may hold one value per problem.
-    z, memory, broken, overflow = per_problem(mix, rank)(solver, z, fz, memory, error)
+    z, memory, error, broken, overflow = per_problem(mix, rank)(solver, z, fz, memory, error)
     return Step(z, memory, aux, error, broken, overflow)
 
 

@@ -61,30 +61,38 @@ def conv2d(
             "last axis, or cast one of the two."
         )
     axes = mesh_axes(x, kernel)
-    return conv_p.bind(vary(x, axes), vary(kernel, axes), stride=stride)
+    # Read here, since the convolution itself is traced when it is compiled, outside of the context
+    # that may have set it.
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return conv_p.bind(vary(x, axes), vary(kernel, axes), stride=stride, precision=precision)
 
 
-def _forward(x, kernel, *, stride):
+def _forward(x, kernel, *, stride, precision):
     pad = [(k // 2, k // 2) for k in kernel.shape[:2]]
     layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (stride,) * 2, pad, dimension_numbers=layout)
+    strides = (stride,) * 2
+    return lax.conv_general_dilated(
+        x, kernel, strides, pad, dimension_numbers=layout, precision=precision
+    )
 
 
-def _abstract(x, kernel, *, stride):
+def _abstract(x, kernel, *, stride, precision):
+    del precision
     n, h, w, _ = x.shape
     # `update` keeps the mesh axes x varies over; `conv2d` gave the kernel the same ones.
     shape = (n, -(-h // stride), -(-w // stride), kernel.shape[3])
     return x.update(shape=shape, weak_type=False)
 
 
-def _image_cotangent(g, x, kernel, *, stride):
+def _image_cotangent(g, x, kernel, *, stride, precision):
     # Zeros between the entries of g, and after the last one if the stride skipped a row of x.
     gaps = [(0, (n - 1) % stride, stride - 1) for n in x.aval.shape[1:3]]
     g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *gaps, (0, 0, 0)])
-    return conv2d(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    with jax.default_matmul_precision(precision):
+        return conv2d(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
 
 
-def _kernel_cotangent(g, x, kernel, *, stride):
+def _kernel_cotangent(g, x, kernel, *, stride, precision):
     k1, k2, _, out = shape = kernel.aval.shape
     n, h, w, c = x.shape
     x = jnp.pad(x, ((0, 0), (k1 // 2,) * 2, (k2 // 2,) * 2, (0, 0)))
@@ -94,19 +102,21 @@ def _kernel_cotangent(g, x, kernel, *, stride):
     def product(a, b):
         shifted = lax.slice(x, (0, a, b, 0), (n, a + h, b + w, c), (1, stride, stride, 1))
         # Flat, since XLA's CPU products of three contracted axes take half as long again.
-        return jnp.matmul(shifted.reshape(g.shape[0], c).T, g, preferred_element_type=wide)
+        left = shifted.reshape(g.shape[0], c).T
+        return jnp.matmul(left, g, precision=precision, preferred_element_type=wide)
 
     taps = [product(a, b) for a in range(k1) for b in range(k2)]
     return jnp.stack(taps).reshape(shape).astype(x.dtype)
 
 
-def _batch(args, dims, *, stride):
+def _batch(args, dims, *, stride, precision):
     x, kernel = args
     if dims[1] is None:  # a shared kernel: one convolution, and one sum for its cotangent
         x = jnp.moveaxis(x, dims[0], 0)
-        y = conv2d(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), kernel, stride)
+        with jax.default_matmul_precision(precision):
+            y = conv2d(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), kernel, stride)
         return y.reshape(*x.shape[:2], *y.shape[1:]), 0
-    return jax.vmap(partial(_forward, stride=stride), dims)(x, kernel), 0
+    return jax.vmap(partial(_forward, stride=stride, precision=precision), dims)(x, kernel), 0
 
 
 def check_kernel_size(kernel_size: int) -> None:
@@ -119,7 +129,7 @@ def check_kernel_size(kernel_size: int) -> None:
 
 
 conv_p = Primitive("deqjax_conv2d")
-conv_p.def_impl(jax.jit(_forward, static_argnames="stride"))
+conv_p.def_impl(jax.jit(_forward, static_argnames=("stride", "precision")))
 conv_p.def_abstract_eval(_abstract)
 ad.defbilinear(conv_p, _image_cotangent, _kernel_cotangent)
 batching.primitive_batchers[conv_p] = _batch

@@ -5,3 +5,6 @@ from ._activations import (
     Activation as Activation,
     qualify as qualify,
 )
+from ._bracketing import Bracketing as Bracketing
+from ._certify import Enclosure as Enclosure, certify as certify
+from ._solver import PositiveConcaveSolver as PositiveConcaveSolver

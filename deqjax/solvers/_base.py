@@ -47,6 +47,21 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         """The measure of `f(z) - z` that the tolerances hold below 1."""
         return scaled_error(self, z, fz)
 
+    def bound(self, fn: Callable, z0: PyTree, args: PyTree) -> "AbstractSolver":
+        """The solver with what it reads off `fn(z, args) -> (z', aux)` itself, before the loop."""
+        del fn, z0, args
+        return self
+
+    def verdict(self, error: Inexact[Array, ""], memory: PyTree) -> Inexact[Array, ""]:
+        """The measure as corrected by what the method remembers; NaN: it gives up."""
+        del memory
+        return error
+
+    def report(self, z: PyTree, memory: PyTree) -> dict[str, Array]:
+        """What `sol.stats` tells beside the rest, for the iterate `z` that is returned."""
+        del z, memory
+        return {}
+
     @property
     def best(self) -> bool:
         """Whether the best iterate is returned, and not the last, if the steps run out."""

@@ -1,0 +1,92 @@
+"""Two vectors between which the fixed point lies, and how an evaluation of f narrows them.
+
+For a monotone f with exactly one fixed point that Picard iteration finds from everywhere,
+
+    f(y) <= y  implies  z* <= f(y) <= y,        f(y) >= y  implies  z* >= f(y) >= y,
+
+since Picard iteration falls from the one and rises from the other. Tested in floating point with
+a relative bound of the rounding of f, this is a proof, whatever led to y.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ._tree import unify, widen
+
+
+class Bracket(NamedTuple):
+    """`lower <= z* <= upper`."""
+
+    lower: Float[Array, "*b n"]
+    upper: Float[Array, "*b n"]
+
+
+def flat(tree: PyTree, rank: int) -> Float[Array, "*b n"]:
+    """All entries of each problem in one axis, float32 or wider."""
+    leaves = unify([widen(x) for x in jax.tree.leaves(tree)])
+    return jnp.concatenate([x.reshape(*x.shape[:rank], -1) for x in leaves], -1)
+
+
+def unflat(vector: Float[Array, "*b n"], like: PyTree) -> PyTree:
+    """`vector` in the structure, shapes and dtypes of `like`."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = list(itertools.accumulate(math.prod(x.shape[vector.ndim - 1 :]) for x in leaves))
+    parts = jnp.split(vector, ends[:-1], -1)
+    back = [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, back)
+
+
+def _margin(slack: float, dtype) -> float:
+    # The products below round too.
+    return 1.01 * slack + 2 * float(jnp.finfo(dtype).eps)
+
+
+def at_most(fy: Float[Array, "*b n"], slack: float) -> Float[Array, "*b n"]:
+    """What f(y) does not exceed, from its value in floating point."""
+    return fy * (1 + _margin(slack, fy.dtype)) + jnp.finfo(fy.dtype).tiny
+
+
+def at_least(fy: Float[Array, "*b n"], slack: float) -> Float[Array, "*b n"]:
+    """What f(y) does not fall below; a function of nonnegative numbers is nonnegative."""
+    tiny = jnp.finfo(fy.dtype).tiny
+    return jnp.maximum(fy * (1 - min(_margin(slack, fy.dtype), 1)) - tiny, 0)
+
+
+def narrow(
+    bracket: Bracket, y: Float[Array, "*b n"], fy: Float[Array, "*b n"], slack: float
+) -> tuple[Bracket, Bool[Array, "*b"], Bool[Array, "*b"]]:
+    """The bracket with what `f(y)` proves, and whether y is an upper and a lower point."""
+    high, low = at_most(fy, slack), at_least(fy, slack)
+    # Beyond a bound of z* no test is needed: f is monotone, and z* is f(z*).
+    above = jnp.all(high <= y, -1) | jnp.all(y >= bracket.upper, -1)
+    below = jnp.all(low >= y, -1) | jnp.all(y <= bracket.lower, -1)
+    above = above & jnp.all(jnp.isfinite(high), -1)
+    below = below & jnp.all(y >= 0, -1)
+    upper = jnp.where(above[..., None], jnp.minimum(bracket.upper, high), bracket.upper)
+    lower = jnp.where(below[..., None], jnp.maximum(bracket.lower, low), bracket.lower)
+    return Bracket(lower, upper), above, below
+
+
+def relative_error(z: Float[Array, "*b n"], bracket: Bracket) -> Float[Array, "*b"]:
+    """The largest `|z_i - t_i| / t_i` over t in the bracket: it is taken at one of its ends."""
+
+    def at(end):
+        gap = jnp.abs(z - end)
+        return jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, end))
+
+    worst = jnp.max(jnp.maximum(at(bracket.lower), at(bracket.upper)), -1)
+    known = jnp.all(jnp.isfinite(bracket.upper), -1)
+    # A subtraction and a division.
+    worst = worst * (1 + 4 * jnp.finfo(worst.dtype).eps)
+    return jnp.where(known & ~jnp.isnan(worst), worst, jnp.inf)
+
+
+def centre(bracket: Bracket) -> Float[Array, "*b n"]:
+    """The harmonic mean: of all points the one whose relative error is the least at worst."""
+    # 2 l u / (l + u) without the product, which could overflow; 2 l where u is not known.
+    return 2 * bracket.lower / (1 + bracket.lower / bracket.upper)

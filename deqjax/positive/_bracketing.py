@@ -1,0 +1,69 @@
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import optimistix
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._bracket import Bracket, centre, flat, narrow, unflat
+from ._base import AbstractCertifiedSolver
+
+
+class _Memory(NamedTuple):
+    bracket: Bracket
+    below: Bool[Array, ""]  # whose turn it is next: that of the lower end
+    done: Bool[Array, ""]
+
+
+class Bracketing(AbstractCertifiedSolver):
+    """Picard iteration from below and from above in turn, to a certified tolerance.
+
+        l <- f(l) rises to z*,    u <- f(u) falls to z*,    |z - z*| <= atol + rtol z*
+
+    where z is the harmonic mean of l and u in the end. Both ends are proved, rounding included, at
+    every step.
+
+    **Arguments:**
+
+    - `rtol`, `atol`, `norm`, `upper`, `fan_in`: as in `deqjax.PositiveConcaveSolver`. Without
+        `upper` the first u is found by doubling, from z0 on.
+
+    `sol.stats` as there; its `"lower"` and `"upper"` are of use after any number of steps.
+
+    **Cost:** one evaluation of f a step, two for the contraction by rho(J) that Picard's method has
+    in one; one for the answer, and four copies of z. `log2(max z* / f(0))` more to find u.
+
+    **When not to use it:** where rho(J) is above about 0.9: `deqjax.PositiveConcaveSolver`. Else
+    as there.
+
+    **Raises:** `ValueError` as `deqjax.PositiveConcaveSolver`.
+
+    Reference: Yates, IEEE JSAC 13 (1995), lemmas 1 and 2.
+    """
+
+    rtol: float | Float[Array, ""] = 1e-4
+    atol: float | Float[Array, ""] = 0.0
+    norm: Callable[[PyTree], Any] = optimistix.max_norm
+    upper: float | None = None
+    fan_in: int | None = eqx.field(static=True, default=None)
+    slack: float | None = None
+
+    def proved(self, memory: _Memory):
+        """See `AbstractCertifiedSolver`."""
+        return memory.bracket, memory.done
+
+    def blank(self, z0: PyTree) -> _Memory:
+        """No bound but 0 and `upper`."""
+        no = jnp.asarray(False)
+        return _Memory(self.unbounded(z0), no, no)
+
+    def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
+        """The end whose turn it is; or twice z, as long as there is no upper end."""
+        x, fx = flat(z, 0), flat(fz, 0)
+        bracket, _, _ = narrow(memory.bracket, x, fx, self.margin())
+        done, bounded = self.closed(bracket), jnp.all(jnp.isfinite(bracket.upper))
+        target = jnp.where(memory.below, bracket.lower, bracket.upper)
+        target = jnp.where(bounded, target, 2 * jnp.maximum(x, fx))
+        target = jnp.where(done, centre(bracket), target)
+        return unflat(target, z), _Memory(bracket, ~memory.below, done)
