@@ -79,7 +79,7 @@ def measure(deqs: tuple[deqjax.nn.DEQ, ...], solves) -> dict[str, list]:
     """Of each solve of a batch, as the model made it: how far it got, and how hard it was.
 
     spectral_radius: lower and upper bound of the batch's largest rho(J) at the fixed point;
-    certified_error: largest and median bound of max_i |z_i - z*_i| / z*_i; solve_evaluations: the
+    certified_error: median and largest bound of max_i |z_i - z*_i| / z*_i; solve_evaluations: the
     mean over the batch.
     """
     lines = {"spectral_radius": [], "certified_error": [], "solve_evaluations": []}
@@ -87,7 +87,7 @@ def measure(deqs: tuple[deqjax.nn.DEQ, ...], solves) -> dict[str, list]:
         at = enclose(deq, x, sol.value)
         lines["spectral_radius"].append([jnp.max(bound) for bound in at.spectral_radius])
         error = jnp.where(at.holds, at.relative_error, jnp.inf)
-        lines["certified_error"].append([jnp.max(error), jnp.median(error)])
+        lines["certified_error"].append([jnp.median(error), jnp.max(error)])
         count = sol.stats["num_fn_evals"]
         lines["solve_evaluations"].append(jnp.mean(count, dtype=jnp.float32))
     return lines

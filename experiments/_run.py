@@ -150,22 +150,25 @@ class RunFolder:
         if not lines:  # stopped before the end of the first epoch
             return
         epochs = [line["epoch"] for line in lines]
-        # (lines, solves, 2), (lines, solves, 2) and (lines, solves); null is infinity.
+        # (lines, solves, 2), (lines, solves, 2) and (lines, solves); null, infinity, is not drawn.
         read = lambda name: np.array([line[name] for line in lines], float)
         radius, error, count = map(
             read, ("spectral_radius", "certified_error", "solve_evaluations")
         )
         figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-        for i in range(count.shape[1]):
-            color, name = f"C{i}", "solve" if count.shape[1] == 1 else f"solve {i + 1}"
-            lower, upper = radius[:, i].T
-            panels[0].fill_between(epochs, lower, upper, color=color, alpha=0.25, linewidth=0)
-            panels[0].plot(epochs, upper, color=color, marker=".", label=f"{name}: upper")
-            panels[0].plot(epochs, lower, color=color, linestyle="--", label=f"{name}: lower")
-            largest, median = error[:, i].T
-            panels[1].plot(epochs, largest, color=color, marker=".", label=f"{name}: largest")
-            panels[1].plot(epochs, median, color=color, linestyle="--", label=f"{name}: median")
-            panels[2].plot(epochs, count[:, i], color=color, marker=".", label=name)
+        solves = range(count.shape[1])
+        for i in solves:
+            color = f"C{i}"
+            panels[0].fill_between(epochs, *radius[:, i].T, color=color, alpha=0.1, linewidth=0)
+            for panel, (dashed, solid) in ((panels[0], radius[:, i].T), (panels[1], error[:, i].T)):
+                panel.plot(epochs, dashed, color=color, linestyle="--")
+                panel.plot(epochs, solid, color=color, marker=".")
+            label = "solve" if len(solves) == 1 else f"solve {i + 1}"
+            panels[2].plot(epochs, count[:, i], color=color, marker=".", label=label)
+        # Colours are told in the last panel, line styles in the others.
+        for panel, names in ((panels[0], ("lower", "upper")), (panels[1], ("median", "largest"))):
+            panel.plot([], [], color="black", linestyle="--", label=names[0])
+            panel.plot([], [], color="black", marker=".", label=names[1])
         panels[1].axhline(tolerance, color="gray", linestyle=":", label="tolerance of the solves")
         # Whole decades: with less there is at most one number at the axis.
         logs = np.log10([tolerance, *error[np.isfinite(error) & (error > 0)]])

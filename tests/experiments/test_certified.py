@@ -131,6 +131,6 @@ def test_measure_brackets_the_spectral_radius(net):
         at = certified.enclose(deq, x, sol.value)
         lower, upper = lines["spectral_radius"][i]
         assert 0 < lower <= upper < 1
-        largest, median = lines["certified_error"][i]
+        median, largest = lines["certified_error"][i]
         assert largest == jnp.max(at.relative_error) >= median > 0
         assert lines["solve_evaluations"][i] == jnp.mean(sol.stats["num_fn_evals"], dtype=float)

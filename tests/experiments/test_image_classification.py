@@ -112,7 +112,7 @@ def test_certificates_of_positive_concave_networks(default):
         assert last["step"] == 12 and row[3] == f"{last['certified']:.2%}"
         line = epochs[-1]
         assert line["epoch"] == 2.0
-        (((lower, upper),), ((largest, median),)) = line["spectral_radius"], line["certified_error"]
+        (((lower, upper),), ((median, largest),)) = line["spectral_radius"], line["certified_error"]
         assert 0 < lower <= upper < 1 and largest >= median > 0
         assert line["solve_evaluations"][0] >= 1
 
