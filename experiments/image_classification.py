@@ -8,6 +8,7 @@ certified how far each solve is from its fixed point, and which predictions that
     python experiments/image_classification.py                # digits, four models, one table
     python experiments/image_classification.py --seed 1
     python experiments/image_classification.py --dataset mnist --model implicit-resnet
+    python experiments/image_classification.py --dataset mnist --model pc-linear
     python experiments/image_classification.py --preset mnist-softsign-short
     python experiments/image_classification.py --preset cifar10-multi-relu6  # the paper's
     python experiments/image_classification.py --smoke        # the same in seconds, not learning
