@@ -19,6 +19,7 @@ from .adjoints import (
     JacobianFreeAdjoint as JacobianFreeAdjoint,
     NeumannPhantomAdjoint as NeumannPhantomAdjoint,
     PhantomAdjoint as PhantomAdjoint,
+    PositiveConcaveAdjoint as PositiveConcaveAdjoint,
     RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
     ReversibleAdjoint as ReversibleAdjoint,
     implicit_vjp as implicit_vjp,

@@ -1,5 +1,6 @@
 """`A y = b` by products with `A = I - J` or its transpose alone: an implicit gradient."""
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,19 +32,66 @@ class _Memory(NamedTuple):
     stalled: Bool[Array, ""]
 
 
+class AbstractMeasure(eqx.Module):
+    """What is asked of a `y` of one problem; its arrays may hold one value per problem."""
+
+    @abc.abstractmethod
+    def error(self, y: PyTree, fy: PyTree) -> Inexact[Array, "..."]:
+        """Below 1 where y will do, by `fy = b + (I - A) y`; NaN where that is not finite."""
+
+    @abc.abstractmethod
+    def accepts(self, error: Inexact[Array, ""], y: PyTree) -> Bool[Array, ""]:
+        """Whether the best y is a success, though perhaps not all that was asked for."""
+
+    @abc.abstractmethod
+    def report(self, error: Inexact[Array, ""]) -> dict[str, Any]:
+        """What the error means, for the stats."""
+
+
+class Residual(AbstractMeasure):
+    """The relative residual, held to `tol`."""
+
+    tol: float | Inexact[Array, ""]
+    eps: float = eqx.field(static=True)  # of the dtype that y is summed in
+    least: float = eqx.field(static=True)  # a residual that products can reach
+
+    def error(self, y, fy):
+        """See `AbstractMeasure`."""
+        size = relative_residual(y, fy)
+        return size / jnp.asarray(self.tol, size.dtype)
+
+    def accepts(self, error, y):
+        """See `AbstractMeasure`."""
+        tolerance = jnp.asarray(self.tol, error.dtype)
+        good = error * tolerance <= jnp.maximum(slack(tolerance), self.least)
+        # A singular system has no solution, and yet a small residual beside a y large enough.
+        growth = max_abs(y).astype(error.dtype)
+        left = jnp.maximum(error * tolerance, self.eps) * growth
+        return good & ((growth < _SINGULAR) | (left < 0.1))
+
+    def report(self, error):
+        """See `AbstractMeasure`."""
+        return {"residual": error * jnp.asarray(self.tol, error.dtype)}
+
+
+def slack(tolerance: Inexact[Array, ""]) -> Inexact[Array, ""]:
+    """What is accepted in the place of `tolerance`; ten times a loose one would be no answer."""
+    return jnp.maximum(tolerance, jnp.minimum(10 * tolerance, 0.1))
+
+
 class _Linear(AbstractSolver):
-    """A fixed-point method on `y = b + (I - A) y`, which is measured by its relative residual."""
+    """A fixed-point method on `y = b + (I - A) y`, which is held to a measure of its own."""
 
     inner: AbstractSolver
-    rtol: float | Inexact[Array, ""]
+    measure: AbstractMeasure
+    rtol: float | Inexact[Array, ""] = 0.0
     atol: float | Inexact[Array, ""] = 0.0
     norm: Callable[[PyTree], Any] = optimistix.max_norm
     # Whether to stop where residuals shrink too slowly.
     impatient: bool = eqx.field(static=True, default=False)
 
     def error(self, z, fz):
-        size = relative_residual(z, fz)
-        return size / jnp.asarray(self.rtol, size.dtype)
+        return self.measure.error(z, fz)
 
     def blank(self, z0):
         unknown = jnp.asarray(jnp.inf, max_abs(z0).dtype)
@@ -75,15 +123,18 @@ def by_iteration(
     *,
     max_steps: int | None,
     rank: int,
+    sharper: Callable[[Residual], AbstractMeasure] = lambda residual: residual,
 ) -> tuple[PyTree, dict[str, Any]]:
     """Iterates `y <- b + (I - A) y`, each problem of a batch until its own tolerance.
 
     `solver=None` sums the Neumann series, and goes on with Anderson's method where that stalls.
+    `sharper` makes a measure that can tell more than the relative residual from that one.
     """
     wide = jax.tree.map(widen, b)
     eps = lambda tree: max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
     if tol is None:
         tol = max(10 * eps(wide), 2 * eps(b)) if solver is None else solver.rtol
+    measure = sharper(Residual(tol, eps(wide), 4 * eps(b)))
     # The equation is linear: its size is taken out, so that no square overflows.
     size = per_problem(max_abs, rank)(b)
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
@@ -104,7 +155,7 @@ def by_iteration(
 
     def run(inner, y, limit, impatient=False):
         budget = Budget(ceiling, limit, rank, fixed=False)
-        method = _Linear(inner=inner, rtol=tol, impatient=impatient)
+        method = _Linear(inner=inner, measure=measure, impatient=impatient)
         return iterate((fn, method, y, unit, budget, lax_while))
 
     limit = jnp.asarray(ceiling, jnp.int32)
@@ -118,23 +169,15 @@ def by_iteration(
         y, (num_steps, _, state) = run(solver, start, limit)
         error = state.error
 
-    tolerance = jnp.asarray(tol, error.dtype)
-    # Ten times a loose tolerance would be no answer at all.
-    allowed = jnp.maximum(tolerance, jnp.minimum(10 * tolerance, 0.1))
-    good = error * tolerance <= jnp.maximum(allowed, 4 * eps(b))
-    # A singular system has no solution, and yet a small residual beside a y that is large enough.
-    growth = per_problem(max_abs, rank)(y).astype(error.dtype)
-    left = jnp.maximum(error * tolerance, eps(wide)) * growth
-    good = good & ((growth < _SINGULAR) | (left < 0.1))
-    code = lambda good: RESULTS.where(good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
+    def outcome(measure, error, y):
+        good = measure.accepts(error, y)
+        code = RESULTS.where(good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
+        return measure.report(error) | {"result": code}
+
     restore = lambda y, s, b: jax.tree.map(
         lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b
     )
-    stats = {
-        "num_steps": num_steps,
-        "residual": error * tolerance,
-        "result": per_problem(code, rank)(good),
-    }
+    stats = {"num_steps": num_steps} | per_problem(outcome, rank)(measure, error, y)
     return per_problem(restore, rank)(y, size, b), stats
 
 

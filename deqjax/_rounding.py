@@ -48,19 +48,25 @@ def rounding(
 
     **Raises:** `ValueError` for an operation of which nothing is known, or that cancels.
     """
-    if fan_in is None:
-        leaves = jax.tree.leaves(z)
-        closed = jax.make_jaxpr(lambda z: evaluate(fn, z, args)[0])(z)
-        depends = [True] * len(leaves)
-        total, _ = _of(closed.jaxpr, depends, name)
-    else:
-        if isinstance(fan_in, bool) or not isinstance(fan_in, int) or fan_in < 1:
-            raise ValueError(
-                f"{name} expects fan_in to be None or an int of at least 1, the number of terms of "
-                f"the longest sum in fn, got {fan_in!r}."
-            )
-        unit = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(z))
-        total = (fan_in + 9) * unit
+    if fan_in is not None:
+        return of_one_sum(z, fan_in, name)
+    jaxpr = jax.make_jaxpr(lambda z: evaluate(fn, z, args)[0])(z).jaxpr
+    total, _ = _of(jaxpr, [True] * len(jaxpr.invars), name)
+    return _relative(total)
+
+
+def of_one_sum(z: PyTree, fan_in: int, name: str) -> float:
+    """The bound for a sum of `fan_in` terms, one addition and one function."""
+    if isinstance(fan_in, bool) or not isinstance(fan_in, int) or fan_in < 1:
+        raise ValueError(
+            f"{name} expects fan_in to be None or an int of at least 1, the number of terms of "
+            f"the longest sum in fn, got {fan_in!r}."
+        )
+    unit = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(z))
+    return _relative((fan_in + 1 + 8) * unit)
+
+
+def _relative(total: float) -> float:
     return total / (1 - total) if total < 1 else math.inf
 
 
@@ -87,11 +93,14 @@ def _equation(eqn: Any, flags: list[bool], name: str) -> tuple[float, list[bool]
     unit = float(jnp.finfo(dtype).eps) / 2
     if kind == "scan":
         return _scan(eqn, flags, name)
+    if kind == "cond":
+        parts = [_of(branch.jaxpr, flags[1:], name) for branch in eqn.params["branches"]]
+        return max(error for error, _ in parts), every
     inner = [p for p in eqn.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
     label = eqn.params.get("name", kind)
     if label in _FUNCTIONS:  # a jitted function of JAX, softplus, whose body would seem to cancel
         return _FUNCTIONS[label] * unit, every
-    if len(inner) == 1 and kind != "while" and not eqn.params.get("branches"):
+    if len(inner) == 1 and kind != "while":
         body = inner[0].jaxpr if isinstance(inner[0], ClosedJaxpr) else inner[0]
         if len(body.invars) == len(flags):
             return _of(body, flags, name)

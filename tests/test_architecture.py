@@ -31,6 +31,7 @@ ORDER = [
     "_rounding",
     "_bracket",
     "_candidates",
+    "_certified",
     "positive",
     "nn",
     "models",

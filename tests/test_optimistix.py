@@ -43,6 +43,7 @@ def test_reversible_in_optimistix_at_a_fixed_depth(beta):
 
 ADJOINTS = [
     deqjax.ImplicitAdjoint(),
+    deqjax.PositiveConcaveAdjoint(),
     deqjax.RecursiveCheckpointAdjoint(),
     optimistix.ImplicitAdjoint(),
 ]

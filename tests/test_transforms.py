@@ -23,6 +23,7 @@ PAIRS = {
     "reversible-float": (FLOAT, deqjax.ReversibleAdjoint(segment=4), 8),
     "reversible-tolerant": (TOLERANT, deqjax.ReversibleAdjoint(), 24),
     "implicit": (PICARD, deqjax.ImplicitAdjoint(), 200),
+    "positive-concave": (PICARD, deqjax.PositiveConcaveAdjoint(tol=1e-7), 200),
     "checkpointed": (REVERSIBLE, deqjax.RecursiveCheckpointAdjoint(), 8),
     "anderson": (
         deqjax.Anderson(rtol=1e-6, atol=1e-6),

@@ -14,5 +14,6 @@ from ._phantom import (
     NeumannPhantomAdjoint as NeumannPhantomAdjoint,
     PhantomAdjoint as PhantomAdjoint,
 )
+from ._positive_concave import PositiveConcaveAdjoint as PositiveConcaveAdjoint
 from ._recursive_checkpoint import RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint
 from ._reversible import ReversibleAdjoint as ReversibleAdjoint

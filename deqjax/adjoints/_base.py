@@ -17,9 +17,11 @@ import optimistix
 from jaxtyping import PyTree
 
 from .._iterate import lax_while
+from .._linear import LinearMap
 from .._tree import dot, mesh_axes, scale, vary
 
 AbstractAdjoint = optimistix.AbstractAdjoint
+LinearSolve = Callable[[LinearMap, PyTree], PyTree]
 
 
 class Problem(NamedTuple):
@@ -102,21 +104,55 @@ class Linearisation(NamedTuple):
         _, b = jax.jvp(of_inputs, (self.moving,), (self.tangents,))
         return vary(b, mesh_axes(self.z))
 
-    def equation(self) -> tuple[Callable[[PyTree], PyTree], PyTree]:
+    def equation(self) -> tuple[LinearMap, PyTree]:
         """`(matvec, b)` of the equation `(I - J) dz = b` of the implicit function theorem."""
         # Linearised once, outside the loop: and then no product needs f again, nor, inside
         # shard_map, a cast of its constants whose transpose would sum over devices.
         _, product = jax.linearize(lambda z: self.residual(z, self.moving), self.z)
         return lambda v: scale(-1, product(v)), self.right_side()
 
-    def solved(self, solve: Callable, transpose_solve: Callable) -> PyTree:
-        """The solution of the equation, by `solve(matvec, b)`."""
-        # custom_linear_solve expects of the leaves of b that all have a tangent or none. In a
-        # second derivative some have: a barrier gives the others zeros, forwards and transposed.
-        whole = jax.lax.optimization_barrier
-        matvec, b = self.equation()
-        solution = jax.lax.custom_linear_solve(matvec, whole(b), solve, transpose_solve)
-        return whole(solution)
+
+def solved(
+    matvec: LinearMap, b: PyTree, solve: LinearSolve, transpose_solve: LinearSolve
+) -> PyTree:
+    """The solution of `matvec(y) = b`, by `solve(matvec, b)`."""
+    # custom_linear_solve expects of the leaves of b that all have a tangent or none. In a
+    # second derivative some have: a barrier gives the others zeros, forwards and transposed.
+    whole = jax.lax.optimization_barrier
+    return whole(jax.lax.custom_linear_solve(matvec, whole(b), solve, transpose_solve))
+
+
+class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
+    """Solves the equation of the implicit function theorem, and can tell how that went."""
+
+    @abc.abstractmethod
+    def known(self, matvec: LinearMap, z: PyTree, rank: int) -> PyTree:
+        """What `solve` is to know of `matvec = I - J` beforehand, at the fixed point z."""
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        matvec: LinearMap,
+        b: PyTree,
+        known: PyTree,
+        *,
+        transpose: bool,
+        max_steps: int | None,
+        rank: int,
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """`y` with `matvec(y) = b`, where `matvec` is `I - J` or its transpose; and its stats."""
+
+    def tangent(self, at: Linearisation, problem: Problem, extras: tuple) -> PyTree:
+        """See `AbstractFixedPointAdjoint`."""
+        del extras
+        matvec, b = at.equation()
+        known = stop_gradient(self.known(matvec, at.z, problem.rank))
+        options = {"max_steps": problem.max_steps, "rank": problem.rank}
+
+        def by(transpose: bool) -> LinearSolve:
+            return lambda matvec, b: self.solve(matvec, b, known, transpose=transpose, **options)[0]
+
+        return solved(matvec, b, by(False), by(True))
 
 
 @eqx.filter_custom_jvp

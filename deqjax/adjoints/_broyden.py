@@ -7,7 +7,14 @@ from .._linear import LinearMap, by_iteration, judged
 from .._secant import Secants, inverse
 from .._tree import per_problem
 from ..solvers import Broyden
-from ._base import AbstractFixedPointAdjoint, Linearisation, Problem, check_linear, stop_gradient
+from ._base import (
+    AbstractFixedPointAdjoint,
+    Linearisation,
+    Problem,
+    check_linear,
+    solved,
+    stop_gradient,
+)
 
 
 class BroydenAdjoint(AbstractFixedPointAdjoint):
@@ -65,4 +72,4 @@ class BroydenAdjoint(AbstractFixedPointAdjoint):
 
             return run
 
-        return at.solved(solve(False), solve(True))
+        return solved(*at.equation(), solve(False), solve(True))

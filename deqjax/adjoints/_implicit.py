@@ -10,9 +10,7 @@ from .._linear import LinearMap, by_iteration, by_lineax, judged
 from .._tree import lincomb
 from ..solvers import AbstractSolver, Reversible
 from ._base import (
-    AbstractFixedPointAdjoint,
-    Linearisation,
-    Problem,
+    AbstractImplicitAdjoint,
     arrays_of,
     check_cotangent,
     check_linear,
@@ -20,7 +18,7 @@ from ._base import (
 )
 
 
-class ImplicitAdjoint(AbstractFixedPointAdjoint):
+class ImplicitAdjoint(AbstractImplicitAdjoint):
     """Differentiates the fixed point by the implicit function theorem, matrix-free.
 
     With J the Jacobian of `f` with respect to z at the solution, and g the cotangent of `z*`,
@@ -96,17 +94,22 @@ class ImplicitAdjoint(AbstractFixedPointAdjoint):
                     "neither; for a fixed number of terms use deqjax.NeumannPhantomAdjoint."
                 )
 
-    def tangent(self, at: Linearisation, problem: Problem, extras: tuple) -> PyTree:
-        """See `deqjax.adjoints`."""
-        del extras
-        options = {"max_steps": problem.max_steps, "rank": problem.rank}
-        solve = lambda matvec, b: self.solve(matvec, b, **options)[0]
-        return at.solved(solve, solve)
+    def known(self, matvec: LinearMap, z: PyTree, rank: int) -> PyTree:
+        """Nothing."""
+        del matvec, z, rank
 
     def solve(
-        self, matvec: LinearMap, b: PyTree, *, max_steps: int | None, rank: int
+        self,
+        matvec: LinearMap,
+        b: PyTree,
+        known: PyTree = None,
+        *,
+        transpose: bool = False,
+        max_steps: int | None,
+        rank: int,
     ) -> tuple[PyTree, dict[str, Any]]:
-        """`y` with `matvec(y) = b`, where `matvec` is `I - J` or its transpose; and its stats."""
+        """See `deqjax.adjoints`."""
+        del known, transpose
         solver = self.linear_solver
         if isinstance(solver, lineax.AbstractLinearSolver):
             y, stats = by_lineax(solver, matvec, b, self.y0)
@@ -124,11 +127,11 @@ def implicit_vjp(
     args: PyTree,
     cotangent: PyTree,
     *,
-    adjoint: ImplicitAdjoint = ImplicitAdjoint(),
+    adjoint: AbstractImplicitAdjoint = ImplicitAdjoint(),
     max_steps: int = 256,
     batched: bool = False,
 ) -> tuple[tuple[PyTree, PyTree], dict[str, Any]]:
-    """The backward pass of `deqjax.ImplicitAdjoint` as a plain function, with its outcome.
+    """The backward pass of an implicit adjoint as a plain function, with its outcome.
 
     With g the cotangent and J the Jacobian of `fn` at the fixed point `z`:
     `(df/dtheta)^T (I - J)^-T g`, for the arrays theta of `fn` and of `args`.
@@ -137,15 +140,16 @@ def implicit_vjp(
 
     - `fn`, `z`, `args`: `fn(z, args)` is approximately `z`, a pytree of float arrays.
     - `cotangent`: of the structure, shapes and dtypes of `z`.
-    - `adjoint`, `max_steps`, `batched`: as in `deqjax.fixed_point`. With `on_failure="keep"` the
-        outcome is reported and nothing else.
+    - `adjoint`: a `deqjax.ImplicitAdjoint` or a `deqjax.PositiveConcaveAdjoint`; with
+        `on_failure="keep"` the outcome is reported and nothing else.
+    - `max_steps`, `batched`: as in `deqjax.fixed_point`.
 
     **Returns:** `((d_fn, d_args), stats)`. `d_fn` has the structure of `fn` if that is a pytree
     with inexact arrays (an Equinox module), `None` elsewhere; if `fn` is a plain function, it is a
     list of the cotangents of the inexact arrays it closes over, in order of first use. `stats` has
     `"num_steps"`, `"residual"` and `"result"`, one entry per problem: steps of the solve, its
     relative residual (see `tol`; of a Lineax solver `||g - (I - J^T) y|| / ||g||`) and its outcome;
-    and `"solution"`, y.
+    and `"solution"`, y. With a `deqjax.PositiveConcaveAdjoint` also `"error_bound"`.
 
     **Cost:** one evaluation of `fn` with its linearisation, one VJP a term, one for the term that
     meets the tolerance and one for the arrays of `fn` and `args`.
@@ -153,10 +157,11 @@ def implicit_vjp(
     **Raises:** `ValueError` if `fn` both holds and closes over inexact arrays, if the cotangent is
     not shaped like `z`, or for `max_steps < 1`.
     """
-    if not isinstance(adjoint, ImplicitAdjoint):
+    if not isinstance(adjoint, AbstractImplicitAdjoint):
         raise ValueError(
-            f"implicit_vjp expects a deqjax.ImplicitAdjoint, got {adjoint!r}; the others solve no "
-            f"linear system of which there would be something to tell."
+            f"implicit_vjp expects a deqjax.ImplicitAdjoint or a deqjax.PositiveConcaveAdjoint, "
+            f"got {adjoint!r}; the others solve no linear system of which there would be something "
+            f"to tell."
         )
     z, cotangent = strong(z), strong(cotangent)
     check_cotangent("implicit_vjp", z, cotangent)
@@ -175,8 +180,13 @@ def _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched):
         return eqx.combine(hidden, body)(own, z, eqx.combine(moving, still))
 
     _, pull = jax.vjp(f, own, hidden, moving, z)
-    matvec = lambda v: lincomb(1, v, -1, pull(v)[3])
-    y, stats = adjoint.solve(matvec, cotangent, max_steps=max_steps, rank=int(batched))
+    transposed = lambda v: lincomb(1, v, -1, pull(v)[3])
+    # Not linearised beforehand: an f without a JVP will do for an adjoint that asks for none.
+    push = lambda v: jax.jvp(lambda z: f(own, hidden, moving, z), (z,), (v,))[1]
+    rank = int(batched)
+    known = adjoint.known(lambda v: lincomb(1, v, -1, push(v)), z, rank)
+    options = dict(transpose=True, max_steps=max_steps, rank=rank)
+    y, stats = adjoint.solve(transposed, cotangent, known, **options)
     stats["solution"] = y
     d_own, d_hidden, d_args, _ = pull(y)
     return (d_own if jax.tree.leaves(own) else jax.tree.leaves(d_hidden), d_args), stats

@@ -28,6 +28,7 @@ from ._base import (
 )
 
 Activation = Callable[[Array], Array]
+Nonnegative = Callable[[Array], Array] | None
 
 
 class Stage(eqx.Module):
@@ -70,7 +71,7 @@ class PositiveConcaveNet(eqx.Module):
     - `image_shape`: (height, width, channels) of one image.
     - `num_classes`: length of the logits.
     - `size` (linear), `channels` (single: one number; multi: one for each layer): widths.
-    - `activation`: one of `deqjax.positive.ACTIVATIONS`.
+    - `activation`, `nonnegative`: as in `nn.PositiveConcaveLinear`.
     - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`, for every layer.
     - `dtype`: of parameters, images and compute; default: JAX's default float.
     - `key`: for the initial parameters.
@@ -105,6 +106,7 @@ class PositiveConcaveNet(eqx.Module):
         *,
         size: int = 80,
         activation: Activation = jnp.tanh,
+        nonnegative: Nonnegative = jnp.square,
         solver: OptimistixSolver = FixedPointIteration(),
         adjoint: AbstractAdjoint = ImplicitAdjoint(),
         max_steps: int = 256,
@@ -115,7 +117,9 @@ class PositiveConcaveNet(eqx.Module):
         check_image_shape(image_shape)
         lift_key, cell_key, head_key = jax.random.split(key, 3)
         dense = eqx.nn.Linear(math.prod(image_shape), size, dtype=dtype, key=lift_key)
-        cell = PositiveConcaveLinear(size, activation, dtype=dtype, key=cell_key)
+        cell = PositiveConcaveLinear(
+            size, activation, nonnegative=nonnegative, dtype=dtype, key=cell_key
+        )
         stage = Stage(
             lift=eqx.nn.Sequential([eqx.nn.Lambda(jnp.ravel), dense]),
             norm_before=make_batch_norm(size, dtype),
@@ -134,6 +138,7 @@ class PositiveConcaveNet(eqx.Module):
         *,
         channels: int = 82,
         activation: Activation = jnp.tanh,
+        nonnegative: Nonnegative = jnp.square,
         solver: OptimistixSolver = FixedPointIteration(),
         adjoint: AbstractAdjoint = ImplicitAdjoint(),
         max_steps: int = 256,
@@ -142,7 +147,8 @@ class PositiveConcaveNet(eqx.Module):
     ) -> "PositiveConcaveNet":
         """One convolutional equilibrium layer at the image's resolution."""
         layer = partial(DEQ, solver=solver, adjoint=adjoint, max_steps=max_steps)
-        make = partial(cls._convolutional, image_shape, num_classes, (channels,), activation, layer)
+        cell = partial(PositiveConcaveConv2d, activation=activation, nonnegative=nonnegative)
+        make = partial(cls._convolutional, image_shape, num_classes, (channels,), cell, layer)
         return make(after=max_pool, window=8, dtype=dtype, key=key)
 
     @classmethod
@@ -153,6 +159,7 @@ class PositiveConcaveNet(eqx.Module):
         *,
         channels: Sequence[int] = (12, 24, 48),
         activation: Activation = jnp.tanh,
+        nonnegative: Nonnegative = jnp.square,
         solver: OptimistixSolver = FixedPointIteration(),
         adjoint: AbstractAdjoint = ImplicitAdjoint(),
         max_steps: int = 256,
@@ -161,7 +168,8 @@ class PositiveConcaveNet(eqx.Module):
     ) -> "PositiveConcaveNet":
         """Convolutional equilibrium layers, each at half the resolution of the one before."""
         layer = partial(DEQ, solver=solver, adjoint=adjoint, max_steps=max_steps)
-        make = partial(cls._convolutional, image_shape, num_classes, channels, activation, layer)
+        cell = partial(PositiveConcaveConv2d, activation=activation, nonnegative=nonnegative)
+        make = partial(cls._convolutional, image_shape, num_classes, channels, cell, layer)
         return make(after=eqx.nn.Identity(), window=None, dtype=dtype, key=key)
 
     @classmethod
@@ -170,7 +178,7 @@ class PositiveConcaveNet(eqx.Module):
         image_shape: ImageShape,
         num_classes: int,
         channels: Sequence[int],
-        activation: Activation,
+        make_cell: Callable[..., PositiveConcaveConv2d],
         layer: Callable[[Any], DEQ],
         *,
         after: Callable[[Array], Array],
@@ -185,7 +193,7 @@ class PositiveConcaveNet(eqx.Module):
         for i, (before, here) in enumerate(pairwise((depth, *channels))):
             stride = 1 if i == 0 else 2
             height, width = -(-height // stride), -(-width // stride)
-            cell = PositiveConcaveConv2d(here, 3, activation, dtype=dtype, key=keys[2 * i + 1])
+            cell = make_cell(here, dtype=dtype, key=keys[2 * i + 1])
             stage = Stage(
                 lift=Conv2d(before, here, 3, stride, dtype=dtype, key=keys[2 * i]),
                 norm_before=make_batch_norm(here, dtype),

@@ -1,5 +1,5 @@
-"""What the layers share: masks drawn once a solve, and a channels-last convolution whose cotangents
-are fast inside a loop.
+"""What the layers share: masks drawn once a solve, cells with a nonnegative weight, and a
+channels-last convolution whose cotangents are fast inside a loop.
 
 On a CPU, XLA reaches its fast kernel only for a plain NHWC/HWIO convolution; inside a `while` the
 stock cotangents (swapped axes, dilated kernels) fall to a naive loop nest. Both are therefore
@@ -17,17 +17,26 @@ mode and, under `jax.vmap` with a shared kernel, makes one kernel cotangent per 
 import abc
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import paramax
+from equinox import AbstractVar
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, PyTree
 
 from .._tree import mesh_axes, vary
+from ..positive import AbstractNonnegative, StrictlyPositive, properties
+
+Weight = paramax.AbstractUnwrappable[Array] | Float[Array, "..."]
+# W as a function of an unbounded parameter, or None: the parameter is W, and `positive.project`
+# keeps it nonnegative.
+Nonnegative = Callable[[Array], Array] | None
 
 
 class AbstractMask(eqx.Module):
@@ -48,6 +57,50 @@ def masks_of(tree: PyTree, key: PRNGKeyArray) -> PyTree:
 
     is_mask = lambda x: isinstance(x, AbstractMask)
     return jax.tree.map(node, tree, is_leaf=is_mask)
+
+
+class AbstractPositiveCell(AbstractNonnegative):
+    """A cell made of `sigma(W z + x)`, `W >= 0`, with x as positive as sigma needs it."""
+
+    activation: AbstractVar[Callable[[Array], Array]]
+    floor: AbstractVar[float]
+    sharpness: AbstractVar[float]
+
+    @abc.abstractmethod
+    def product(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """`W z`."""
+
+    def inject(self, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Make the input positive (`nn.DEQ` does it, once before the solve); see the class."""
+        if properties(self.activation).kind == 2:
+            return jax.nn.relu(x)
+        return StrictlyPositive(self.floor, self.sharpness)(x)
+
+
+def nonnegative_weight(
+    shape: tuple[int, ...], dtype: DTypeLike | None, key: PRNGKeyArray, nonnegative: Nonnegative
+) -> Weight:
+    """W0 ~ U(0, 1) sqrt(1e-4) / sqrt(out + in), as in the pcDEQ reference, however it is kept
+    nonnegative."""
+    # Why a square by default: Adam moves v by the learning rate, whatever the gradient's size.
+    # W = 4e-4 is v = 0.02 there, so that a step of 1e-3 changes W by 10 %; it is v = -8 under
+    # softplus, where the step changes W by 0.1 %, and where weight decay, pulling v to 0, pulls W
+    # up to log 2. Why not a clamp and weight norm, as in the reference: a row of zeros gives 0/0.
+    scale = math.sqrt(1e-4) / math.sqrt(shape[-2] + shape[-1])
+    w = scale * jax.random.uniform(key, shape, dtype)
+    if nonnegative is None:
+        return w
+    if nonnegative is jnp.square:
+        return paramax.Parameterize(nonnegative, jnp.sqrt(w))
+    if nonnegative is jax.nn.softplus:
+        # Uniform numbers can be 0, and softplus(-inf) = 0 would stay there for good.
+        w = jnp.maximum(w, scale * float(jnp.finfo(w.dtype).eps))
+        return paramax.Parameterize(nonnegative, jnp.log(jnp.expm1(w)))
+    raise ValueError(
+        f"A cell with a nonnegative weight expected nonnegative=jnp.square, jax.nn.softplus or "
+        f"None (an array, for deqjax.positive.project after each update), got {nonnegative!r}. "
+        f"For another function, put paramax.Parameterize(function, v) in the place of cell.weight."
+    )
 
 
 def conv2d(

@@ -34,7 +34,8 @@ class DEQ(eqx.Module):
 
     Parameters that `paramax` reparametrises are materialised once, before the solve. If the cell
     has a method `inject`, then `inject(x)` is what it sees as x, also computed once. So are the
-    masks of its `nn.VariationalDropout`, if there is a `key`.
+    masks of its `nn.VariationalDropout`, if there is a `key`. If it has a method `readout`, then
+    the layer's output is `readout` of the fixed point, computed once after the solve.
 
     **Arguments:**
 
@@ -80,7 +81,7 @@ class DEQ(eqx.Module):
             of the solve; `None` is inference: no mask but those that the cell
             already holds.
 
-        **Returns:** `(z, sol)` with `z = sol.value`.
+        **Returns:** `(z, sol)` with `z = sol.value`, or `cell.readout(sol.value)` if there is one.
         """
         return self._solve(x, z0, batched=False, steps=steps, key=key)
 
@@ -113,8 +114,9 @@ class DEQ(eqx.Module):
             masks = jax.vmap(lambda i: masks_of(cell, jax.random.fold_in(key, i)))(example)
         else:
             masks = masks_of(cell, key)
+        read = lambda name: over(lambda masks, x: getattr(eqx.combine(masks, cell), name)(x))
         if hasattr(cell, "inject"):
-            x = over(lambda masks, x: eqx.combine(masks, cell).inject(x))(masks, x)
+            x = read("inject")(masks, x)
         if z0 is None:
             z0 = jax.tree.map(jnp.zeros_like, x) if predictor is None else over(predictor)(x)
         sol = fixed_point(
@@ -127,4 +129,4 @@ class DEQ(eqx.Module):
             steps=steps,
             adjoint=self.adjoint,
         )
-        return sol.value, sol
+        return (read("readout")(masks, sol.value) if hasattr(cell, "readout") else sol.value), sol

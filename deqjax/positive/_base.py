@@ -1,91 +1,52 @@
-"""What the solvers share that end where they can prove how near the fixed point is."""
+"""The record of an activation, and activations that carry their own."""
 
 import abc
-import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from equinox import AbstractVar
-from jaxtyping import Array, Bool, Float, PyTree
-
-from .._bracket import Bracket, flat, relative_error, unflat
-from .._rounding import rounding
-from .._tree import unify
-from ..solvers import AbstractSolver
+from jaxtyping import Array, Float
 
 
-class AbstractCertifiedSolver(AbstractSolver):
-    """A solver that ends where a bracket of z* is narrow enough, and nowhere else."""
+class Properties(NamedTuple):
+    """All that is known of a function sigma on `u >= 0`, where it is nondecreasing.
 
-    upper: AbstractVar[float | None]
-    fan_in: AbstractVar[int | None]
-    slack: AbstractVar[float | None]  # the bound of rounding, known once f is
+    - `concave`: whether sigma is, there.
+    - `interference`: whether `sigma(W z + x)` is a standard interference map for every W >= 0 and
+        every x that `kind` allows: positive, monotone, and `f(a z) < a f(z)` for a > 1. Such a map
+        has at most one fixed point, and Picard finds it (Yates, IEEE JSAC 13 (1995), theorems 1
+        and 2).
+    - `at_zero`: sigma(0).
+    - `supremum`: over u >= 0, no matter whether it is reached.
+    - `subhomogeneity`: mu = sup over u > 0 of u sigma'(u) / sigma(u). With x >= 0, f is
+        mu-Lipschitz in the Thompson metric max |log(y / z)|, whatever W >= 0 is.
+    - `sublinear`: whether sigma(u) / u tends to 0. Then a fixed point exists for every W >= 0;
+        otherwise if and only if the spectral radius of W is below 1.
+    """
 
-    def __check_init__(self):
-        self.check()
-        if self.upper is not None and not self.upper > 0:
-            raise ValueError(
-                f"{type(self).__name__} expects upper to be None or a number above 0 that f never "
-                f"exceeds, got {self.upper}; the supremum of the activation is one."
-            )
+    concave: bool
+    interference: bool
+    at_zero: float
+    supremum: float
+    subhomogeneity: float
+    sublinear: bool
+
+    @property
+    def kind(self) -> Literal[1, 2]:
+        """1: x has to be positive, above 0; 2: x >= 0 will do."""
+        return 1 if self.at_zero == 0 else 2
+
+
+class AbstractActivation(abc.ABC):
+    """A function with numbers in it, which knows its own record.
+
+    Subclass it, as a frozen dataclass, for an activation of your own: equal numbers then make equal
+    objects, and `jax.jit` compiles once. What it says of itself is believed.
+    """
+
+    @property
+    @abc.abstractmethod
+    def properties(self) -> Properties:
+        """What is known of it."""
 
     @abc.abstractmethod
-    def proved(self, memory: Any) -> tuple[Bracket, Bool[Array, ""]]:
-        """The bracket in the memory, and whether z is the centre of one narrow enough."""
-
-    def bound(self, fn: Callable, z0: PyTree, args: PyTree) -> "AbstractCertifiedSolver":
-        """See `AbstractSolver`."""
-        slack = rounding(fn, z0, args, self.fan_in, type(self).__name__)
-        return dataclasses.replace(self, slack=slack)
-
-    def margin(self) -> float:
-        """The slack; Optimistix's own front door shows a solver no f to read it off."""
-        if self.slack is None:
-            raise ValueError(
-                f"{type(self).__name__} expects to be run by deqjax.fixed_point, which reads the "
-                f"rounding of f off its jaxpr; got Optimistix's front door. Use deqjax.fixed_point."
-            )
-        return self.slack
-
-    def start(self, z0: PyTree) -> PyTree:
-        """See `AbstractSolver`."""
-        upper = self.upper
-        return z0 if upper is None else jax.tree.map(lambda x: jnp.full_like(x, upper), z0)
-
-    def unbounded(self, z0: PyTree) -> Bracket:
-        """0 and `upper`, or infinity."""
-        x = flat(z0, 0)
-        upper = jnp.inf if self.upper is None else self.upper
-        return Bracket(jnp.zeros_like(x), jnp.full_like(x, upper))
-
-    def closed(self, bracket: Bracket) -> Bool[Array, ""]:
-        """Whether the centre of the bracket is certain to meet the tolerances."""
-        lower, upper = bracket
-        # The centre is off by so much of either end.
-        part = (upper - lower) / jnp.where(upper > 0, upper + lower, 1)
-        good = (part * lower <= self.allowed(lower)) & (part * upper <= self.allowed(upper))
-        return jnp.all(good & jnp.isfinite(upper))
-
-    def allowed(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The error at z that the tolerances allow, entry by entry."""
-        return jnp.asarray(self.atol, z.dtype) + jnp.asarray(self.rtol, z.dtype) * z
-
-    def error(self, z: PyTree, fz: PyTree) -> Float[Array, ""]:
-        """See `AbstractSolver`; never below 1, which only a proof is."""
-        scale = lambda z, fz: (fz - z) / jnp.where(fz == 0, 1, jnp.abs(fz))
-        return 1 + self.norm(scale(*unify([flat(z, 0), flat(fz, 0)])))
-
-    def verdict(self, error, memory):
-        """See `AbstractSolver`."""
-        return jnp.where(self.proved(memory)[1], 0, error)
-
-    def report(self, z: PyTree, memory: Any) -> dict[str, Any]:
-        """See `AbstractSolver`."""
-        bracket, _ = self.proved(memory)
-        return {
-            "relative_error": relative_error(flat(z, 0), bracket),
-            "lower": unflat(bracket.lower, z),
-            "upper": unflat(bracket.upper, z),
-        }
+    def __call__(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Apply it to each entry."""

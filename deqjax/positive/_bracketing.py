@@ -7,7 +7,7 @@ import optimistix
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._bracket import Bracket, centre, flat, narrow, unflat
-from ._base import AbstractCertifiedSolver
+from .._certified import AbstractCertifiedSolver
 
 
 class _Memory(NamedTuple):
@@ -61,7 +61,7 @@ class Bracketing(AbstractCertifiedSolver):
     def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
         """The end whose turn it is; or twice z, as long as there is no upper end."""
         x, fx = flat(z, 0), flat(fz, 0)
-        bracket, _, _ = narrow(memory.bracket, x, fx, self.margin())
+        bracket, _, _ = narrow(memory.bracket, x, fx, self.margin(z))
         done, bounded = self.closed(bracket), jnp.all(jnp.isfinite(bracket.upper))
         target = jnp.where(memory.below, bracket.lower, bracket.upper)
         target = jnp.where(bounded, target, 2 * jnp.maximum(x, fx))

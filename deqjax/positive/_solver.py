@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import _secant
 from .._bracket import Bracket, at_most, centre, flat, narrow, unflat
+from .._certified import AbstractCertifiedSolver
 from .._secant import Secants
 from .._tree import select
-from ._base import AbstractCertifiedSolver
 
 # Above this ratio of residuals Picard iteration gives way to Anderson's method: at 0.7 a digit
 # takes six more evaluations, about what the acceleration needs to come into its stride.
@@ -22,8 +22,8 @@ _SLOW = 0.7
 # A first attempt where the residual is half of the tolerance; after a failed one, where it has
 # shrunk as the attempt showed to be necessary, within these bounds.
 _FIRST, _LEAST, _MOST = 0.5, 0.5, 0.125
-# Attempts that fail although the residual has halved each time are limited by rounding.
-_ATTEMPTS = 6
+# An attempt fails for a weight or a width that the next one mends; or for rounding, for good.
+_ATTEMPTS = 8
 _ROUNDINGS = 32
 _FLOOR = 0.1
 _RULE = _secant.Rule(galerkin=False, mixing=1.0, ridge=1e-8)
@@ -40,7 +40,7 @@ class _Memory(NamedTuple):
     centre: Float[Array, " n"]
     weight: Float[Array, " n"]
     f_upper: Float[Array, " n"]
-    trigger: Float[Array, ""]  # the relative residual at which the next attempt is made
+    trigger: Float[Array, ""]  # the residual over the tolerance at which the next attempt is made
     last: Float[Array, ""]  # that of the last iterate
     part: Float[Array, ""]  # of the width that the tolerance allows
     failed: Int[Array, ""]
@@ -71,7 +71,8 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     `sol.stats` has `"relative_error"`, a proved bound of `max_i |z_i - z*_i| / z*_i` for `z =
     sol.value` (infinite if nothing is), and `"lower"` and `"upper"`, the bounds of z*. The result
     is `successful` only for what is certified. It stops early, with `nonlinear_max_steps_reached`,
-    after six attempts that failed: rounding, times 1 / (1 - rho(J)), is then above the tolerance.
+    after eight attempts that failed, or three where rounding, times 1 / (1 - rho(J)), is seen to be
+    above the tolerance.
 
     **Cost:** one evaluation of f a step, two an attempt, one for the answer, and `2 depth + 12`
     copies of z. On ordinary problems the certificate costs three evaluations.
@@ -119,7 +120,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
             _secant.empty(z0, self.depth), wait=jnp.asarray(_FAST, jnp.int32)
         )
         count = jnp.asarray(0, jnp.int32)
-        trigger = _FIRST * jnp.asarray(self.rtol, zero.dtype)
+        trigger = jnp.asarray(_FIRST, zero.dtype)
         unknown = jnp.asarray(jnp.inf, zero.dtype)
         one = jnp.ones_like(unknown)
         return _Memory(
@@ -128,14 +129,15 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
 
     def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
         """One step of the iteration, or one evaluation of an attempt."""
-        m, x, fx, slack = memory, flat(z, 0), flat(fz, 0), self.margin()
+        m, x, fx, slack = memory, flat(z, 0), flat(fz, 0), self.margin(z)
         bracket, _, _ = narrow(m.bracket, x, fx, slack)
         iterate, climbing = m.phase == 0, m.phase == 4
         bounded = jnp.all(jnp.isfinite(bracket.upper))
 
         # The iteration goes on; during an attempt it is asked again from where it was.
         s = m.secants
-        residual = jnp.max(jnp.abs(fx - x) / jnp.where(fx > 0, fx, 1))
+        gap, most = jnp.abs(fx - x), self.allowed(fx)
+        residual = jnp.max(gap / jnp.where(most > 0, most, 1))
         slow = iterate & (residual > _SLOW * m.last) & (s.wait > _FAST // 2)
         s = dataclasses.replace(s, wait=jnp.where(slow, 0, s.wait))
         climb = (slow | climbing) & ~bounded
@@ -147,7 +149,9 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         ahead = jnp.where(arrived, fx, flat(ahead, 0))
         ahead = jnp.clip(ahead, bracket.lower, bracket.upper)
 
-        attempt = iterate & (residual <= jnp.maximum(m.trigger, slack)) & ~climb
+        # What rounding is all that is left of cannot become less.
+        small = (residual <= m.trigger) | jnp.all(gap <= slack * fx)
+        attempt = iterate & small & ~climb
         middle = jnp.where(attempt, fx, m.centre)
         weight = jnp.where(m.failed == 0, middle, m.weight)
         most = self.allowed(middle)
@@ -157,13 +161,16 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         # The end of an attempt: what it teaches.
         end = m.phase == 2
         product = (m.f_upper - fx) / 2
-        left = jnp.abs((m.f_upper + fx) / 2 - middle) + at_most(middle, slack) - middle
+        margin = at_most(middle, slack) - middle
+        left = jnp.abs((m.f_upper + fx) / 2 - middle)
         room = width - product
-        short = jnp.max(jnp.where(room > 0, left / jnp.where(room > 0, room, 1), jnp.inf))
-        trigger = m.last * jnp.clip(1 / short, _MOST, _LEAST)
+        over = lambda x: jnp.max(jnp.where(room > 0, x / jnp.where(room > 0, room, 1), jnp.inf))
+        trigger = m.last * jnp.clip(1 / over(left + margin), _MOST, _LEAST)
         # Where f bends too much within the width, no small residual helps; rounding asks for width.
         finest = jnp.clip(_ROUNDINGS * slack / jnp.asarray(self.rtol, x.dtype), 0, 1)
         bent = end & ~jnp.all(room > 0)
+        # Rounding alone is more than there is room for, by a weight that has been mended.
+        hopeless = (over(margin) > 1) & ~bent & (m.failed > 0)
         part = jnp.where(bent, jnp.maximum(m.part / 4, jnp.minimum(finest, m.part)), m.part)
 
         done = self.closed(bracket)
@@ -185,13 +192,13 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
             jnp.where(end, trigger, m.trigger),
             jnp.where(iterate, residual, m.last),
             part,
-            m.failed + end.astype(jnp.int32),
+            m.failed + jnp.where(end, jnp.where(hopeless, 3, 1), 0),
         )
         return unflat(target, z), memory
 
     def recovers(self, memory: _Memory) -> Bool[Array, ""]:
         """See `AbstractSolver`."""
-        return memory.secants.stride > 0
+        return (memory.secants.stride > 0) & (memory.failed < _ATTEMPTS)
 
     def keep(self, go, live, new: _Memory, old: _Memory) -> _Memory:
         """See `AbstractSolver`."""

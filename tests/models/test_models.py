@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import paramax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -177,3 +178,19 @@ def test_pools(getkey):
     padded = np.pad(np.asarray(x), ((1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     windows = [padded[a : a + 28, b : b + 13] for a in range(3) for b in range(3)]
     np.testing.assert_array_equal(max_pool(x), np.max(windows, 0))
+
+
+@pytest.mark.parametrize("nonnegative", [jax.nn.softplus, None])
+def test_three_ways_to_nonnegative_weights(getkey, nonnegative):
+    """The same network at the start, up to rounding; a plain weight is what `project` finds."""
+    image = jnp.ones((2, 8, 8, 1))
+    key = getkey()
+    for make, size in ((PositiveConcaveNet.linear, {"size": 8}),
+                       (PositiveConcaveNet.multi, {"channels": (2, 3)})):  # fmt: skip
+        build = eqx.nn.make_with_state(make)
+        default, state = build((8, 8, 1), 10, **size, key=key)
+        model, _ = build((8, 8, 1), 10, **size, nonnegative=nonnegative, key=key)
+        np.testing.assert_allclose(model(image, state)[0], default(image, state)[0], atol=1e-4)
+        lowered = jax.tree.map(lambda x: x - 1 if eqx.is_inexact_array(x) else x, model)
+        for deq in deqjax.positive.project(lowered).deqs:
+            assert jnp.all(paramax.unwrap(deq.cell).weight >= 0)

@@ -1,0 +1,69 @@
+"""A cell of the user's own as a positive concave one."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import paramax
+from jaxtyping import PyTree
+
+from ..positive import StrictlyPositive
+
+
+class PositiveConcave(eqx.Module):
+    """A cell of your own for `nn.DEQ`, with its input made positive once before the solve.
+
+        f(z) = cell(z, inject(x))
+
+    **Arguments:**
+
+    - `cell`: `cell(z, x) -> z'` on one example, a function or an Equinox module, positive and
+        concave in z >= 0 for every x that `inject` returns. No constructor can see that:
+        `deqjax.positive.check_hypotheses` tests it.
+    - `inject`: a function or a module, `x -> x`. By default `positive.StrictlyPositive()`, for a
+        cell with f(0) = 0 at x = 0; its `floor` and `sharpness` are arguments of its own.
+        `jax.nn.relu` where x >= 0 suffices.
+
+    **Call:** `cell(z, inject(x))`; x any pytree of float arrays, z one of the same structure, or
+    another if `nn.DEQ` is given a z0.
+
+    **Cost:** that of the cell.
+
+    **When not to use it:** for a cell that has a method `inject`, such as
+    `nn.PositiveConcaveLinear`: pass that to `nn.DEQ` as it is.
+
+    **Raises:** `ValueError` if cell or inject cannot be called, or cell has a method `inject`;
+    when called, if cell's output differs from z in structure, shape or dtype.
+
+    Reference: Gabor, Piotrowski and Cavalcante, Positive concave deep equilibrium models, ICML
+    2024, arXiv 2402.04029.
+    """
+
+    cell: Callable[[PyTree, PyTree], PyTree]
+    inject: Callable[[PyTree], PyTree] = StrictlyPositive()
+
+    def __check_init__(self):
+        if not (callable(self.cell) and callable(self.inject)):
+            raise ValueError(
+                f"PositiveConcave expected cell(z, x) and inject(x) to be functions or modules, "
+                f"got {self.cell!r} and {self.inject!r}."
+            )
+        if hasattr(self.cell, "inject"):
+            raise ValueError(
+                f"PositiveConcave expected a cell without a method inject, got "
+                f"{type(self.cell).__name__}, which has one that would never be called. Pass that "
+                f"cell to nn.DEQ itself."
+            )
+
+    def __call__(self, z: PyTree, x: PyTree) -> PyTree:
+        """`cell(z, x)` of one example; `x` has been through `inject`."""
+        out = paramax.unwrap(self.cell)(z, x)
+        structs = jax.eval_shape(lambda: (out, z))
+        got, like = (eqx.tree_pformat(tree, struct_as_array=True) for tree in structs)
+        if not eqx.tree_equal(*structs):
+            raise ValueError(
+                f"PositiveConcave expected its cell to return the structure, shapes and dtypes of "
+                f"z, {like}, got {got}. Cast or reshape the cell's output, or give nn.DEQ another "
+                f"z0 (by default it is zeros like the injected x)."
+            )
+        return out

@@ -1,0 +1,210 @@
+"""A numerical test of the hypotheses of the theorem, on one example of a cell."""
+
+import math
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import paramax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+
+from .._check import convert, float_state
+from .._tree import cast, unify, widen
+
+# Points spread over these powers of ten around the size of f(0).
+_DECADES = 4.0
+# A search that doubles reaches a scale of 1e8 in 27 steps; the others turn it to the Perron vector.
+_SEARCH_STEPS = 200
+_SEARCH_SCALE = 1e8
+
+
+class Finding(NamedTuple):
+    """What was seen of one hypothesis.
+
+    - `holds`: whether no counterexample was seen (of `exists`: whether an example was).
+    - `violation`: the worst one, in units of what rounding may do; above 1 is a counterexample.
+    - `witness`: the z where the worst was seen, with the structure of z.
+    """
+
+    holds: Bool[Array, ""]
+    violation: Float[Array, ""]
+    witness: PyTree
+
+
+class Hypotheses(NamedTuple):
+    """What `deqjax.positive.check_hypotheses` returns, one `Finding` a hypothesis."""
+
+    positive: Finding
+    monotone: Finding
+    concave: Finding
+    scalable: Finding
+    exists: Finding
+
+    @property
+    def holds(self) -> Bool[Array, ""]:
+        """Whether all of them do, as far as was seen."""
+        return jnp.all(jnp.stack([finding.holds for finding in self]))
+
+
+def check_hypotheses(
+    cell: Callable[[PyTree, PyTree], PyTree],
+    x: PyTree,
+    *,
+    key: PRNGKeyArray,
+    z: PyTree = None,
+    samples: int = 128,
+) -> Hypotheses:
+    """Looks for a counterexample to what makes `z = f(z) = cell(z, x)` have exactly one solution.
+
+        positive   f(0) > 0, f(z) > 0                            every component
+        monotone   J(z) v >= 0, and f(z) <= f(z + v)             v >= 0
+        concave    f((1-t) a + t b) >= (1-t) f(a) + t f(b), and slopes that fall from a to b
+        scalable   f(a z) <= a f(z)                              a > 1
+        exists     some u with f(u) <= u: Picard for 2 f, which ends where f(u) = u / 2, or grows
+                   along the direction in which f is least
+
+    at random z >= 0, dense and sparse, of a size from 1e-4 to 1e4 times that of f(0). Positive and
+    concave imply monotone and scalable. Positive, monotone and scalable (with <, which rounding
+    hides) is a standard interference map, unique but perhaps not concave.
+
+    **A failure of one of the first four is to be trusted**: `witness` is the counterexample, beyond
+    rounding, in values and, where there are two, in derivatives. **Passing is evidence, not
+    proof.** For `exists` it is the other way round: the u was found; not to have found one proves
+    nothing.
+
+    **Arguments:**
+
+    - `cell`: `cell(z, x) -> z'` on one example, as for `nn.DEQ`; paramax parametrisations are
+        unwrapped, and `cell.inject`, if there is one, makes the x that it sees.
+    - `x`: one example, before `inject`. The hypotheses can hold for one x and fail for the next.
+    - `key`: for the points.
+    - `z`: any z, for its structure, shapes and dtypes; `None` is like the injected x.
+    - `samples`: number of points, of pairs of points, and of directions.
+
+    **Returns:** `Hypotheses`, arrays of shape `()`; `.holds` of all of them.
+
+    **Cost:** 2 evaluations and 7 JVPs a sample, all samples at once, and 200 evaluations.
+
+    **When not to use it:** in half precision, where rounding hides all but gross violations and an
+    f that cancels (1 - exp(-u) of a small u) is itself not positive; in a training step. For
+    `nn.PositiveConcaveLinear` and its like, which hold by construction.
+
+    **Raises:** `ValueError` when traced if cell cannot be called, its output differs from z in
+    structure, shape or dtype, z is not of floats, or `samples < 1`.
+
+    Reference: Gabor, Piotrowski and Cavalcante, Positive concave deep equilibrium models, ICML
+    2024, arXiv 2402.04029; Yates, IEEE JSAC 13 (1995), for scalable and monotone.
+    """
+    if not callable(cell):
+        raise ValueError(
+            f"check_hypotheses expected a cell(z, x), got {cell!r}. Pass the cell of an nn.DEQ, "
+            f"not its parameters."
+        )
+    if isinstance(samples, bool) or not isinstance(samples, Integral) or samples < 1:
+        raise ValueError(f"check_hypotheses expected samples to be an int >= 1, got {samples!r}.")
+    unwrapped: Any = paramax.unwrap(cell)
+    if hasattr(unwrapped, "inject"):
+        x = unwrapped.inject(x)
+    z = float_state(x if z is None else z)
+    # For what it refuses; what it returns would be compiled anew at each call.
+    convert(unwrapped, z, x, False)
+    return _check(unwrapped, z, x, key, samples=int(samples))
+
+
+@eqx.filter_jit
+def _check(cell, like, x, key, *, samples: int) -> Hypotheses:
+    flat, unravel = ravel_pytree(unify(like))
+    back = lambda v: cast(unravel(v), like)
+    n, dtype = flat.size, flat.dtype
+    f = lambda v: ravel_pytree(unify(cell(back(v), x)))[0].astype(dtype)
+    # A sum of n terms is off by about sqrt(n) roundings of itself, and by n at worst; 8 for sigma.
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(like))
+    rounding = 2 * (8 + math.sqrt(n)) * eps
+
+    with jax.default_matmul_precision("highest"):
+        b = f(jnp.zeros_like(flat))
+        largest = jnp.max(b)
+        size = jnp.where(largest > 0, jnp.maximum(b, 1e-3 * largest), 1)
+        sample = lambda key: _sample(f, b, size, rounding, key)
+        found, points = jax.vmap(sample)(jax.random.split(key, samples))
+        excess, u = _search(f, size)
+    worst = jnp.argmax(found, axis=0)
+    violation = jnp.max(found, axis=0)
+    seen = lambda i: Finding(violation[i] <= 1, violation[i], back(points[worst[i], i]))
+    exists = Finding(excess <= 0, excess / rounding, back(u))
+    return Hypotheses(seen(0), seen(1), seen(2), seen(3), exists)
+
+
+def _sample(f, b, size, rounding, key) -> tuple[Float[Array, "4"], Float[Array, "4 n"]]:
+    keys = jax.random.split(key, 6)
+    draw = lambda i, low, high: jax.random.uniform(keys[i], (), size.dtype, low, high)
+    # Three of one scale: between points of very different ones a chord sees only the larger.
+    decade = widen(draw(0, -_DECADES, _DECADES))
+    z, y, v = jax.vmap(lambda key: _point(size, decade, key))(keys[1:4])
+    t, a = draw(4, 0.1, 0.9), jnp.exp(draw(5, 0.0, 4.0))
+    d, m = y - z, (1 - t) * z + t * y
+    # One trace of f for all points and directions: it is f that takes time to compile.
+    points = jnp.stack([z, m, y, z, m, y, z])
+    ways = jnp.stack([d, d, d, *[jnp.abs(d)] * 3, v])
+    values, slopes = jax.vmap(lambda p, way: jax.jvp(f, (p,), (way,)))(points, ways)
+    b, t, a, values, slopes, (above, scaled) = jax.tree.map(
+        widen, (b, t, a, values, slopes, jax.vmap(f)(jnp.stack([z + v, a * z])))
+    )
+    fz, fm, fy = values[:3]
+    first, middle, last, *steep, rise = slopes
+
+    def largest(*arrays):
+        return jnp.max(jnp.abs(jnp.stack(arrays)), axis=0)
+
+    def units(excess, size):
+        # 0 / 0 is no violation; what is not finite is one.
+        units = jnp.where(excess <= 0, 0, excess / (rounding * size))
+        return jnp.where(jnp.isnan(units), jnp.inf, units)
+
+    sign = jnp.where((b > 0) & (fz > 0), 0, jnp.inf)
+    # The lesser of two: 1 - exp(-u) cancels in its value, 1 - tanh^2 in its derivative.
+    size = largest(fz, above)
+    monotone = jnp.minimum(units(fz - above, size), units(-rise, size))
+    chord = units((1 - t) * fz + t * fy - fm, largest(fz, fy, fm))
+    steeper = jnp.maximum(jnp.maximum(middle, last) - first, last - middle)
+    concave = jnp.minimum(chord, units(steeper, largest(*steep)))
+    # Where f(z) <= 0 it is not positive, which is counted above.
+    scalable = jnp.where(fz > 0, units(scaled - a * fz, a * fz), 0)
+    violations = jnp.stack([jnp.max(v) for v in (sign, monotone, concave, scalable)])
+    return violations, jnp.stack([jnp.where(jnp.all(b > 0), z, 0), z, m, z])
+
+
+def _point(size, decade, key):
+    of_scale, of_mask, of_density = jax.random.split(key, 3)
+    density = jnp.asarray([1.0, 0.5, 1 / size.size])[jax.random.randint(of_density, (), 0, 3)]
+    keep = jax.random.bernoulli(of_mask, density, size.shape)
+    spread = jax.random.uniform(of_scale, size.shape, decade.dtype, -1.0, 1.0)
+    z = jnp.minimum(widen(size) * 10 ** (decade + spread), _limit(size.dtype))
+    return jnp.where(keep, z, 0).astype(size.dtype)
+
+
+def _limit(dtype) -> float:
+    return float(jnp.finfo(dtype).max) ** 0.5
+
+
+def _search(f, size) -> tuple[Float[Array, ""], Float[Array, " n"]]:
+    # If Picard for 2 f converges then f(u) = u / 2. If f is asymptotically A u + ..., it grows
+    # along A's Perron vector p, and f(t p) <= t p for some t if and only if rho(A) < 1.
+    top = jnp.minimum(_SEARCH_SCALE * jnp.max(widen(size)), _limit(size.dtype)).astype(size.dtype)
+
+    def step(_, carry):
+        u, best, witness = carry
+        fu = f(u)
+        excess = jnp.max(widen(fu) / widen(u)) - 1
+        ok = jnp.all((u > 0) & jnp.isfinite(u) & jnp.isfinite(fu)) & (excess < best)
+        best, witness = jnp.where(ok, excess, best), jnp.where(ok, u, witness)
+        grown = 2 * jnp.maximum(fu, 0)
+        return grown * jnp.minimum(1, top / jnp.max(grown)), best, witness
+
+    start = size, jnp.asarray(jnp.inf, widen(size).dtype), size
+    _, excess, u = jax.lax.fori_loop(0, _SEARCH_STEPS, step, start)
+    return excess, u

@@ -1,0 +1,102 @@
+"""Roundings are counted, never below what happens, and what cannot be counted is refused."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deqjax._check import convert
+from deqjax._rounding import rounding
+from deqjax.nn import PositiveConcaveConv2d
+
+UNIT = 2.0**-24
+
+
+def units(fn, z, args=None, fan_in=None, unit=UNIT):
+    total = rounding(convert(fn, z, args, has_aux=False), z, args, fan_in)
+    return total / (1 + total) / unit
+
+
+def test_sums_count_their_terms():
+    z, w = jnp.ones(7), jnp.ones((7, 7))
+    assert units(lambda z, w: w @ z, z, w) == 7
+    assert units(lambda z, w: jnp.tanh(w @ z + 1), z, w) == 7 + 1 + 8
+    assert units(lambda z, w: jax.nn.relu6(w @ z), z, w) == 7
+    assert units(lambda z, _: z + jnp.sum(z), z) == 7 + 1
+    assert units(lambda z, w: jnp.tanh(w @ z), z, w, fan_in=3) == 12
+    # What does not depend on z is taken as it comes.
+    assert units(lambda z, w: z + w @ jnp.ones(7), z, w) == 1
+
+
+def test_loops_branches_and_jitted_functions():
+    z, w = jnp.ones(5), jnp.ones((5, 5))
+    inner = jax.jit(lambda z, w: w @ z)
+    assert units(inner, z, w) == 5
+
+    def scan(z, w):
+        return jax.lax.scan(lambda c, _: (w @ c, None), z, length=3)[0]
+
+    assert units(scan, z, w) == 15
+    assert units(lambda z, w: jax.checkpoint(inner)(z, w), z, w) == 5
+    assert units(lambda z, w: jax.lax.cond(w[0, 0] > 0, inner, lambda z, w: z, z, w), z, w) == 5
+    assert units(lambda z, _: jax.nn.softplus(z), z) == 4
+
+
+def test_convolutions(getkey):
+    cell = PositiveConcaveConv2d(4, 3, key=getkey())
+    z = jnp.ones((2, 6, 6, 4))
+    # The square of the reparametrisation does not depend on z.
+    assert units(jax.vmap(cell), z, z) == 36 + 1 + 8
+
+    def stock(z, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(z, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+    assert units(stock, z, jnp.ones((3, 3, 4, 4))) == 36
+
+
+def test_half_precision_and_mixed():
+    assert units(lambda z, _: z + z, jnp.ones(3, jnp.bfloat16), unit=2.0**-8) == 1
+    low = lambda z, _: (z.astype(jnp.bfloat16) * 2).astype(jnp.float32)
+    np.testing.assert_allclose(units(low, jnp.ones(3)), 2 * 2**16 + 1)
+    w = jnp.ones((300, 300), jnp.bfloat16)
+    assert rounding(convert(lambda z, w: w @ z, w[0], w, False), w[0], w, None) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("fn", "what"),
+    [
+        (lambda z, _: jax.nn.sigmoid(10 * z - 5), "'sub', which cancels"),
+        (lambda z, _: jnp.sort(z), "'sort', which is unknown"),
+        (lambda z, _: jax.lax.while_loop(lambda z: z[0] < 1, lambda z: 2 * z, z), "'while'"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(fn, what):
+    z = jnp.ones(3)
+    with pytest.raises(ValueError, match=f"certify expects fn.*{what}.*Pass fan_in"):
+        units(fn, z)
+    assert units(fn, z, fan_in=3) == 12
+
+
+@pytest.mark.parametrize("fan_in", [0, 2.0, True])
+def test_bad_fan_in(fan_in):
+    with pytest.raises(ValueError, match="fan_in to be None or an int of at least 1"):
+        units(lambda z, _: z, jnp.ones(3), fan_in=fan_in)
+
+
+@pytest.mark.x64
+@pytest.mark.optimised
+@pytest.mark.parametrize("sigma", [jnp.tanh, jax.nn.sigmoid, jax.nn.soft_sign, jnp.log1p, jnp.sqrt,
+                                   jnp.arctan, jax.lax.erf, jax.nn.softplus])  # fmt: skip
+def test_the_bound_is_above_what_happens(sigma):
+    rng = np.random.default_rng(0)
+    f = lambda z, args: sigma(z @ args[0] + args[1])
+    w, x = rng.uniform(size=(80, 80)) / 40, rng.uniform(size=(1, 80))
+    z = np.exp(rng.uniform(-9, 2, (2000, 80)))
+    small = [jnp.asarray(a, jnp.float32) for a in (z, w, x)]
+    wide = [a.astype(jnp.float64) for a in small]
+    bound = rounding(convert(f, small[0], small[1:], False), small[0], small[1:], None)
+    got = eqx.filter_jit(f)(small[0], small[1:])
+    error = jnp.abs(got.astype(jnp.float64) / f(wide[0], wide[1:]) - 1)
+    assert 0 < jnp.max(error) < bound < 1e-5
