@@ -46,6 +46,11 @@ def _margin(slack: float, dtype) -> float:
     return 1.01 * slack + 2 * float(jnp.finfo(dtype).eps)
 
 
+def _least(dtype) -> float:
+    # A sum of which this is left has lost less than its rounding to terms that were flushed to 0.
+    return float(jnp.finfo(dtype).tiny) * 2.0**40
+
+
 def at_most(fy: Float[Array, "*b n"], slack: float) -> Float[Array, "*b n"]:
     """What f(y) does not exceed, from its value in floating point."""
     return fy * (1 + _margin(slack, fy.dtype)) + jnp.finfo(fy.dtype).tiny
@@ -65,11 +70,20 @@ def narrow(
     # Beyond a bound of z* no test is needed: f is monotone, and z* is f(z*).
     above = jnp.all(high <= y, -1) | jnp.all(y >= bracket.upper, -1)
     below = jnp.all(low >= y, -1) | jnp.all(y <= bracket.lower, -1)
-    above = above & jnp.all(jnp.isfinite(high), -1)
-    below = below & jnp.all(y >= 0, -1)
+    # f is what it is on y >= 0, and positive there; what has nearly vanished on the way to f(y) has
+    # lost its digits, and what is not finite has overflowed.
+    normal = jnp.all((y >= 0) & jnp.isfinite(fy) & (fy >= _least(fy.dtype)), -1)
+    above, below = above & normal, below & normal
     upper = jnp.where(above[..., None], jnp.minimum(bracket.upper, high), bracket.upper)
     lower = jnp.where(below[..., None], jnp.maximum(bracket.lower, low), bracket.lower)
-    return Bracket(lower, upper), above, below
+    # An upper bound that f exceeds at that bound is none: no bracket is left.
+    false = normal & jnp.all(y == bracket.upper, -1) & jnp.any(low > bracket.upper, -1)
+    return Bracket(jnp.where(false[..., None], jnp.inf, lower), upper), above, below
+
+
+def consistent(bracket: Bracket) -> Bool[Array, "*b"]:
+    """Whether the two do not contradict each other, as they may if f is not what it should be."""
+    return jnp.all(bracket.lower <= bracket.upper, -1)
 
 
 def relative_error(z: Float[Array, "*b n"], bracket: Bracket) -> Float[Array, "*b"]:
@@ -80,7 +94,7 @@ def relative_error(z: Float[Array, "*b n"], bracket: Bracket) -> Float[Array, "*
         return jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, end))
 
     worst = jnp.max(jnp.maximum(at(bracket.lower), at(bracket.upper)), -1)
-    known = jnp.all(jnp.isfinite(bracket.upper), -1)
+    known = jnp.all(jnp.isfinite(bracket.upper), -1) & consistent(bracket)
     # A subtraction and a division.
     worst = worst * (1 + 4 * jnp.finfo(worst.dtype).eps)
     return jnp.where(known & ~jnp.isnan(worst), worst, jnp.inf)

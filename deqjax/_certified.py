@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._bracket import Bracket, flat, relative_error, unflat
-from ._rounding import rounding
+from ._bracket import Bracket, centre, consistent, flat, relative_error, unflat
+from ._rounding import of_one_sum, rounding
 from ._tree import unify
 from .solvers import AbstractSolver
 
@@ -21,14 +22,17 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     upper: AbstractVar[float | None]
     fan_in: AbstractVar[int | None]
-    slack: AbstractVar[float | None]  # the bound of rounding, known once f is
+    slack: AbstractVar[float | None]  # the bound of rounding itself; read off f where it is None
 
     def __check_init__(self):
         self.check()
-        if self.upper is not None and not self.upper > 0:
+        upper = self.upper
+        if upper is not None and not (
+            isinstance(upper, int | float) and not isinstance(upper, bool) and upper > 0
+        ):
             raise ValueError(
-                f"{type(self).__name__} expects upper to be None or a number above 0 that f never "
-                f"exceeds, got {self.upper}; the supremum of the activation is one."
+                f"{type(self).__name__} expects upper to be None or a Python number above 0 that f "
+                f"never exceeds, got {upper!r}; the supremum of the activation is one."
             )
 
     @abc.abstractmethod
@@ -37,22 +41,36 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def bound(self, fn: Callable, z0: PyTree, args: PyTree) -> "AbstractCertifiedSolver":
         """See `AbstractSolver`."""
-        slack = rounding(fn, z0, args, self.fan_in, type(self).__name__)
+        if self.slack is not None:
+            return self
+        name = type(self).__name__
+        slack = rounding(fn, z0, args, self.fan_in, name)
+        if slack >= 2.0**-7 and jax.default_backend() != "cpu":
+            raise ValueError(
+                f"{name} expects matrix products of full precision, got an fn whose products round "
+                f"their inputs, by {slack:.1e} in all. Solve under "
+                f'jax.default_matmul_precision("highest"), or pass slack= the bound you know.'
+            )
         return dataclasses.replace(self, slack=slack)
 
-    def margin(self) -> float:
+    def margin(self, z: PyTree) -> float:
         """The slack; Optimistix's own front door shows a solver no f to read it off."""
-        if self.slack is None:
+        if self.slack is not None:
+            return self.slack
+        if self.fan_in is None:
             raise ValueError(
                 f"{type(self).__name__} expects to be run by deqjax.fixed_point, which reads the "
-                f"rounding of f off its jaxpr; got Optimistix's front door. Use deqjax.fixed_point."
+                f"rounding of f off its jaxpr, or to have a fan_in; got neither. Pass fan_in=the "
+                f"number of terms of the longest sum in f."
             )
-        return self.slack
+        return of_one_sum(z, self.fan_in, type(self).__name__)
 
     def start(self, z0: PyTree) -> PyTree:
-        """See `AbstractSolver`."""
-        upper = self.upper
-        return z0 if upper is None else jax.tree.map(lambda x: jnp.full_like(x, upper), z0)
+        """See `AbstractSolver`: `upper` where z0 is not between 0 and that."""
+        if self.upper is None or math.isinf(self.upper):
+            return jax.tree.map(lambda x: jnp.maximum(x, 0), z0)
+        inside = lambda x: (x > 0) & (x < self.upper)
+        return jax.tree.map(lambda x: jnp.where(inside(x), x, jnp.asarray(self.upper, x.dtype)), z0)
 
     def unbounded(self, z0: PyTree) -> Bracket:
         """0 and `upper`, or infinity."""
@@ -60,13 +78,14 @@ class AbstractCertifiedSolver(AbstractSolver):
         upper = jnp.inf if self.upper is None else self.upper
         return Bracket(jnp.zeros_like(x), jnp.full_like(x, upper))
 
-    def closed(self, bracket: Bracket) -> Bool[Array, ""]:
-        """Whether the centre of the bracket is certain to meet the tolerances."""
+    def answer(self, bracket: Bracket, like: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
+        """The centre of the bracket, as the state can hold it, and whether it meets the tolerances
+        wherever in the bracket z* is."""
+        z = unflat(centre(bracket), like)
+        at = flat(z, 0)
         lower, upper = bracket
-        # The centre is off by so much of either end.
-        part = (upper - lower) / jnp.where(upper > 0, upper + lower, 1)
-        good = (part * lower <= self.allowed(lower)) & (part * upper <= self.allowed(upper))
-        return jnp.all(good & jnp.isfinite(upper))
+        good = (at - lower <= self.allowed(lower)) & (upper - at <= self.allowed(upper))
+        return z, jnp.all(good & jnp.isfinite(upper)) & consistent(bracket)
 
     def allowed(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
         """The error at z that the tolerances allow, entry by entry."""
@@ -78,12 +97,14 @@ class AbstractCertifiedSolver(AbstractSolver):
         return 1 + self.norm(scale(*unify([flat(z, 0), flat(fz, 0)])))
 
     def verdict(self, error, memory):
-        """See `AbstractSolver`."""
-        return jnp.where(self.proved(memory)[1], 0, error)
+        """See `AbstractSolver`; there is no going on from a contradiction."""
+        bracket, done = self.proved(memory)
+        return jnp.where(consistent(bracket), jnp.where(done, 0, error), jnp.nan)
 
     def report(self, z: PyTree, memory: Any) -> dict[str, Any]:
         """See `AbstractSolver`."""
-        bracket, _ = self.proved(memory)
+        bracket, _ = jax.lax.stop_gradient(self.proved(memory))
+        z = jax.lax.stop_gradient(z)
         return {
             "relative_error": relative_error(flat(z, 0), bracket),
             "lower": unflat(bracket.lower, z),

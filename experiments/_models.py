@@ -26,6 +26,7 @@ def constructor(
     features: tuple[int, ...],
     max_steps: int,
     tolerance: float,
+    gradient_tolerance: float,
     beta: float,
     activation: str,
 ) -> Callable[..., Any]:
@@ -39,7 +40,12 @@ def constructor(
     concave = {
         "activation": ACTIVATIONS[activation],
         "solver": deqjax.FixedPointIteration(rtol=tolerance, atol=1e-6),
-        "adjoint": deqjax.ImplicitAdjoint(),
+        # The series alone: a step of the Anderson method, to which the default goes on once a
+        # single example of the batch stalls, moves 32 copies of z through a memory that takes as
+        # long over them as over several of these small convolutions.
+        "adjoint": deqjax.ImplicitAdjoint(
+            linear_solver=deqjax.FixedPointIteration(rtol=gradient_tolerance)
+        ),
         "max_steps": max_steps,
     }
     match model:

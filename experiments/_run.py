@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 
 class RunFolder:
-    """`runs/<name>/`: config.json, metrics.jsonl, checkpoints/, curves.png, residual.png.
+    """`runs/<name>/`: config.json, metrics.jsonl, checkpoints/ and the plots.
 
     A run never writes into an older one's folder: a name that is taken becomes `<name>-2`, and so
     on. With `resume` it goes on in the folder of exactly that name, where the configuration has
@@ -61,9 +61,9 @@ class RunFolder:
                 )
 
     def log(self, line: Mapping[str, Any]) -> None:
-        # JSON has no NaN.
+        # JSON has neither NaN nor infinity.
         null = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
-        self._metrics.write(json.dumps({k: null(v) for k, v in line.items()}) + "\n")
+        self._metrics.write(json.dumps(jax.tree.map(null, dict(line))) + "\n")
 
     def _open(self):
         # A line is on disk as soon as it is logged, whatever ends the run.
@@ -143,6 +143,47 @@ class RunFolder:
         panel.set_title(title)
         panel.legend(fontsize="small")
         self._save(figure, "residual.png")
+
+    def plot_certificates(self, title: str, tolerance: float) -> None:
+        """Bracket of rho, certified error and evaluations of each solve, against the epoch."""
+        lines = [line for line in self.metrics() if "certified_error" in line]
+        if not lines:  # stopped before the end of the first epoch
+            return
+        epochs = [line["epoch"] for line in lines]
+        # (lines, solves, 2), (lines, solves, 2) and (lines, solves); null, infinity, is not drawn.
+        read = lambda name: np.array([line[name] for line in lines], float)
+        radius, error, count = map(
+            read, ("spectral_radius", "certified_error", "solve_evaluations")
+        )
+        figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+        solves = range(count.shape[1])
+        for i in solves:
+            color = f"C{i}"
+            panels[0].fill_between(epochs, *radius[:, i].T, color=color, alpha=0.1, linewidth=0)
+            for panel, (dashed, solid) in ((panels[0], radius[:, i].T), (panels[1], error[:, i].T)):
+                panel.plot(epochs, dashed, color=color, linestyle="--")
+                panel.plot(epochs, solid, color=color, marker=".")
+            label = "solve" if len(solves) == 1 else f"solve {i + 1}"
+            panels[2].plot(epochs, count[:, i], color=color, marker=".", label=label)
+        # Colours are told in the last panel, line styles in the others.
+        for panel, names in ((panels[0], ("lower", "upper")), (panels[1], ("median", "largest"))):
+            panel.plot([], [], color="black", linestyle="--", label=names[0])
+            panel.plot([], [], color="black", marker=".", label=names[1])
+        panels[1].axhline(tolerance, color="gray", linestyle=":", label="tolerance of the solves")
+        # Whole decades: with less there is at most one number at the axis.
+        logs = np.log10([tolerance, *error[np.isfinite(error) & (error > 0)]])
+        low, high = 10.0 ** np.floor(logs.min()), 10.0 ** np.ceil(logs.max())
+        panels[1].set(yscale="log", ylim=(low / 1.5, high * 1.5))
+        panels[0].set(ylabel=r"bounds of the largest $\rho(J)$")
+        panels[1].set(ylabel=r"bound of $\max_i |z_i - z^*_i| / z^*_i$")
+        panels[2].set(ylabel="evaluations of f, mean")
+        panels[2].set_ylim(0, 1.3 * count.max())  # room for the legend
+        for panel in panels:
+            panel.set_xlabel("epoch")
+            panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            panel.legend(fontsize="small")
+        figure.suptitle(f"{title}: one batch of examples that are not trained on")
+        self._save(figure, "certificates.png")
 
     def _save(self, figure: Any, name: str) -> None:
         figure.savefig(self.path / name, dpi=120)

@@ -11,6 +11,7 @@ from .._check import OptimistixSolver
 from .._fixed_point import fixed_point
 from .._solution import Solution
 from ..adjoints import AbstractAdjoint
+from ..positive import Enclosure, certify
 from ._base import masks_of
 
 
@@ -103,6 +104,22 @@ class DEQ(eqx.Module):
         index into the key.
         """
         return self._solve(xs, z0, batched=True, steps=steps, key=key)
+
+    def certify(
+        self, x: PyTree, z: PyTree, *, batched: bool = False, fan_in: int | None = None
+    ) -> Enclosure:
+        """Encloses the fixed point of a positive concave cell: `deqjax.certify`.
+
+        **Arguments:** x as the layer takes it, one example or, batched, a batch; `z = sol.value` of
+        its solve, or of another; `fan_in` as there.
+
+        **Returns, cost, when not to use it, raises:** as `deqjax.certify`.
+        """
+        cell = paramax.unwrap(self.cell)
+        over = jax.vmap if batched else lambda one: one
+        if hasattr(cell, "inject"):
+            x = over(cell.inject)(x)
+        return certify(over(cell), z, x, batched=batched, fan_in=fan_in)
 
     def _solve(self, x, z0, *, batched: bool, steps, key) -> tuple[Any, Solution]:
         cell, predictor = paramax.unwrap((self.cell, self.predictor))

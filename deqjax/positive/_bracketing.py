@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._bracket import Bracket, centre, flat, narrow, unflat
+from .._bracket import Bracket, flat, narrow, unflat
 from .._certified import AbstractCertifiedSolver
+from .._tree import select
 
 
 class _Memory(NamedTuple):
@@ -26,8 +27,8 @@ class Bracketing(AbstractCertifiedSolver):
 
     **Arguments:**
 
-    - `rtol`, `atol`, `norm`, `upper`, `fan_in`: as in `deqjax.PositiveConcaveSolver`. Without
-        `upper` the first u is found by doubling, from z0 on.
+    - `rtol`, `atol`, `norm`, `upper`, `fan_in`, `slack`: as in
+        `deqjax.PositiveConcaveSolver`. Without `upper` the first u is found by doubling, from z0.
 
     `sol.stats` as there; its `"lower"` and `"upper"` are of use after any number of steps.
 
@@ -45,9 +46,9 @@ class Bracketing(AbstractCertifiedSolver):
     rtol: float | Float[Array, ""] = 1e-4
     atol: float | Float[Array, ""] = 0.0
     norm: Callable[[PyTree], Any] = optimistix.max_norm
-    upper: float | None = None
+    upper: float | None = eqx.field(static=True, default=None)
     fan_in: int | None = eqx.field(static=True, default=None)
-    slack: float | None = None
+    slack: float | None = eqx.field(static=True, default=None)
 
     def proved(self, memory: _Memory):
         """See `AbstractCertifiedSolver`."""
@@ -61,9 +62,10 @@ class Bracketing(AbstractCertifiedSolver):
     def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
         """The end whose turn it is; or twice z, as long as there is no upper end."""
         x, fx = flat(z, 0), flat(fz, 0)
-        bracket, _, _ = narrow(memory.bracket, x, fx, self.margin())
-        done, bounded = self.closed(bracket), jnp.all(jnp.isfinite(bracket.upper))
+        bracket, _, _ = narrow(memory.bracket, x, fx, self.margin(z))
+        answer, done = self.answer(bracket, z)
+        bounded = jnp.all(jnp.isfinite(bracket.upper))
         target = jnp.where(memory.below, bracket.lower, bracket.upper)
         target = jnp.where(bounded, target, 2 * jnp.maximum(x, fx))
-        target = jnp.where(done, centre(bracket), target)
-        return unflat(target, z), _Memory(bracket, ~memory.below, done)
+        z = select(done, answer, unflat(target, z))
+        return z, _Memory(bracket, ~memory.below, done)

@@ -47,7 +47,7 @@ class Hypotheses(NamedTuple):
     @property
     def holds(self) -> Bool[Array, ""]:
         """Whether all of them do, as far as was seen."""
-        return jnp.all(jnp.stack([finding.holds for finding in self]))
+        return jnp.all(jnp.stack([finding.holds for finding in self]), axis=0)
 
 
 def check_hypotheses(

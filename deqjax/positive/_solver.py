@@ -11,7 +11,7 @@ import optimistix
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import _secant
-from .._bracket import Bracket, at_most, centre, flat, narrow, unflat
+from .._bracket import Bracket, at_most, consistent, flat, narrow, unflat
 from .._certified import AbstractCertifiedSolver
 from .._secant import Secants
 from .._tree import select
@@ -22,20 +22,25 @@ _SLOW = 0.7
 # A first attempt where the residual is half of the tolerance; after a failed one, where it has
 # shrunk as the attempt showed to be necessary, within these bounds.
 _FIRST, _LEAST, _MOST = 0.5, 0.5, 0.125
-# An attempt fails for a weight or a width that the next one mends; or for rounding, for good.
+# An attempt fails for a weight or a width that the next one mends, or for rounding, for good. At
+# rho(J) up to 0.999 (tanh, relu6, sigmoid, soft_sign, n = 80) two failed at most in float64, and up
+# to seven in float32 where rounding left one width in ten.
 _ATTEMPTS = 8
+# Roundings that a width has at least, and the part of it that a weight keeps where J w is 0: as for
+# the candidates of `deqjax.certify`.
 _ROUNDINGS = 32
 _FLOOR = 0.1
 _RULE = _secant.Rule(galerkin=False, mixing=1.0, ridge=1e-8)
 _FAST = jnp.iinfo(jnp.int32).max  # Picard steps still to take: no end in sight
+# What z is: an iterate, the upper or the lower end of an attempt, the answer, or a trial of an
+# upper point to start from.
+_ITERATE, _ABOVE, _BELOW, _ANSWER, _CLIMB = range(5)
 
 
 class _Memory(NamedTuple):
     secants: Secants
     bracket: Bracket
-    # What z is: 0 an iterate, 1 and 2 the upper and the lower point of an attempt, 3 the answer,
-    # 4 a trial of an upper point to start from.
-    phase: Int[Array, ""]
+    phase: Int[Array, ""]  # what z is
     ahead: Float[Array, " n"]  # the iterate after an attempt
     centre: Float[Array, " n"]
     weight: Float[Array, " n"]
@@ -63,14 +68,16 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     - `rtol`, `atol`: what is certified; `norm` (optimistix.max_norm) only picks the best iterate
         where steps run out.
     - `upper`: a number that f never exceeds, the supremum of a bounded activation
-        (`deqjax.positive.ACTIVATIONS[activation].supremum`): a bound from the start, and where the
-        iteration starts, whatever z0 is. `None` starts at z0.
+        (`deqjax.positive.properties(activation).supremum`): a bound from the start, and where the
+        iteration starts where z0 is 0 or above it. `None`, or infinity, starts at z0.
     - `fan_in`: as in `deqjax.certify`; it has to be given in Optimistix's own front door.
+    - `slack`: the bound of the relative rounding of f itself, in the place of what is counted.
     - `depth`: of Anderson's window, an int of at least 1.
 
     `sol.stats` has `"relative_error"`, a proved bound of `max_i |z_i - z*_i| / z*_i` for `z =
     sol.value` (infinite if nothing is), and `"lower"` and `"upper"`, the bounds of z*. The result
-    is `successful` only for what is certified. It stops early, with `nonlinear_max_steps_reached`,
+    is `successful` only for what is certified (with both tolerances zero, for the steps taken). It
+    stops early, with `nonlinear_max_steps_reached`,
     after eight attempts that failed, or three where rounding, times 1 / (1 - rho(J)), is seen to be
     above the tolerance.
 
@@ -91,10 +98,10 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     rtol: float | Float[Array, ""] = 1e-4
     atol: float | Float[Array, ""] = 0.0
     norm: Callable[[PyTree], Any] = optimistix.max_norm
-    upper: float | None = None
+    upper: float | None = eqx.field(static=True, default=None)
     fan_in: int | None = eqx.field(static=True, default=None)
     depth: int = eqx.field(static=True, default=5)
-    slack: float | None = None  # the bound of rounding, once f is known
+    slack: float | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         if isinstance(self.depth, bool) or not isinstance(self.depth, Integral) or self.depth < 1:
@@ -105,7 +112,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
 
     def proved(self, memory: _Memory):
         """See `AbstractCertifiedSolver`."""
-        return memory.bracket, memory.phase == 3
+        return memory.bracket, memory.phase == _ANSWER
 
     def verdict(self, error, memory: _Memory):
         """See `AbstractSolver`."""
@@ -129,76 +136,82 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
 
     def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
         """One step of the iteration, or one evaluation of an attempt."""
-        m, x, fx, slack = memory, flat(z, 0), flat(fz, 0), self.margin()
+        m, x, fx, slack = memory, flat(z, 0), flat(fz, 0), self.margin(z)
         bracket, _, _ = narrow(m.bracket, x, fx, slack)
-        iterate, climbing = m.phase == 0, m.phase == 4
-        bounded = jnp.all(jnp.isfinite(bracket.upper))
-
-        # The iteration goes on; during an attempt it is asked again from where it was.
-        s = m.secants
-        gap, most = jnp.abs(fx - x), self.allowed(fx)
+        iterating = m.phase == _ITERATE
+        most = self.allowed(fx)
+        gap = jnp.abs(fx - x)
         residual = jnp.max(gap / jnp.where(most > 0, most, 1))
-        slow = iterate & (residual > _SLOW * m.last) & (s.wait > _FAST // 2)
-        s = dataclasses.replace(s, wait=jnp.where(slow, 0, s.wait))
-        climb = (slow | climbing) & ~bounded
-        place, value = select(iterate, (z, fz), (s.z, s.f))
-        ahead, after = _secant.mix(_RULE, place, value, s)
-        secants = _secant.keep(iterate, after, s)
-        arrived = climbing & bounded
-        secants = _secant.restart(arrived, secants)
-        ahead = jnp.where(arrived, fx, flat(ahead, 0))
-        ahead = jnp.clip(ahead, bracket.lower, bracket.upper)
-
         # What rounding is all that is left of cannot become less.
         small = (residual <= m.trigger) | jnp.all(gap <= slack * fx)
-        attempt = iterate & small & ~climb
-        middle = jnp.where(attempt, fx, m.centre)
-        weight = jnp.where(m.failed == 0, middle, m.weight)
-        most = self.allowed(middle)
-        # A bracket of twice the width has its centre off by the width at most.
-        width = m.part * weight * jnp.min(jnp.where(weight > 0, most / weight, jnp.inf))
+        slow = iterating & (residual > _SLOW * m.last) & (m.secants.wait > _FAST // 2)
+        unbounded = ~jnp.all(jnp.isfinite(bracket.upper))
+        climb = (slow | (m.phase == _CLIMB)) & unbounded
+        arrived = (m.phase == _CLIMB) & ~unbounded
+        attempt = iterating & small & ~climb
 
-        # The end of an attempt: what it teaches.
-        end = m.phase == 2
-        product = (m.f_upper - fx) / 2
-        margin = at_most(middle, slack) - middle
-        left = jnp.abs((m.f_upper + fx) / 2 - middle)
+        secants, ahead = self._advance(z, fz, m, iterating, slow, arrived)
+        ahead = jnp.clip(ahead, bracket.lower, bracket.upper)
+        ahead = jnp.where(iterating | arrived, ahead, m.ahead)
+        m = m._replace(secants=secants, bracket=bracket, ahead=ahead)
+        m = m._replace(centre=jnp.where(attempt, fx, m.centre))
+        width = self._width(m)
+        m = m._replace(
+            f_upper=jnp.where(m.phase == _ABOVE, fx, m.f_upper),
+            last=jnp.where(iterating, residual, m.last),
+        )
+        m = select(m.phase == _BELOW, self._learn(m, fx, width, slack), m)
+
+        target = jnp.where(climb, 2 * jnp.maximum(x, fx), ahead)
+        target = jnp.where(attempt, m.centre + width, target)
+        target = jnp.where(m.phase == _ABOVE, m.centre - width, target)
+        answer, done = self.answer(bracket, z)
+        phase = jnp.where(m.phase == _ABOVE, _BELOW, _ITERATE)
+        phase = jnp.where(attempt, _ABOVE, jnp.where(climb, _CLIMB, phase))
+        phase = jnp.where(done, _ANSWER, phase).astype(jnp.int32)
+        return select(done, answer, unflat(target, z)), m._replace(phase=phase)
+
+    def _advance(self, z, fz, m: _Memory, iterating, slow, arrived):
+        """The iteration's own memory and next iterate; unless iterating, asked where it was."""
+        s = m.secants
+        s = dataclasses.replace(s, wait=jnp.where(slow, 0, s.wait))
+        ahead, after = _secant.mix(_RULE, *select(iterating, (z, fz), (s.z, s.f)), s)
+        s = _secant.restart(arrived, _secant.keep(iterating, after, s))
+        return s, jnp.where(arrived, flat(fz, 0), flat(ahead, 0))
+
+    def _width(self, m: _Memory) -> Float[Array, " n"]:
+        """Half of the bracket to be tried: its centre is off by no more than that."""
+        weight = jnp.where(m.failed == 0, m.centre, m.weight)
+        most = self.allowed(m.centre)
+        return m.part * weight * jnp.min(jnp.where(weight > 0, most / weight, jnp.inf))
+
+    def _learn(self, m: _Memory, f_lower, width, slack: float) -> _Memory:
+        """What an attempt teaches that has failed, from f at the two ends.
+
+        Their half difference is J w, and `|f(c) - c| + rounding < w - J w` is what was missing.
+        """
+        product = (m.f_upper - f_lower) / 2
+        left = jnp.abs((m.f_upper + f_lower) / 2 - m.centre)
+        margin = at_most(m.centre, slack) - m.centre
         room = width - product
         over = lambda x: jnp.max(jnp.where(room > 0, x / jnp.where(room > 0, room, 1), jnp.inf))
-        trigger = m.last * jnp.clip(1 / over(left + margin), _MOST, _LEAST)
         # Where f bends too much within the width, no small residual helps; rounding asks for width.
-        finest = jnp.clip(_ROUNDINGS * slack / jnp.asarray(self.rtol, x.dtype), 0, 1)
-        bent = end & ~jnp.all(room > 0)
+        bent = ~jnp.all(room > 0)
+        finest = jnp.clip(_ROUNDINGS * slack / jnp.asarray(self.rtol, width.dtype), 0, 1)
+        narrower = jnp.maximum(m.part / 4, jnp.minimum(finest, m.part))
         # Rounding alone is more than there is room for, by a weight that has been mended.
         hopeless = (over(margin) > 1) & ~bent & (m.failed > 0)
-        part = jnp.where(bent, jnp.maximum(m.part / 4, jnp.minimum(finest, m.part)), m.part)
-
-        done = self.closed(bracket)
-        phase = jnp.where(attempt, 1, jnp.where(m.phase == 1, 2, 0))
-        phase = jnp.where(climb, 4, phase)
-        here = iterate | arrived
-        target = jnp.where(attempt, middle + width, jnp.where(here, ahead, m.ahead))
-        target = jnp.where(climb, 2 * jnp.maximum(x, fx), target)
-        target = jnp.where(m.phase == 1, middle - width, target)
-        target = jnp.where(done, centre(bracket), target)
-        memory = _Memory(
-            secants,
-            bracket,
-            jnp.where(done, 3, phase).astype(jnp.int32),
-            jnp.where(iterate, ahead, m.ahead),
-            middle,
-            jnp.where(end, jnp.maximum(product, _FLOOR * m.part * most), weight),
-            jnp.where(m.phase == 1, fx, m.f_upper),
-            jnp.where(end, trigger, m.trigger),
-            jnp.where(iterate, residual, m.last),
-            part,
-            m.failed + jnp.where(end, jnp.where(hopeless, 3, 1), 0),
+        return m._replace(
+            weight=jnp.maximum(product, _FLOOR * m.part * self.allowed(m.centre)),
+            trigger=m.last * jnp.clip(1 / over(left + margin), _MOST, _LEAST),
+            part=jnp.where(bent, narrower, m.part),
+            failed=m.failed + jnp.where(hopeless, 3, 1),
         )
-        return unflat(target, z), memory
 
     def recovers(self, memory: _Memory) -> Bool[Array, ""]:
         """See `AbstractSolver`."""
-        return (memory.secants.stride > 0) & (memory.failed < _ATTEMPTS)
+        going = (memory.failed < _ATTEMPTS) & consistent(memory.bracket)
+        return going & (memory.secants.stride > 0)
 
     def keep(self, go, live, new: _Memory, old: _Memory) -> _Memory:
         """See `AbstractSolver`."""

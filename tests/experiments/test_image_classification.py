@@ -98,7 +98,23 @@ def test_without_options_compares_four_models(default):
         assert [line["step"] for line in metrics(path) if "eval_accuracy" in line] == [6, 12]
         assert (path / "curves.png").stat().st_size > 5_000
         assert (path / "residual.png").exists() == (name != "resnet")
+        assert (path / "certificates.png").exists() == name.startswith("pc-")
         assert arrays(path)[0] == 12
+
+
+def test_certificates_of_positive_concave_networks(default):
+    folder, output = default
+    for row in (re.split(r" {2,}", line) for line in output.splitlines() if "runs/" in line):
+        *epochs, last = metrics(folder / row[-1])[-8:]
+        if not row[0].startswith("pcDEQ"):
+            assert row[3] == "-" and "certified" not in last
+            continue
+        assert last["step"] == 12 and row[3] == f"{last['certified']:.2%}"
+        line = epochs[-1]
+        assert line["epoch"] == 2.0
+        (((lower, upper),), ((median, largest),)) = line["spectral_radius"], line["certified_error"]
+        assert 0 < lower <= upper < 1 and largest >= median > 0
+        assert line["solve_evaluations"][0] >= 1
 
 
 def test_the_baseline_has_the_parameters_of_the_implicit_network(default):
@@ -200,7 +216,13 @@ def test_a_step_donates_its_buffers(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     train, models = (importlib.import_module(name) for name in ("_train", "_models"))
     make = models.constructor(
-        "pc-linear", features=(8,), max_steps=20, tolerance=1e-4, beta=0.8, activation="tanh"
+        "pc-linear",
+        features=(8,),
+        max_steps=20,
+        tolerance=1e-4,
+        gradient_tolerance=1e-2,
+        beta=0.8,
+        activation="tanh",
     )
     model, norms = eqx.nn.make_with_state(make)((4, 4, 1), 10, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)

@@ -102,6 +102,51 @@ def test_no_fixed_point_is_no_success(method):
 
 
 @solvers
+@pytest.mark.parametrize(
+    ("f", "upper"),
+    [
+        (lambda z, x: x / (1 + z), None),  # not monotone
+        (lambda z, x: jax.nn.relu6(z / 2 + 2), 1.0),  # f exceeds 1
+        (lambda z, x: jnp.tanh(z / 2 + 2) + 1.2, 1.0),
+    ],
+)
+def test_a_contradiction_is_no_success(method, f, upper):
+    sol = deqjax.fixed_point(f, method(upper=upper), jnp.zeros(3), jnp.ones(3))
+    assert sol.result != SUCCESS and np.isinf(sol.stats["relative_error"])
+    assert sol.stats["num_steps"] < 10
+
+
+@solvers
+def test_starting_points(method):
+    """An infinite supremum is none; a warm start between 0 and the upper point is used."""
+    f = lambda z, a: jnp.sqrt(z + a)
+    truth = (1 + np.sqrt(5)) / 2
+    for upper in (None, jnp.inf):
+        sol = deqjax.fixed_point(f, method(upper=upper), jnp.zeros(()), jnp.asarray(1.0))
+        np.testing.assert_allclose(sol.value, truth, rtol=1e-4)
+    p = concave("tanh", 1.0, 0.3)
+    cold = solve(p, method(rtol=1e-3, upper=1.0))
+    warm = solve(p, method(rtol=1e-3, upper=1.0), z0=cold.value)
+    check(warm, p, 1e-3)
+    negative = solve(p, method(rtol=1e-3), z0=-0.9 * jnp.ones_like(p.args[1]))
+    check(negative, p, 1e-3)
+    if method is PositiveConcaveSolver:
+        assert np.all(warm.stats["num_steps"] < cold.stats["num_steps"])
+
+
+@solvers
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_keeps_its_word(method, dtype):
+    """What is returned has been rounded to the state's dtype, and that is counted."""
+    f = lambda z, x: jax.nn.sigmoid(z / 2 + x)
+    x = jnp.linspace(0.1, 3, 40).astype(dtype)
+    run = lambda x: deqjax.fixed_point(f, method(rtol=0.05, slack=0.03), jnp.zeros_like(x), x)
+    sol = jax.vmap(run)(x[:, None])
+    done = np.asarray(sol.result == SUCCESS)
+    assert np.any(done) and np.all(np.asarray(sol.stats["relative_error"])[done] <= 0.0501)
+
+
+@solvers
 @pytest.mark.x64
 def test_absolute_tolerance(method):
     p = concave("tanh", 1.0, 0.1)
@@ -156,6 +201,13 @@ def test_in_a_layer(getkey, image):
         np.testing.assert_allclose(got, value, rtol=1e-7)
         for a, b in zip(jax.tree.leaves(grads.cell), want, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    # A layer certifies what its cell sees, and not the x that it is given.
+    sol = deq.batch(xs)[1]
+    c = deq.certify(xs, sol.value, batched=True)
+    assert np.all(c.holds) and np.all(c.relative_error <= 2e-8)
+    assert np.all(c.lower <= exact.batch(xs)[0] * (1 + 1e-13))
+    one = deq.certify(xs[1], sol.value[1])
+    np.testing.assert_allclose(one.lower, c.lower[1], rtol=1e-9)
     z, sol = deq(xs[0])
     assert sol.result == SUCCESS and sol.stats["relative_error"] <= 1e-8
     np.testing.assert_allclose(z, exact.batch(xs)[0][0], rtol=1e-7)
@@ -194,18 +246,28 @@ def test_pytrees_and_scalars():
 
 @solvers
 def test_mistakes_raise(method):
-    for upper in (0.0, -1.0):
-        with pytest.raises(ValueError, match="upper to be None or a number above 0"):
+    for upper in (0.0, -1.0, True, "6"):
+        with pytest.raises(ValueError, match="upper to be None or a Python number above 0"):
             method(upper=upper)
     with pytest.raises(ValueError, match="a relative tolerance of at least 0"):
         method(rtol=-1.0)
     f = lambda z, _: jnp.tanh(z + 1)
     with pytest.raises(ValueError, match=f"{method.__name__} expects to be run by deqjax"):
         optimistix.fixed_point(f, method(), jnp.ones(3))
-    with pytest.raises(ValueError, match=f"{method.__name__} expects fn.*'sub', which cancels"):
+    with pytest.raises(ValueError, match=f"{method.__name__} expects fn.*'sub', which may cancel"):
         deqjax.fixed_point(lambda z, _: jnp.tanh(z - 1), method(), jnp.ones(3))
-    counted = method(fan_in=5)
-    assert deqjax.fixed_point(lambda z, _: jnp.tanh(1 - (1 - z)), counted, jnp.ones(3)) is not None
+    with pytest.raises(ValueError, match="fan_in to be None or an int of at least 1"):
+        deqjax.fixed_point(f, method(fan_in=0), jnp.ones(3))
+
+
+@solvers
+def test_a_given_fan_in(method):
+    """In the place of what is counted, and in Optimistix's front door, which shows no f."""
+    p = concave("tanh", 1.0, 0.3)
+    check(solve(p, method(rtol=1e-3, fan_in=20)), p, 1e-3)
+    one, x = p.one, (p.args[0], p.args[1][0])
+    sol = optimistix.fixed_point(one, method(rtol=1e-3, fan_in=20), jnp.zeros(20), x)
+    np.testing.assert_allclose(sol.value, p.solution[0], rtol=2e-3)
 
 
 def test_depth_of_the_window():

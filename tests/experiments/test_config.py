@@ -1,0 +1,94 @@
+"""The presets of `experiments/image_classification.py`, resolved as its options are."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+from _config import NAMED, Config, choose, resolve
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
+
+# Of the commands in the README of the paper's authors: activation, learning rate, epochs, weight
+# decay, batch, milestone; of their networks: the widths.
+PAPER = {
+    "mnist-multi-softsign": ("mnist", "pc-multi", 1, 5e-4, 40, 1.5e-2, 30, (12, 24, 48)),
+    "svhn-single-sigmoid": ("svhn_cropped", "pc-single", 2, 5e-4, 80, 2e-2, 70, (125,)),
+    "cifar10-multi-relu6-augmented": (
+        *("cifar10", "pc-multi", 1, 5e-4, 120, 2e-2, 100),
+        (100, 120, 140),
+    ),
+}
+
+
+def options(*args):
+    (config,) = choose(tyro.cli(Config, args=args))
+    return resolve(config)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_numbers(name):
+    config = options("--preset", name)
+    assert config.epochs and config.milestone and config.schedule == "milestone"
+    fall = round(config.epochs * config.milestone, 6)
+    found = (config.dataset, config.model, config.kind, config.learning_rate, config.epochs)
+    assert (*found, config.weight_decay, fall, config.features) == PAPER[name]
+    assert config.batch_size == 64 and config.activation in name
+
+
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("mnist-linear-softsign", (80,)),
+        ("mnist-single-softsign", (82,)),
+        ("svhn-multi-sigmoid", (20, 50, 80)),
+        ("cifar10-single-relu6", (125,)),
+        ("cifar10-multi-relu6", (20, 50, 80)),
+    ],
+)
+def test_the_papers_other_networks(name, features):
+    assert options("--preset", name).features == features
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_preset_is_whole(name):
+    config = options("--preset", name)
+    assert config.name == f"{name}-0" and None not in (config.shift, config.max_steps)
+    # Only one of the paper's settings moves and mirrors images, as far as its authors' code does.
+    augmented = (config.shift, config.mirror) == (4, True)
+    assert augmented == name.endswith("augmented")
+    if "short" not in name and not augmented:
+        assert (config.shift, config.mirror) == (0, False)
+
+
+def test_options_given_come_before_the_preset():
+    config = options("--preset", "mnist-multi-softsign", "--epochs", "8", "--learning-rate", "1")
+    assert (config.epochs, config.learning_rate, config.weight_decay) == (8, 1.0, 1.5e-2)
+    assert config.milestone == 0.75  # of 8 epochs now
+    config = options("--preset", "mnist-multi-softsign", "--activation", "sigmoid")
+    assert (config.kind, config.activation) == (2, "sigmoid")
+    config = options("--preset", "mnist-multi-softsign", "--kind", "2", "--dataset", "digits")
+    assert (config.kind, config.activation, config.dataset) == (2, "sigmoid", "digits")
+    assert options("--preset", "cifar10-multi-relu6", "--mirror", "True").mirror is True
+
+
+def test_without_a_preset_the_defaults_hold():
+    four = [resolve(config) for config in choose(Config())]
+    assert [(c.model, c.kind, c.dataset) for c in four] == [
+        ("implicit-resnet", 1, "digits"),
+        ("pc-linear", 1, "digits"),
+        ("pc-linear", 2, "digits"),
+        ("resnet", 1, "digits"),
+    ]
+    assert all((c.schedule, c.weight_decay, c.shift) == ("cosine", 1e-2, 1) for c in four)
+    names = [resolve(config).name for config in choose(Config(name="mine"))]
+    assert names[1] == "mine-digits-pc-linear-kind1-0"
+
+
+def test_an_unknown_preset_is_refused():
+    command = [sys.executable, str(SCRIPT), "--preset", "mnist-multi-relu"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    said = " ".join(process.stderr.split())
+    assert process.returncode != 0
+    assert "invalid choice 'mnist-multi-relu'" in said and "mnist-multi-softsign" in said
