@@ -84,8 +84,8 @@ def check_hypotheses(
 
     **A failure of one of the first four is a counterexample, up to rounding**: `witness`, seen in
     values and, where there are two, in derivatives, beyond 10 times what rounding does to an f
-    whose condition is good. With an f that amplifies rounding more than that, a `violation` of
-    tens may be no more than that: evaluate it again in float64, where a true one scores 5e8 times as much.
+    whose condition is good. With an f that amplifies rounding still more, a `violation` of tens may
+    be rounding too: look again in float64, where a true one scores 5e8 times as much.
     **Passing is evidence, not proof.** For `exists` it is the other way round: the u was found; not
     to have found one proves nothing.
 

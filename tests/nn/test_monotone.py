@@ -1,5 +1,7 @@
 """The monotone cell has one fixed point, and its splittings find it at the rates of the theory."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -164,6 +166,22 @@ def test_any_solver_in_float32(solver, getkey):
         # Through the front door the readout is the caller's.
         sol = deqjax.fixed_point(paramax.unwrap(splitting), solver, 0 * x, x, max_steps=500)
         np.testing.assert_allclose(splitting.readout(sol.value), expected, atol=2e-3)
+
+
+def test_a_warm_start_is_the_state_and_not_the_output(getkey):
+    """And so is what a predictor has to predict: relu(u) has lost the negative part of u."""
+    deq = DEQ(
+        cell_of(getkey, 2.0).peaceman_rachford(0.3),
+        deqjax.FixedPointIteration(),
+        deqjax.ImplicitAdjoint(),
+    )
+    x = jax.random.normal(getkey(), (8,))
+    z, sol = deq(x)
+    assert jnp.any(sol.value < 0) and jnp.all(z >= 0)
+    steps = lambda z0: int(deq(x, z0)[1].stats["num_steps"])
+    assert steps(sol.value) <= 1 < steps(z)
+    predicting = dataclasses.replace(deq, predictor=lambda x: sol.value)
+    assert predicting(x)[1].stats["num_steps"] <= 1
 
 
 def test_the_inverse_is_made_once_a_solve(getkey):
