@@ -3,11 +3,7 @@
 from ._conv import Conv2d as Conv2d
 from ._deq import DEQ as DEQ
 from ._dropout import VariationalDropout as VariationalDropout, draw_masks as draw_masks
-from ._monotone import (
-    ForwardBackward as ForwardBackward,
-    MonotoneLinear as MonotoneLinear,
-    PeacemanRachford as PeacemanRachford,
-)
+from ._monotone import MonotoneLinear as MonotoneLinear
 from ._norm import GroupNorm as GroupNorm
 from ._positive import (
     PositiveConcaveConv2d as PositiveConcaveConv2d,
@@ -15,6 +11,10 @@ from ._positive import (
 )
 from ._positive_concave import PositiveConcave as PositiveConcave
 from ._spectral import SpectralNorm as SpectralNorm, power_step as power_step
+from ._splitting import (
+    ForwardBackward as ForwardBackward,
+    PeacemanRachford as PeacemanRachford,
+)
 from ._subhomogeneous import (
     SubhomogeneousConv2d as SubhomogeneousConv2d,
     SubhomogeneousLinear as SubhomogeneousLinear,

@@ -19,6 +19,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 
 import equinox as eqx
 import jax
@@ -30,6 +31,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, PyTree
 
+from .._number import check_size
 from .._tree import mesh_axes, vary
 from ..positive import AbstractNonnegative, StrictlyPositive, properties
 
@@ -82,6 +84,7 @@ def nonnegative_weight(
 ) -> Weight:
     """W0 ~ U(0, 1) sqrt(1e-4) / sqrt(out + in), as in the pcDEQ reference, however it is kept
     nonnegative."""
+    check_size("size or channels", shape[-1])
     # Why a square by default: Adam moves v by the learning rate, whatever the gradient's size.
     # W = 4e-4 is v = 0.02 there, so that a step of 1e-3 changes W by 10 %; it is v = -8 under
     # softplus, where the step changes W by 0.1 %, and where weight decay, pulling v to 0, pulls W
@@ -174,10 +177,10 @@ def _batch(args, dims, *, stride, precision):
 
 def check_kernel_size(kernel_size: int) -> None:
     """Raises `ValueError` unless the kernel has a centre."""
-    if kernel_size < 1 or kernel_size % 2 == 0:
+    if not isinstance(kernel_size, Integral) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(
-            f"A convolution expected an odd kernel_size, got {kernel_size}: an even one has no "
-            "centre and shifts the image by half a pixel. Use the next odd size."
+            f"A convolution expected an odd kernel_size, an int, got {kernel_size!r}: an even "
+            "one has no centre and shifts the image by half a pixel. Use the next odd size."
         )
 
 

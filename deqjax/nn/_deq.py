@@ -44,8 +44,9 @@ class DEQ(eqx.Module):
     - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`.
     - `predictor`: `predictor(x) -> z0` on one example, with x as the cell sees it; `None` is zeros.
         With `deqjax.ImplicitAdjoint` z0 has no gradient, so train it with a loss of its own, for
-        instance `jnp.mean((deq.predictor(x) - jax.lax.stop_gradient(z)) ** 2)`. With an adjoint of
-        the steps taken, z0 has a gradient and the task trains it too.
+        instance `jnp.mean((deq.predictor(x) - jax.lax.stop_gradient(sol.value)) ** 2)`: the target
+        is `sol.value`, which the layer's output is not if the cell has a `readout`. With an adjoint
+        of the steps taken, z0 has a gradient and the task trains it too.
 
     **Cost:** that of `deqjax.fixed_point`.
 
@@ -74,8 +75,9 @@ class DEQ(eqx.Module):
         **Arguments:**
 
         - `x`: one example, a pytree of arrays.
-        - `z0`: the initial iterate, for instance the solution at a similar x or before the last
-            update; `None` is `predictor` of the injected x, or zeros like it.
+        - `z0`: the initial iterate, for instance `sol.value` at a similar x or before the last
+            update (not the output z, if the cell has a `readout`: `nn.PeacemanRachford` leaves out
+            of it what is negative); `None` is `predictor` of the injected x, or zeros like it.
         - `steps`: a traced budget of at most `max_steps`; drawn anew in each training step, it
             randomises the depth without recompiling.
         - `key`: draws the masks of the cell's `nn.VariationalDropout`, one set for all evaluations

@@ -62,8 +62,8 @@ class PositiveConcaveLinear(AbstractPositiveConcave):
 
     **When not to use it:** if hidden units must inhibit each other: W >= 0 cannot.
 
-    **Raises:** `ValueError` for another activation or `nonnegative`, or `floor` or `sharpness` not
-    above 0.
+    **Raises:** `ValueError` for another activation or `nonnegative`, `floor` or `sharpness` that is
+    no finite number above 0, or a size that is no int above 0.
 
     Reference: Gabor, Piotrowski and Cavalcante, Positive concave deep equilibrium models, ICML
     2024, arXiv 2402.04029.
@@ -87,8 +87,8 @@ class PositiveConcaveLinear(AbstractPositiveConcave):
     ):
         self.weight = nonnegative_weight((size, size), dtype, key, nonnegative)
         self.activation = activation
-        self.floor = floor
-        self.sharpness = sharpness
+        positive = StrictlyPositive(floor, sharpness)
+        self.floor, self.sharpness = positive.floor, positive.sharpness
 
     def product(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
         """`W z`."""
@@ -137,8 +137,8 @@ class PositiveConcaveConv2d(AbstractPositiveConcave):
         shape = (kernel_size, kernel_size, channels, channels)
         self.weight = nonnegative_weight(shape, dtype, key, nonnegative)
         self.activation = activation
-        self.floor = floor
-        self.sharpness = sharpness
+        positive = StrictlyPositive(floor, sharpness)
+        self.floor, self.sharpness = positive.floor, positive.sharpness
 
     def product(self, z: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
         """`W * z`."""

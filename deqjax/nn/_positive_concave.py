@@ -58,9 +58,12 @@ class PositiveConcave(eqx.Module):
     def __call__(self, z: PyTree, x: PyTree) -> PyTree:
         """`cell(z, x)` of one example; `x` has been through `inject`."""
         out = paramax.unwrap(self.cell)(z, x)
+        # Whether they vary over a mesh, or are weakly typed, is for the solve to settle.
         structs = jax.eval_shape(lambda: (out, z))
-        got, like = (eqx.tree_pformat(tree, struct_as_array=True) for tree in structs)
-        if not eqx.tree_equal(*structs):
+        leaves, treedefs = zip(*map(jax.tree.flatten, structs), strict=True)
+        kinds = [[(leaf.shape, leaf.dtype) for leaf in each] for each in leaves]
+        if treedefs[0] != treedefs[1] or kinds[0] != kinds[1]:
+            got, like = (eqx.tree_pformat(tree, struct_as_array=True) for tree in structs)
             raise ValueError(
                 f"PositiveConcave expected its cell to return the structure, shapes and dtypes of "
                 f"z, {like}, got {got}. Cast or reshape the cell's output, or give nn.DEQ another "

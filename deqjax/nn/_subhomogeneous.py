@@ -103,8 +103,8 @@ class SubhomogeneousLinear(AbstractSubhomogeneous):
         self.weight = nonnegative_weight((size, size), dtype, key, nonnegative)
         self.activation = activation
         self.normalise = normalise
-        self.floor = floor
-        self.sharpness = sharpness
+        positive = StrictlyPositive(floor, sharpness)
+        self.floor, self.sharpness = positive.floor, positive.sharpness
 
     def product(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
         """`W z`."""
@@ -156,8 +156,8 @@ class SubhomogeneousConv2d(AbstractSubhomogeneous):
         self.weight = nonnegative_weight(shape, dtype, key, nonnegative)
         self.activation = activation
         self.normalise = normalise
-        self.floor = floor
-        self.sharpness = sharpness
+        positive = StrictlyPositive(floor, sharpness)
+        self.floor, self.sharpness = positive.floor, positive.sharpness
 
     def product(self, z: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
         """`W * z`."""

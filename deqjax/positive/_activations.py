@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._number import number
 from ._base import AbstractActivation, Properties
 
 
@@ -108,11 +108,12 @@ class Shifted(AbstractActivation):
                 f"Shifted expected a base that is concave and bounded on u >= 0, got "
                 f"{name(self.base)}. Use jnp.tanh, jax.nn.relu6 or another of that kind."
             )
-        if not (isinstance(self.shift, Real) and 0 < self.shift < math.inf):
+        if not 0 < number(self.shift) < math.inf:
             raise ValueError(
                 f"Shifted expected a Python number above 0 as shift, got {self.shift!r}. Without a "
                 f"shift, use {name(self.base)} itself."
             )
+        object.__setattr__(self, "shift", number(self.shift))
 
     def __call__(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
         """`sigma(u) + shift`."""
@@ -145,13 +146,14 @@ class Power(AbstractActivation):
     offset: float = 0.0
 
     def __post_init__(self):
-        numbers = isinstance(self.exponent, Real) and isinstance(self.offset, Real)
-        if not (numbers and 0 < self.exponent < 1 and 0 <= self.offset < math.inf):
+        if not (0 < number(self.exponent) < 1 and 0 <= number(self.offset) < math.inf):
             raise ValueError(
                 f"Power expected Python numbers 0 < exponent < 1 and offset >= 0, got "
                 f"{self.exponent!r} and {self.offset!r}. From exponent 1 on a fixed point need not "
                 f"exist."
             )
+        object.__setattr__(self, "exponent", number(self.exponent))
+        object.__setattr__(self, "offset", number(self.offset))
 
     def __call__(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
         """`(u + offset)^exponent`."""

@@ -18,8 +18,9 @@ class Properties(NamedTuple):
     - `supremum`: over u >= 0, no matter whether it is reached.
     - `subhomogeneity`: mu = sup over u > 0 of u sigma'(u) / sigma(u). With x >= 0, f is
         mu-Lipschitz in the Thompson metric max |log(y / z)|, whatever W >= 0 is.
-    - `sublinear`: whether sigma(u) / u tends to 0. Then a fixed point exists for every W >= 0;
-        otherwise if and only if the spectral radius of W is below 1.
+    - `sublinear`: whether sigma(u) / u tends to 0. Then a fixed point exists for every W >= 0. With
+        slope 1 at infinity, as relu, the identity and softplus have, one exists for every x that
+        `kind` allows if and only if the spectral radius of W is below 1; with slope c, below 1 / c.
     """
 
     concave: bool

@@ -1,9 +1,12 @@
 """The map that makes an input positive before a positive concave cell sees it."""
 
+import math
 from dataclasses import dataclass
 
 import jax
 from jaxtyping import PyTree
+
+from .._number import number
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class StrictlyPositive:
 
     **Call:** any pytree of float arrays; returns the same shapes and dtypes.
 
-    **Raises:** `ValueError` for `floor` or `sharpness` not above 0.
+    **Raises:** `ValueError` for `floor` or `sharpness` that is no finite Python number above 0.
 
     Reference: Gabor, Piotrowski and Cavalcante, Positive concave deep equilibrium models, ICML
     2024, arXiv 2402.04029; there without a floor.
@@ -32,12 +35,14 @@ class StrictlyPositive:
     sharpness: float = 5.0
 
     def __post_init__(self):
-        if not (self.floor > 0 and self.sharpness > 0):
+        if not all(0 < number(value) < math.inf for value in (self.floor, self.sharpness)):
             raise ValueError(
-                f"A positive concave cell expected floor > 0 and sharpness > 0, got floor="
-                f"{self.floor} and sharpness={self.sharpness}: its input has to stay positive. "
-                f"Use 1e-3 and 5."
+                f"A positive concave cell expected floor > 0 and sharpness > 0, finite Python "
+                f"numbers, got floor={self.floor!r} and sharpness={self.sharpness!r}: its input "
+                f"has to stay positive and finite. Use 1e-3 and 5."
             )
+        object.__setattr__(self, "floor", number(self.floor))
+        object.__setattr__(self, "sharpness", number(self.sharpness))
 
     def __call__(self, x: PyTree) -> PyTree:
         """Apply it to each entry."""

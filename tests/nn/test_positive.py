@@ -11,7 +11,12 @@ import paramax
 import pytest
 
 import deqjax
-from deqjax.nn import DEQ, PositiveConcaveConv2d, PositiveConcaveLinear
+from deqjax.nn import (
+    DEQ,
+    PositiveConcaveConv2d,
+    PositiveConcaveLinear,
+    SubhomogeneousLinear,
+)
 from deqjax.positive import ACTIVATIONS, qualify
 
 activations = pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda f: f.__name__)
@@ -65,8 +70,15 @@ def test_bad_fields_raise(getkey):
     for field in ("floor", "sharpness"):
         with pytest.raises(ValueError, match=f"expected floor > 0.*{field}=0"):
             PositiveConcaveLinear(3, key=getkey(), **{field: 0.0})  # pyright: ignore
-    with pytest.raises(ValueError, match="odd kernel_size"):
-        PositiveConcaveConv2d(3, 2, key=getkey())
+        with pytest.raises(ValueError, match=f"expected floor > 0.*{field}=inf"):
+            PositiveConcaveConv2d(3, key=getkey(), **{field: np.inf})  # pyright: ignore
+    for kernel_size in (2, 3.0, 0):
+        with pytest.raises(ValueError, match="odd kernel_size"):
+            PositiveConcaveConv2d(3, kernel_size, key=getkey())  # pyright: ignore
+    for size in (0, -1, 4.0, True):
+        for make in (PositiveConcaveLinear, PositiveConcaveConv2d, SubhomogeneousLinear):
+            with pytest.raises(ValueError, match="size or channels to be an int >= 1"):
+                make(size, key=getkey())  # pyright: ignore
 
 
 # One fixed point

@@ -75,6 +75,27 @@ def test_inject_can_be_anything(getkey):
     assert jax.tree.map(jnp.shape, z) == ((2,), (2,))
 
 
+def test_weak_types_and_mesh_axes_do_not_count():
+    """A constant has neither the axes of z nor, made of Python numbers, its strong type."""
+    z = jnp.ones(4)
+    weak = PositiveConcave(lambda z, x: jax.lax.full_like(z, 0.5) if z.ndim else jnp.sqrt(0.5))
+    assert weak(jnp.ones(()), z) == jnp.sqrt(0.5) and weak(z, z)[0] == 0.5
+    constant = PositiveConcave(lambda z, x: jnp.full(z.shape, 0.5, z.dtype))
+    mesh = jax.make_mesh((1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("device")
+    apply = jax.shard_map(
+        lambda z: jax.lax.pcast(constant(z, z), "device", to="varying"),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+    )
+    np.testing.assert_array_equal(apply(z), 0.5)
+    solved = jax.shard_map(
+        lambda x: layer(constant).batch(x)[0], mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    np.testing.assert_array_equal(solved(jnp.ones((2, 4))), 0.5)
+
+
 def test_what_can_be_seen_raises(getkey):
     f = lambda z, x: jnp.tanh(z + x)
     for bad in ((jnp.ones(2),), (f, 3.0)):

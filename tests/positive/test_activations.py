@@ -131,17 +131,31 @@ def test_an_activation_of_ones_own(getkey):
 
 
 def test_bad_numbers_raise():
-    for shift in (0.0, -1.0, math.inf, jnp.ones(())):
+    for shift in (0.0, -1.0, True, math.inf, math.nan, jnp.ones(())):
         with pytest.raises(ValueError, match="number above 0 as shift"):
             Shifted(jnp.tanh, shift)  # pyright: ignore
     for base in (jnp.sqrt, jax.nn.relu, jax.nn.softplus):
         with pytest.raises(ValueError, match="concave and bounded"):
             Shifted(base, 1.0)
-    for numbers in ((1.0,), (0.0,), (0.5, -1.0), (jnp.ones(()),)):
+    for numbers in ((1.0,), (0.0,), (0.5, -1.0), (0.5, False), (jnp.ones(()),)):
         with pytest.raises(ValueError, match="0 < exponent < 1"):
-            Power(*numbers)
-    with pytest.raises(ValueError, match="expected floor > 0"):
-        positive.StrictlyPositive(floor=0.0)
+            Power(*numbers)  # pyright: ignore
+    for number in (0.0, True, math.inf, math.nan, jnp.ones(())):
+        for field in ("floor", "sharpness"):
+            with pytest.raises(ValueError, match="expected floor > 0"):
+                positive.StrictlyPositive(**{field: number})  # pyright: ignore
+
+
+def test_a_numpy_number_is_a_python_one(getkey):
+    """Else its dtype would be the output's."""
+    number, x = np.float64(0.5), jnp.linspace(0, 1, 3, dtype=jnp.bfloat16)
+    assert Power(number, number)(x).dtype == x.dtype
+    assert positive.StrictlyPositive(number, np.float64(2))(x).dtype == x.dtype
+    for make in (nn.PositiveConcaveLinear, nn.SubhomogeneousLinear):
+        for activation in (Shifted(jnp.tanh, number), Power(number)):
+            cell = make(3, activation, floor=number, dtype=x.dtype, key=getkey())
+            assert cell(x, cell.inject(x)).dtype == x.dtype
+    assert Power(number) == Power(0.5) and isinstance(Power(number).exponent, float)
 
 
 def test_equal_numbers_compile_once(getkey):

@@ -48,6 +48,17 @@ def test_counterexamples_are_refused(name, x64):
     assert all(getattr(found, name).violation > 100 for name in broken)
 
 
+@pytest.mark.parametrize("slope", [10.0, 30.0, 60.0, 100.0])
+@pytest.mark.parametrize("x64", [False, pytest.param(True, marks=pytest.mark.x64)])
+@pytest.mark.parametrize("n", [1, 5])
+def test_points_reach_every_fixed_point(slope, x64, n):
+    """However small f(0) is: 2e-22 with the steepest, whose other two are 1/2 and 1."""
+    f = lambda z, x: jax.nn.sigmoid(slope * z + x)
+    for seed in range(5):
+        found = check(f, jnp.full(n, -slope / 2), key=jax.random.key(seed))
+        assert "concave" in refused(found) and found.concave.violation > 100
+
+
 @pytest.mark.x64
 def test_the_three_fixed_points():
     f, x, _ = COUNTEREXAMPLES["three"]
@@ -121,6 +132,16 @@ def test_cancellation_is_no_counterexample(getkey, rough):
     cell = eqx.Partial(lambda w, z, x: rough(w @ z + x))
     for size in (1e-3, 1.0, 30.0):
         assert check(eqx.Partial(cell, matrix(getkey(), size)), jnp.full(8, 1e-3)).holds
+
+
+@pytest.mark.parametrize("p", [0.1, 0.02, 0.01])
+def test_rounding_that_f_amplifies_is_reported_and_no_counterexample(getkey, p):
+    """A mean of exponent p is concave; the power 1 / p multiplies every rounding by as much."""
+    w = matrix(getkey(), 1.0, 4)
+    w = w / jnp.sum(w, axis=1, keepdims=True)
+    found = check(lambda z, x: 0.5 * (w @ z**p) ** (1 / p) + x, jnp.full(4, 0.1))
+    assert found.holds
+    assert max(found.concave.violation, found.scalable.violation) > (1 if p < 0.1 else 0)
 
 
 def test_other_cells(getkey):
