@@ -10,6 +10,7 @@ import deqjax
 ROOT = pathlib.Path(deqjax.__file__).parent
 # A file imports only from files above it, or from its own room's _base.py.
 ORDER = [
+    "_number",
     "_tree",
     "_solution",
     "_step",
