@@ -34,6 +34,7 @@ ORDER = [
     "_candidates",
     "_certified",
     "positive",
+    "_splitting",
     "nn",
     "models",
     "__init__",

@@ -1,5 +1,9 @@
 """Equinox layers and cells."""
 
+from .._splitting import (
+    ForwardBackward as ForwardBackward,
+    PeacemanRachford as PeacemanRachford,
+)
 from ._conv import Conv2d as Conv2d
 from ._deq import DEQ as DEQ
 from ._dropout import VariationalDropout as VariationalDropout, draw_masks as draw_masks
@@ -11,10 +15,6 @@ from ._positive import (
 )
 from ._positive_concave import PositiveConcave as PositiveConcave
 from ._spectral import SpectralNorm as SpectralNorm, power_step as power_step
-from ._splitting import (
-    ForwardBackward as ForwardBackward,
-    PeacemanRachford as PeacemanRachford,
-)
 from ._subhomogeneous import (
     SubhomogeneousConv2d as SubhomogeneousConv2d,
     SubhomogeneousLinear as SubhomogeneousLinear,

@@ -9,7 +9,7 @@ import paramax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._number import check_size, number
-from ._splitting import ForwardBackward, Matrix, PeacemanRachford, lipschitz
+from .._splitting import ForwardBackward, Matrix, PeacemanRachford, lipschitz
 
 
 class MonotoneWeight(paramax.AbstractUnwrappable[Array]):

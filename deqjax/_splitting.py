@@ -10,8 +10,8 @@ import paramax
 from equinox import AbstractVar
 from jaxtyping import Array, Float
 
-from .._number import number
-from .._tree import widen
+from ._number import number
+from ._tree import widen
 
 Matrix = paramax.AbstractUnwrappable[Array] | Float[Array, "n n"]
 
