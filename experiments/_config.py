@@ -147,7 +147,7 @@ NAMED: dict[Preset, dict[str, Any]] = {
         "model": "pc-multi",
         **_CIFAR,
         "activation": "softsign",
-        "epochs": 2,
+        "epochs": 4,
         "shift": 0,
         "mirror": False,
     },
