@@ -11,6 +11,16 @@ certificate and of a convolutional cell's gradient; that batch-mates change not 
 
 Writes results.json (all numbers), table.md and certificates.png into runs/certificates/, over those
 of an earlier run; a section that isn't asked for is kept from there. All options: --help.
+
+Hardware: two cores of a shared x86 CPU with other work on them, JAX 0.10.2, seed 0; 11 minutes. As
+printed (all of it: results/certificates.md; what does not hold is marked there):
+
+    bound / true error, float32: tanh, relu6, sigmoid (at most 1.5)     1.21, 1.20, 1.45
+    JVPs of a certificate, worst example (at most 3)                    3, 7, 3
+    hard problems: evaluations and JVPs in all, the most (at most 60)   40
+    violations in 20,072 random problems, 10,036 solves                 0
+    convolution, value and gradient / floor (at most 1.15)              1.25
+    the same, by the series alone; both, pieces in a loop               1.17; 1.27 and 1.41
 """
 
 import dataclasses
