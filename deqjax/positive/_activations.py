@@ -35,7 +35,7 @@ def saturating(u: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def _bounded(supremum: float) -> Properties:
     """Concave, through the origin with a finite slope: u sigma' <= sigma, with equality at 0."""
-    return Properties(True, True, 0.0, supremum, 1.0, True)
+    return Properties(True, 0.0, supremum, 1.0, True)
 
 
 # The largest u (1 - sigmoid(u)): Lambert's W(1/e), since the maximum is where u = 1 + exp(-u).
@@ -53,21 +53,21 @@ PROPERTIES: dict[Callable, Properties] = {
     **dict.fromkeys((jnp.log1p, jax.lax.log1p), _bounded(math.inf)),
     **dict.fromkeys(
         (jnp.sqrt, jax.lax.sqrt),
-        Properties(True, True, 0.0, math.inf, subhomogeneity=0.5, sublinear=True),
+        Properties(True, 0.0, math.inf, subhomogeneity=0.5, sublinear=True),
     ),
     **dict.fromkeys(
         (jax.nn.sigmoid, jax.lax.logistic, jax.scipy.special.expit),
-        Properties(True, True, 0.5, 1.0, subhomogeneity=_SIGMOID, sublinear=True),
+        Properties(True, 0.5, 1.0, subhomogeneity=_SIGMOID, sublinear=True),
     ),
     # (u + 3) / 6 up to u = 3: u / (u + 3) there.
     **dict.fromkeys(
-        (jax.nn.hard_sigmoid,), Properties(True, True, 0.5, 1.0, subhomogeneity=0.5, sublinear=True)
+        (jax.nn.hard_sigmoid,), Properties(True, 0.5, 1.0, subhomogeneity=0.5, sublinear=True)
     ),
     **dict.fromkeys(
-        (jax.nn.relu, jax.nn.identity), Properties(True, True, 0.0, math.inf, 1.0, sublinear=False)
+        (jax.nn.relu, jax.nn.identity), Properties(True, 0.0, math.inf, 1.0, sublinear=False)
     ),
     **dict.fromkeys(
-        (jax.nn.softplus,), Properties(False, True, math.log(2), math.inf, 1.0, sublinear=False)
+        (jax.nn.softplus,), Properties(False, math.log(2), math.inf, 1.0, sublinear=False)
     ),
 }
 
@@ -162,7 +162,7 @@ class Power(AbstractActivation):
     @property
     def properties(self) -> Properties:
         """What is known of it."""
-        return Properties(True, True, self.offset**self.exponent, math.inf, self.exponent, True)
+        return Properties(True, self.offset**self.exponent, math.inf, self.exponent, True)
 
 
 @functools.cache
@@ -219,13 +219,11 @@ def qualify(activation: Callable[..., Any]) -> Activation:
     Reference: Gabor, Piotrowski and Cavalcante, Positive concave deep equilibrium models, ICML
     2024, arXiv 2402.04029.
     """
-    if isinstance(activation, AbstractActivation):
-        known = activation.properties
-        if known.concave and known.sublinear:
-            return Activation(known.kind, known.supremum)
     try:
-        return ACTIVATIONS[activation]
-    except (KeyError, TypeError):  # TypeError: not hashable
+        known = properties(activation)
+    except ValueError:
+        known = None
+    if known is None or not (known.concave and known.sublinear):
         names = sorted({name(known) for known in ACTIVATIONS})
         raise ValueError(
             f"Expected an activation known to be concave and nondecreasing on u >= 0 and to grow "
@@ -235,7 +233,8 @@ def qualify(activation: Callable[..., Any]) -> Activation:
             "which no training keeps. Pass one of these functions itself, neither its name nor a "
             "lambda around it: jax.nn.relu6 in the place of relu, jax.nn.sigmoid in the place of "
             "softplus."
-        ) from None
+        )
+    return Activation(known.kind, known.supremum)
 
 
 def name(activation: Any) -> str:

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 class Properties(NamedTuple):
     """All that is known of a function sigma on `u >= 0`, where it is nondecreasing.
 
+    For each of the table, `f(z) = sigma(W z + x)` is a standard interference map for every W >= 0
+    and every x that `kind` allows: positive, monotone, and `f(a z) < a f(z)` for a > 1. Such a map
+    has at most one fixed point, and Picard finds it (Yates, IEEE JSAC 13 (1995), theorems 1 and 2).
+
     - `concave`: whether sigma is, there.
-    - `interference`: whether `sigma(W z + x)` is a standard interference map for every W >= 0 and
-        every x that `kind` allows: positive, monotone, and `f(a z) < a f(z)` for a > 1. Such a map
-        has at most one fixed point, and Picard finds it (Yates, IEEE JSAC 13 (1995), theorems 1
-        and 2).
     - `at_zero`: sigma(0).
     - `supremum`: over u >= 0, no matter whether it is reached.
     - `subhomogeneity`: mu = sup over u > 0 of u sigma'(u) / sigma(u). With x >= 0, f is
@@ -24,7 +24,6 @@ class Properties(NamedTuple):
     """
 
     concave: bool
-    interference: bool
     at_zero: float
     supremum: float
     subhomogeneity: float
