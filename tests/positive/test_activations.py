@@ -23,7 +23,14 @@ parametrised = [
     Power(0.1, 2.0),
 ]
 everything = [*PROPERTIES, *parametrised]
-label = lambda f: getattr(f, "__name__", None) or "-".join(map(str, dataclasses.astuple(f)[-2:]))
+
+
+def label(f):
+    """No address: pytest's workers have to agree on the names of tests."""
+    name = lambda x: getattr(x, "__name__", None) or str(x)
+    return "-".join(map(name, dataclasses.astuple(f))) if dataclasses.is_dataclass(f) else name(f)
+
+
 each = pytest.mark.parametrize("activation", everything, ids=label)
 
 
