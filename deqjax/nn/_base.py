@@ -179,7 +179,7 @@ def check_kernel_size(kernel_size: int) -> None:
     """Raises `ValueError` unless the kernel has a centre."""
     if not isinstance(kernel_size, Integral) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(
-            f"A convolution expected an odd kernel_size, an int, got {kernel_size!r}: an even "
+            f"A convolution expected an odd kernel_size, got {kernel_size!r}: an even "
             "one has no centre and shifts the image by half a pixel. Use the next odd size."
         )
 
