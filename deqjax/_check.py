@@ -11,7 +11,7 @@ import numpy as np
 import optimistix
 from jaxtyping import Array, Int, PyTree
 
-from ._tree import is_traced, mesh_axes
+from ._tree import Axes, is_traced, mesh_axes, vary
 from .adjoints import AbstractAdjoint
 
 OptimistixSolver = (
@@ -51,6 +51,18 @@ def convert(fn: Callable, z0: PyTree, args: PyTree, has_aux: bool) -> Callable:
     return converted
 
 
+def convert_varying(
+    fn: Callable, z: PyTree, args: PyTree, *others: PyTree
+) -> tuple[Callable, PyTree, PyTree, Axes]:
+    """`fn` converted, with z and args, all varying over the mesh axes of any of them."""
+    converted = convert(fn, z, args, has_aux=False)
+    axes = mesh_axes(converted, z, args, *others)
+    if axes:
+        fn, z, args = vary((fn, z, args), axes)
+        converted = convert(fn, z, args, has_aux=False)
+    return converted, z, args, axes
+
+
 def float_state(z0: PyTree) -> PyTree:
     """`z0` as strongly typed arrays of floating point."""
     leaves = jax.tree.leaves(z0)
@@ -77,11 +89,17 @@ def check_batch(z0: PyTree) -> None:
         )
 
 
+def point(z: PyTree, batched: bool) -> PyTree:
+    """`z` as strongly typed float arrays, with a batch if there is to be one."""
+    z = float_state(z)
+    if batched:
+        check_batch(z)
+    return z
+
+
 def check_state(z0: PyTree, batched: bool, max_steps: Any) -> tuple[PyTree, int]:
     """`z0` as arrays, with a batch if there is to be one, and the ceiling on steps."""
-    z0 = float_state(z0)
-    if batched:
-        check_batch(z0)
+    z0 = point(z0, batched)
     if isinstance(max_steps, bool) or not isinstance(max_steps, Integral) or max_steps < 1:
         raise ValueError(
             f"fixed_point expects max_steps to be an int of at least 1, got {max_steps!r}; "

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._check import check_batch, convert, float_state
+from ._check import convert_varying, point
 from ._step import evaluate
-from ._tree import Axes, cast, dot, max_abs, mesh_axes, per_problem, two_norm, vary, widen
+from ._tree import cast, dot, max_abs, per_problem, two_norm, vary, widen
+from .adjoints._base import stop_gradient
 
 
 class SpectralRadius(NamedTuple):
@@ -67,12 +68,12 @@ def jacobian_frobenius(
     Simul. 19 (1990), for the signs.
     """
     _check_count("jacobian_frobenius", "samples", samples, 1)
-    return _frobenius(fn, _point(z, batched), args, key, samples=samples, rank=int(batched))
+    return _frobenius(fn, point(z, batched), args, key, samples=samples, rank=int(batched))
 
 
 @eqx.filter_jit
 def _frobenius(fn, z, args, key, *, samples: int, rank: int):
-    fn, z, args, axes = _vary(fn, z, args, key)
+    fn, z, args, axes = convert_varying(fn, z, args, key)
     _, vjp = jax.vjp(lambda z: evaluate(fn, z, args)[0], z)
 
     def sample(key):
@@ -129,15 +130,13 @@ def spectral_radius(
     for the diagnostic.
     """
     _check_count("spectral_radius", "max_steps", max_steps, 2)
-    return _radius(fn, _point(z, batched), args, key, max_steps=max_steps, rank=int(batched))
+    return _radius(fn, point(z, batched), args, key, max_steps=max_steps, rank=int(batched))
 
 
 @eqx.filter_jit
 def _radius(fn, z, args, key, *, max_steps: int, rank: int):
-    fn, z, args, axes = _vary(fn, z, args, key)
-    fn, z, args = jax.tree.map(
-        lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, (fn, z, args)
-    )
+    fn, z, args, axes = convert_varying(fn, z, args, key)
+    fn, z, args = stop_gradient((fn, z, args))
     _, product = jax.linearize(lambda z: evaluate(fn, z, args)[0], z)
     unit = per_problem(_unit, rank)
     v, _ = unit(vary(_draw(jax.random.normal, key, z, rank), axes))
@@ -195,23 +194,6 @@ def _draw(sampler: Callable, key: PRNGKeyArray, z: PyTree, rank: int) -> PyTree:
         return one(key)
     problem = jnp.arange(leaves[0].shape[0])
     return jax.vmap(lambda i: one(jax.random.fold_in(key, i)))(problem)
-
-
-def _vary(fn, z: PyTree, args: PyTree, key: Any) -> tuple[Callable, PyTree, PyTree, Axes]:
-    """`fn` as a pytree of its arrays, with z and args, all varying over the same mesh axes."""
-    converted = convert(fn, z, args, has_aux=False)
-    axes = mesh_axes(converted, z, args, key)
-    if axes:
-        fn, z, args = vary((fn, z, args), axes)
-        converted = convert(fn, z, args, has_aux=False)
-    return converted, z, args, axes
-
-
-def _point(z: PyTree, batched: bool) -> PyTree:
-    z = float_state(z)
-    if batched:
-        check_batch(z)
-    return z
 
 
 def _check_count(name: str, field: str, count: Any, least: int) -> None:

@@ -10,10 +10,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._bracket import Bracket, at_most, consistent, flat, narrow, relative_error, unflat
 from .._candidates import Candidates, candidates
-from .._check import check_batch, convert, float_state
+from .._check import convert_varying, point
 from .._rounding import rounding
 from .._step import evaluate
-from .._tree import mesh_axes, vary
+from .._tree import vary
+from ..adjoints._base import stop_gradient
 
 # What is tried, in steps and in t v beside them. First more of t v alone, for rounding: where d has
 # entries of both signs, twice the step need not be an upper or a lower point.
@@ -102,23 +103,13 @@ def certify(
     Plemmons, Nonnegative matrices in the mathematical sciences, 1994, theorem 2.1.11, for the
     spectral radius.
     """
-    z = float_state(z)
-    if batched:
-        check_batch(z)
-    return _certify(fn, z, args, fan_in, rank=int(batched))
+    return _certify(fn, point(z, batched), args, fan_in, rank=int(batched))
 
 
 @eqx.filter_jit
 def _certify(fn, z, args, fan_in, *, rank: int) -> Enclosure:
     with jax.default_matmul_precision("highest"):
-        fn, z, args = jax.tree.map(
-            lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, (fn, z, args)
-        )
-        converted = convert(fn, z, args, has_aux=False)
-        axes = mesh_axes(converted, z, args)
-        if axes:
-            fn, z, args = vary((fn, z, args), axes)
-            converted = convert(fn, z, args, has_aux=False)
+        converted, z, args, axes = convert_varying(*stop_gradient((fn, z, args)))
         slack = rounding(converted, z, args, fan_in)
 
         def f(x):
