@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ._bracket import Bracket, centre, consistent, flat, relative_error, unflat
 from ._rounding import of_one_sum, rounding
-from ._tree import unify
 from .solvers import AbstractSolver
 
 
@@ -93,8 +92,8 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def error(self, z: PyTree, fz: PyTree) -> Float[Array, ""]:
         """See `AbstractSolver`; never below 1, which only a proof is."""
-        scale = lambda z, fz: (fz - z) / jnp.where(fz == 0, 1, jnp.abs(fz))
-        return 1 + self.norm(scale(*unify([flat(z, 0), flat(fz, 0)])))
+        x, fx = flat(z, 0), flat(fz, 0)
+        return 1 + self.norm((fx - x) / jnp.where(fx == 0, 1, jnp.abs(fx)))
 
     def verdict(self, error, memory):
         """See `AbstractSolver`; there is no going on from a contradiction."""
