@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 from _text_sources import Lines, Source, source
-from _tokenizers import Kind, Tokenizer, count_words, restore, train
+from _tokenizers import Kind, Tokenizer, restore, train
 
 
 class Corpus(NamedTuple):
@@ -131,11 +131,11 @@ def _build(settings: dict[str, Any], found: Source) -> Corpus:
     train_ids, valid_ids = (tokenizer.encode_lines(split()) for split in (training, validation))
     if not (len(train_ids) and len(valid_ids)):
         raise SystemExit(
-            f"Expected text in both splits of {name} ({found.about}); got {len(train_ids):,} ids to "
-            f"train on and {len(valid_ids):,} for validation. Add text, or lines to split it at."
+            f"Expected text in both splits of {name} ({found.about}); got {len(train_ids):,} "
+            f"training ids and {len(valid_ids):,} for validation. Add text, or lines to cut it at."
         )
-    ends = name.startswith("wikitext") and sum(line.count("\n") for line in validation())
-    words = count_words(validation()) + int(ends)
+    ends = name.startswith("wikitext")
+    words = sum(len(line.split()) + ends * line.count("\n") for line in validation())
     return Corpus(name, tokenizer, train_ids, valid_ids, words, found.about)
 
 
@@ -168,13 +168,13 @@ def _read(folder: Path, settings: dict[str, Any], about: str) -> Corpus | None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["settings"] != settings or meta["digests"] != _digests(folder):
             return None
+        words = int(meta["valid_words"])
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         train_ids = np.load(folder / "train.npy", mmap_mode="r")
         valid_ids = np.load(folder / "valid.npy", mmap_mode="r")
     except (OSError, ValueError, KeyError, TypeError):
         return None  # it is built again, whatever is wrong with it
     tokenizer = restore(settings["tokenizer"], text)
-    words = meta["valid_words"]
     return Corpus(settings["corpus"], tokenizer, train_ids, valid_ids, words, about)
 
 

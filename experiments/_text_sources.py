@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate, islice
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from _tfds import records
 
@@ -33,6 +33,7 @@ if sys.version_info >= (3, 14):
 
     OPEN[".zst"] = zstd.open
 
+Name = Literal["pydoc", "tiny_shakespeare", "wikitext-2", "wikitext-103", "text"]
 HELD_OUT = 0.05  # of the last training file, where no file says that it is for validation
 
 
@@ -56,11 +57,9 @@ def source(name: str, data_dir: str | None, download: bool) -> Source:
         case "text":
             return _folder(data_dir)
     raise SystemExit(
-        f"Expected one of the corpora {', '.join(CORPORA)}; got {name!r}. Choose another --corpus."
+        f"Expected one of the corpora {', '.join(get_args(Name))}; got {name!r}. Choose another "
+        "--corpus."
     )
-
-
-CORPORA = ("pydoc", "tiny_shakespeare", "wikitext-2", "wikitext-103", "text")
 
 
 def _pydoc() -> Source:
@@ -120,7 +119,7 @@ def _folder(data_dir: str | None) -> Source:
     folder = _existing(data_dir, "text", ".txt files, plain or compressed")
     found: dict[Path, Path] = {}
     for file in sorted(path for path in folder.rglob("*.txt*") if path.is_file()):
-        if file.suffix in (".zst", ".zip", ".Z", ".lzma", ".7z") and file.suffix not in OPEN:
+        if file.suffix in (".zst", ".zip", ".lzma", ".7z") and file.suffix not in OPEN:
             raise SystemExit(
                 f"Expected text that is plain or ends in {_suffixes()}; got {file}, which this "
                 "version of Python does not read. Compress it another way, or take it out."
@@ -172,7 +171,7 @@ def _lines(files: list[Path]) -> Iterator[str]:
             with opened(file, "rt", encoding="utf-8", newline="\n") as lines:
                 for line in lines:
                     yield line
-        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        except Exception as error:  # each compression has an exception of its own
             raise SystemExit(
                 f"Expected {file} to be text in UTF-8, whole and readable; got "
                 f"{type(error).__name__}: {error}. Repair it, or take it out of the folder."

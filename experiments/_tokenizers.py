@@ -8,7 +8,7 @@ import abc
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, final
 
 import numpy as np
@@ -40,7 +40,7 @@ class Tokenizer(abc.ABC):
         """Ids are 0, ..., size - 1."""
 
     @abc.abstractmethod
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids that are no valid UTF-8, as a model may sample them, give U+FFFD."""
 
     @abc.abstractmethod
@@ -81,7 +81,7 @@ class Bytes(Tokenizer):
     def _encode(self, lines: list[str]) -> np.ndarray:
         return np.frombuffer("".join(lines).encode(), np.uint8)
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return np.asarray(ids).astype(np.uint8).tobytes().decode(errors="replace")
 
     def to_json(self) -> str:
@@ -121,8 +121,8 @@ class BPE(Tokenizer):
         encoded = self._pairs.encode_batch_fast(lines, add_special_tokens=False)
         return np.concatenate([np.asarray(line.ids, np.int32) for line in encoded])
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        return self._pairs.decode([int(i) for i in ids], skip_special_tokens=False)
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._pairs.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
     def to_json(self) -> str:
         return self._pairs.to_str()
@@ -156,21 +156,19 @@ class Words(Tokenizer):
         return len(self._words)
 
     def _encode(self, lines: list[str]) -> np.ndarray:
-        unknown = self._ids.get("<unk>")
-        ids = [self._ids.get(word, unknown) for word in _words(lines)]
+        words, unknown = _words(lines), self._ids.get("<unk>")
+        ids = [unknown if i is None else i for i in map(self._ids.get, words)]
         if None in ids:
-            word = _words(lines)[ids.index(None)]
+            word = words[ids.index(None)]
             raise SystemExit(
                 f"Expected words of the training text, which has no <unk> for others; got {word!r}."
                 " Choose --tokenizer bpe or bytes, which read any text."
             )
         return np.array(ids, np.int32)
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        words = [self._words[int(i)] for i in ids]
-        return "".join("\n" if word == "<eos>" else f" {word}" for word in words).replace(
-            "\n", " \n"
-        )
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        words = (self._words[i] for i in np.asarray(ids).tolist())
+        return "".join(" \n" if word == "<eos>" else f" {word}" for word in words)
 
     def to_json(self) -> str:
         return json.dumps(self._words, ensure_ascii=False)
@@ -198,11 +196,6 @@ def restore(kind: Kind, text: str) -> Tokenizer:
             return Words(json.loads(text))
 
 
-def count_words(lines: Iterable[str]) -> int:
-    """What stands between white space."""
-    return sum(len(line.split()) for line in lines)
-
-
 def _words(lines: list[str]) -> list[str]:
     return " ".join(lines).replace("\n", " <eos> ").split()
 
@@ -210,7 +203,7 @@ def _words(lines: list[str]) -> list[str]:
 def _chunks(lines: Iterable[str], doing: str) -> Iterator[list[str]]:
     """Lists of lines of about a million characters; work of more than two seconds shows a bar."""
     chunk, length = [], 0
-    with tqdm(desc=doing, unit="char", unit_scale=True, delay=2, leave=False) as bar:
+    with tqdm(desc=doing, unit="char", unit_scale=True, delay=2, mininterval=1, leave=False) as bar:
         for line in lines:
             chunk.append(line)
             length += len(line)
