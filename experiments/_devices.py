@@ -42,7 +42,7 @@ def initialize(
         raise SystemExit(
             f"--distributed expected to join a cluster, got {type(error).__name__}: {error}\nOn "
             "TPU pods and under SLURM, Open MPI or Kubernetes JAX finds it; elsewhere pass, in "
-            "each process, --coordinator HOST:PORT --processes N --process-id I, with I = 0 on HOST."
+            "each process, --coordinator HOST:PORT --processes N --process-id I, I = 0 on HOST."
         ) from None
 
 
