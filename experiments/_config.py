@@ -76,10 +76,25 @@ class Config:
     mirror: bool | None = None
     """Mirror training images at random; None: where a mirrored image keeps its class."""
 
+    accumulate: int = 1
+    """Parts a batch is taken in, one after another; batch normalisations see one at a time."""
+    distributed: bool = False
+    """One of several processes, each started with this; JAX finds the others on TPU pods, SLURM."""
+    coordinator: str | None = None
+    """Where JAX does not find them: host:port of process 0."""
+    processes: int | None = None
+    """Likewise: how many there are."""
+    process_id: int | None = None
+    """Likewise: which this one is, from 0."""
+
     log_every: int = 20
     """Steps between readings of the metrics, which make the host wait for the device."""
     checkpoint_every: int = 500
     """Steps: at most a few minutes of work to lose."""
+    keep: int = 2
+    """Checkpoints, the last ones; the best is kept beside them."""
+    assess_every: int | None = None
+    """Steps between evaluations; None: an epoch."""
     stop_after: int | None = None
     """Steps after which to stop with a checkpoint, for machines lent by the hour."""
     resume: bool = False
@@ -95,7 +110,10 @@ class Config:
 
 
 # Options that don't change what is computed: they may differ when a run is resumed.
-SESSION = ("log_every", "checkpoint_every", "stop_after", "resume", "name", "data_dir", "download")
+SESSION = ("log_every", "checkpoint_every", "keep", "assess_every", "stop_after", "resume", "name")
+SESSION += ("data_dir", "download", "distributed", "coordinator", "processes", "process_id")
+
+COUNTS = ("accumulate", "log_every", "checkpoint_every", "keep", "assess_every")
 
 DEFAULTS: dict[str, Any] = dict(
     dataset="digits", schedule="cosine", milestone=3 / 4, weight_decay=1e-2, shift=1
@@ -152,7 +170,7 @@ NAMED: dict[Preset, dict[str, Any]] = {
         "mirror": False,
     },
 }
-SMOKE = {"epochs": 2, "batch_size": 16, "log_every": 2}
+SMOKE = {"batch_size": 16, "log_every": 2}
 SMOKE_FEATURES = {"implicit-resnet": (8,), "resnet": (8,), "pc-multi": (4, 4, 4)}
 
 
@@ -182,6 +200,7 @@ def resolve(config: Config) -> Config:
     if config.smoke:
         # These are forced: a smoke run is quick whatever else is asked for.
         config = dataclasses.replace(config, **SMOKE, features=SMOKE_FEATURES.get(model, (8,)))
+        config = _filled(config, {"epochs": 2})
     config = _filled(config, {"activation": "tanh"} | preset)
     config = _filled(config, {"kind": kind_of(config.activation)})
     config = _filled(config, {"name": default_name(config)})
@@ -190,9 +209,9 @@ def resolve(config: Config) -> Config:
             f"Expected an activation of kind {config.kind} for {model}, got {config.activation}. "
             f"Choose a --model with --kind {kind_of(config.activation)}, or leave --activation out."
         )
-    for option in ("epochs", "learning_rate", "batch_size"):
+    for option in ("epochs", "learning_rate", "batch_size", *COUNTS):
         value = getattr(config, option)
-        if not value > 0:
+        if value is not None and not value > 0:
             raise SystemExit(
                 f"Expected --{option.replace('_', '-')} above 0, got {value}. Leave it out for the "
                 "preset."

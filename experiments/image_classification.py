@@ -62,19 +62,13 @@ import tyro
 from _certified import certified_share, measure
 from _config import SESSION, Config, choose, resolve, title
 from _data import Dataset, load
+from _devices import initialize, is_main, local, mesh, replicate
+from _fit import TrainState, fit, make_step
 from _models import constructor
+from _plots import plot_certificates, plot_curves, plot_residual
 from _run import RunFolder
-from _train import (
-    Preparation,
-    TrainState,
-    backward_evaluations,
-    evaluate,
-    make_forward,
-    make_step,
-    mesh,
-    residual_curves,
-)
-from tqdm import tqdm
+from _solves import backward_evaluations, residual_curves
+from _train import Preparation, evaluate, make_forward, make_loss
 
 from deqjax.models import PositiveConcaveNet
 
@@ -82,17 +76,18 @@ from deqjax.models import PositiveConcaveNet
 def train(config: Config, data: Dataset) -> dict[str, Any]:
     """One run, from its folder to its row of the table."""
     batch_size, n = config.batch_size, len(data.train.labels)
-    if batch_size % jax.device_count() or batch_size > n:
+    if batch_size % (jax.device_count() * config.accumulate) or batch_size > n:
+        times = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
         raise SystemExit(
-            f"Expected a batch size that divides by the {jax.device_count()} devices JAX shows and "
-            f"is at most the {n} training images; got {batch_size}. Pass another --batch-size, or "
-            "show JAX fewer devices."
+            f"Expected a batch size that divides by the {jax.device_count()} devices JAX shows"
+            f"{times} and is at most the {n} training images; got {batch_size}. Pass another "
+            "--batch-size, or show JAX fewer devices."
         )
     assert config.epochs and config.learning_rate and config.milestone  # by resolve
     assert config.weight_decay is not None and config.shift is not None and config.name
     start_time = time.perf_counter()
     recorded = {k: v for k, v in dataclasses.asdict(config).items() if k not in SESSION}
-    folder = RunFolder(Path("runs"), config.name, recorded, resume=config.resume)
+    folder = RunFolder(Path("runs"), config.name, recorded, resume=config.resume, keep=config.keep)
 
     # --- network, optimiser, compiled functions
     per_epoch = n // batch_size
@@ -115,62 +110,49 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     mirror = data.mirror if config.mirror is None else config.mirror
     prepare = Preparation(*data.moments(), shift=config.shift, mirror=mirror)
     batch, replicated = mesh()
-    train_step = make_step(static, optimizer, prepare, batch, replicated)
+    loss_fn = make_loss(static, prepare)
+    train_step = make_step(loss_fn, optimizer, batch, replicated, accumulate=config.accumulate)
     forward = make_forward(static, prepare, batch, replicated)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(params, norms, optimizer.init(params), augment_key, zero)
-    state = folder.restore(jax.device_put(state, replicated))
-    step = int(state.step)
+    state = folder.restore(replicate(state, replicated))
     concave = isinstance(model, PositiveConcaveNet)
     shown_images = np.resize(data.test.images, (batch_size, *data.image_shape))
 
-    def assess() -> dict[str, Any]:
+    def assess(state: TrainState) -> dict[str, Any]:
         """The line of an epoch: means over the test split, and certificates of one batch of it."""
-        line = {"step": step, "epoch": round(step / per_epoch, 3)}
+        line = {"epoch": round(int(state.step) / per_epoch, 3)}
         line |= evaluate(forward, state, data.test, batch_size)
         if concave:
             _, solves = forward(state.params, state.norms, shown_images)
-            line |= jax.tree.map(float, measure(eqx.combine(state.params, static).deqs, solves))
+            deqs = eqx.combine(local(state.params), static).deqs
+            line |= jax.tree.map(float, measure(deqs, solves))
         return line
 
-    # --- training
-    last, pending, clock = None, [], time.perf_counter()
-    stop = total if config.stop_after is None else min(total, config.stop_after)
-    with tqdm(total=stop, initial=step, desc=folder.path.name, unit="step") as bar:
-        while step < stop:
-            examples = data.train.batch(step, batch_size, config.seed)
-            state, metrics = train_step(state, *jax.device_put(examples, batch))
-            step += 1
-            pending.append(metrics)
-            checkpoint = step % config.checkpoint_every == 0 or step == stop
-            end_of_epoch = step % per_epoch == 0
-            if not (step % config.log_every == 0 or checkpoint or end_of_epoch):
-                continue
-            # Reading is what waits for the device, so all these steps are read at once.
-            lines = [jax.tree.map(lambda x: x.item(), line) for line in jax.device_get(pending)]
-            speed = len(lines) * batch_size / (time.perf_counter() - clock)
-            for i, line in enumerate(lines, step - len(lines) + 1):
-                folder.log({"step": i, **line, "examples_per_second": round(speed, 1)})
-                stop_if_not_finite(i, line, folder)
-            shown = {k: f"{lines[-1][k]:.3g}" for k in ("loss", "accuracy", "evaluations")}
-            bar.set_postfix(shown | {"examples/s": f"{speed:.0f}"}, refresh=False)
-            bar.update(len(lines))
-            if end_of_epoch:
-                last = assess()
-                folder.log(last)
-            if checkpoint:
-                folder.save(step, state)
-            pending, clock = [], time.perf_counter()
+    state, last = fit(
+        folder,
+        train_step,
+        state,
+        lambda step: data.train.batch(step, batch_size, config.seed),
+        batch,
+        total=total,
+        stop=total if config.stop_after is None else min(total, config.stop_after),
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        assess=assess,
+        assess_every=config.assess_every or per_epoch,
+        per_step=batch_size,
+        unit="images",
+    )
 
     # --- what is measured once
-    if last is None or last["step"] != step:
-        last = assess()
-    model = eqx.combine(state.params, static)
     _, solves = forward(state.params, state.norms, shown_images)
+    model = eqx.combine(local(state.params), static)
     share = "-"
     if concave:
         options = (prepare, data.test, batch_size, config.certify_tolerance)
-        share = certified_share(model, state.norms, *options)
+        share = certified_share(model, local(state.norms), *options)
+        step = last["step"]
         if step == total:  # a run that goes on leaves the lines of one that never stopped
             folder.log({"step": step, "certified": share})
     row = {
@@ -183,27 +165,18 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
         "seconds": f"{time.perf_counter() - start_time:.0f}",
         "folder": f"{folder.path}/",
     }
-    about = f"{row['model']} on {config.dataset}, seed {config.seed}"
-    folder.plot_curves(about, data.test_name)
-    if concave:
-        folder.plot_certificates(about, config.tolerance)
-    if solves:
-        depths = [float(jnp.mean(sol.stats["num_steps"])) for _, sol in solves]
-        residuals = residual_curves(model, solves, max_steps=max(12, 2 * math.ceil(max(depths))))
-        folder.plot_residual(about, residuals, depths)
+    if is_main():
+        about = f"{row['model']} on {config.dataset}, seed {config.seed}"
+        plot_curves(folder, about, data.test_name)
+        if concave:
+            plot_certificates(folder, about, config.tolerance)
+        if solves:
+            depths = [float(jnp.mean(sol.stats["num_steps"])) for _, sol in solves]
+            longest = max(12, 2 * math.ceil(max(depths)))
+            residuals = residual_curves(model, solves, max_steps=longest)
+            plot_residual(folder, about, residuals, depths)
     folder.close()
     return row
-
-
-def stop_if_not_finite(step: int, line: dict[str, Any], folder: RunFolder) -> None:
-    for name in ("loss", "gradient_norm"):
-        if not math.isfinite(line[name]):
-            results = ", ".join(f"{n} {code}" for code, n in line["results"].items() if n)
-            raise SystemExit(
-                f"Stopped: expected a finite {name.replace('_', ' ')}, got {line[name]} at step "
-                f"{step} of {folder.path}, where the solves of the batch ended so: "
-                f"{results or 'no solves'}. Start a new run with a lower --learning-rate."
-            )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -214,6 +187,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(config: Config) -> None:
+    initialize(config.distributed, config.coordinator, config.processes, config.process_id)
     configs = [resolve(c) for c in choose(config)]
     names = [c.name for c in configs if c.name is not None]
     if config.resume and not any((Path("runs") / name).exists() for name in names):
@@ -226,12 +200,14 @@ def main(config: Config) -> None:
     assert dataset is not None
     data = load(dataset, data_dir=config.data_dir, download=config.download, limit=limit)
     rows = [train(c, data) for c in configs]
+    if not is_main():
+        return
     where = f"{data.test_name}: {data.about}, {len(data.test.labels):,} images"
     print(f"\n{dataset}, seed {config.seed}; {where}")
     print("f forward, f backward: evaluations of f per example")
     print("certified: share of predictions that no error of the solves can change\n")
     print(table(rows))
-    print("\nEach folder: config.json, metrics.jsonl, plots, checkpoints/")
+    print("\nEach folder: config.json, metrics.jsonl, plots, checkpoints/, tensorboard/")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def fail(process):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
 def losses(folder):
@@ -214,7 +214,8 @@ def test_real_data_is_read_or_explained(run, tmp_path):
 
 def test_a_step_donates_its_buffers(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    train, models = (importlib.import_module(name) for name in ("_train", "_models"))
+    names = ("_devices", "_fit", "_models", "_train")
+    devices, fit, models, train = (importlib.import_module(name) for name in names)
     make = models.constructor(
         "pc-linear",
         features=(8,),
@@ -228,10 +229,11 @@ def test_a_step_donates_its_buffers(monkeypatch):
     params, static = eqx.partition(model, eqx.is_inexact_array)
     unit = np.ones((1, 1, 1, 1), np.float32)
     prepare = train.Preparation(unit, unit, shift=1, mirror=True)
-    batch, replicated = train.mesh()
-    step = train.make_step(static, optax.adam(1e-3), prepare, batch, replicated)
+    batch, replicated = devices.mesh()
+    loss_fn = train.make_loss(static, prepare)
+    step = fit.make_step(loss_fn, optax.adam(1e-3), batch, replicated)
     zero, optimizer = jnp.zeros((), jnp.int32), optax.adam(1e-3).init(params)
-    state = train.TrainState(params, norms, optimizer, jax.random.key(1), zero)
+    state = fit.TrainState(params, norms, optimizer, jax.random.key(1), zero)
     state = jax.device_put(state, replicated)
     examples = np.ones((8, 4, 4, 1), np.uint8), np.zeros(8, np.int32)
     with jax.numpy_dtype_promotion("standard"):  # Optax itself is not strict
