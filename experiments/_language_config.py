@@ -20,8 +20,8 @@ class Config(Session):
     preset: Literal["paper"] | None = None
     """paper: the network of the RevDEQ paper; None: one for minutes on two cores."""
     model: Model | None = None
-    """reversible: a RevDEQ; explicit: its block, evaluated once; explicit-deep: as many blocks, each
-    with parameters of its own, as the RevDEQ takes steps. None: the first two."""
+    """reversible: a RevDEQ; explicit: its block, evaluated once; explicit-deep: as many blocks,
+    each with parameters of its own, as the RevDEQ takes steps. None: the first two."""
     tokenizer: Kind | None = None
     """words: WikiText's own."""
     vocabulary: int | None = None
@@ -44,7 +44,7 @@ class Config(Session):
     beta: float = 0.5
     """Relaxation of the reversible solver, the paper's; 1 - beta is 1/d or -1/d, d an integer."""
     fraction_bits: int = 20
-    """Of the exact state: a range of +-2,048 at 20. state_headroom in the metrics is what is left."""
+    """Of the exact state: a range of +-2,048 at 20; state_headroom in the metrics is its share."""
     state: Literal["exact", "float"] = "exact"
     """float: states are undone in floating point, in segments."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -82,12 +82,12 @@ class Config(Session):
 
 # For two cores, an hour of them at most.
 DEFAULTS: dict[str, Any] = dict(
-    tokenizer="bytes", vocabulary=4096, width=256, heads=4, hidden=(1024,), positions="rotary",
+    tokenizer="bytes", vocabulary=4096, width=192, heads=4, hidden=(768,), positions="rotary",
     tied=False, length=128, max_steps=6, batch_size=16, learning_rate=2e-3, weight_decay=0.1,
 )  # fmt: skip
 CORPORA: dict[str, dict[str, Any]] = {
-    "pydoc": dict(epochs=4),
-    "tiny_shakespeare": dict(epochs=4),
+    "pydoc": dict(width=128, hidden=(512,), epochs=4),
+    "tiny_shakespeare": dict(epochs=3),
     "wikitext-2": dict(tokenizer="words", tied=True, epochs=1),
     "wikitext-103": dict(tokenizer="words", tied=True, epochs=1),
     "text": dict(tokenizer="bpe", vocabulary=16_384, tied=True, epochs=1),

@@ -1,7 +1,7 @@
 """Language models: a reversible transformer and explicit ones, on any text.
 
-    python experiments/language_modelling.py                      # Python's own reference
-    python experiments/language_modelling.py --corpus tiny_shakespeare --model reversible
+python experiments/language_modelling.py                      # Python's own reference
+python experiments/language_modelling.py --corpus tiny_shakespeare --model reversible
 """
 
 import dataclasses
