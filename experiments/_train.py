@@ -75,7 +75,12 @@ def mesh() -> tuple[NamedSharding, NamedSharding]:
 
 
 def make_step(
-    static: PyTree, optimizer: optax.GradientTransformation, prepare: Preparation, batch, replicated
+    static: PyTree,
+    optimizer: optax.GradientTransformation,
+    prepare: Preparation,
+    batch,
+    replicated,
+    label_smoothing: float = 0.0,
 ) -> Callable[[TrainState, Images, Labels], tuple[TrainState, dict[str, Array]]]:
     """Compile one update; the old state's buffers are donated to the new one.
 
@@ -85,7 +90,8 @@ def make_step(
 
     def loss_fn(params, norms, images, labels):
         logits, norms, solves = eqx.combine(params, static)(images, norms)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
         return jnp.mean(losses), (norms, accuracy, solves)
 
@@ -148,7 +154,7 @@ def evaluate(forward: Callable, state: TrainState, split: Split, size: int) -> d
 def forward_evaluations(solves, n: int) -> Float[Array, " n"]:
     """Evaluations of f each example costs in a forward pass, summed over the solves.
 
-    A network without solves applies its cell once.
+    A network without solves applies its cells once each, which counts as 1.
     """
     if not solves:
         return jnp.ones(n)
@@ -164,7 +170,7 @@ def backward_evaluations(model: PyTree, solves, key: PRNGKeyArray) -> float:
     iteration: their mean number over the batch is measured with `deqjax.implicit_vjp`, at the
     solution the model found and with a cotangent g drawn from the unit normal distribution; one
     more VJP finds that the tolerance is met, and another carries y to the parameters. A network
-    without solves applies the VJP of its cell once.
+    without solves applies the VJPs of its cells once each, which counts as 1.
     """
     if not model.deqs:
         return 1.0

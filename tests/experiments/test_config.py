@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import tyro
-from _config import NAMED, Config, choose, resolve
+from _config import Config, choose, resolve
+from _presets import NAMED
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
 
