@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from _options import Session
+from _options import COUNTS, Session
 from _text_sources import Name
 from _tokenizers import Kind
 
@@ -127,7 +127,7 @@ def _resolve(config: Config) -> Config:
             f"Expected either --epochs or --steps, got {config.epochs} and {config.steps}. Leave "
             f"one of them out."
         )
-    for option in ("epochs", "steps", "batch_size", "accumulate", "learning_rate", "length"):
+    for option in ("epochs", "steps", "batch_size", "learning_rate", "length", *COUNTS):
         value = getattr(config, option)
         if value is not None and not value > 0:
             raise SystemExit(

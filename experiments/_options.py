@@ -36,3 +36,6 @@ class Session:
 
 
 SESSION = tuple(field.name for field in dataclasses.fields(Session))
+
+# Options of which there is at least one.
+COUNTS = ("accumulate", "log_every", "checkpoint_every", "keep", "assess_every")

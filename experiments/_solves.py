@@ -33,7 +33,7 @@ def solve_metrics(solves, n: int) -> dict[str, Any]:
 def forward_evaluations(solves, n: int) -> Float[Array, " n"]:
     """Evaluations of f each example costs in a forward pass, summed over the solves.
 
-    A network without solves applies its cell once.
+    A network without solves applies its cells once each, which counts as 1.
     """
     if not solves:
         return jnp.ones(n)
@@ -49,7 +49,7 @@ def backward_evaluations(model: PyTree, solves, key: PRNGKeyArray) -> float:
     iteration: their mean number over the batch is measured with `deqjax.implicit_vjp`, at the
     solution the model found and with a cotangent g drawn from the unit normal distribution; one
     more VJP finds that the tolerance is met, and another carries y to the parameters. A network
-    without solves applies the VJP of its cell once.
+    without solves applies the VJPs of its cells once each, which counts as 1.
     """
     if not model.deqs:
         return 1.0
