@@ -56,7 +56,7 @@ def test_the_papers_other_networks(name, features):
 def test_every_preset_is_whole(name):
     config = options("--preset", name)
     assert config.name == f"{name}-0" and None not in (config.shift, config.max_steps)
-    # Only one of the pcDEQ paper's settings moves and mirrors images, as far as its authors' code does.
+    # Of the pcDEQ paper's settings one moves and mirrors images, as far as its authors' code does.
     augmented = (config.shift, config.mirror) == (4, True)
     assert augmented == (name.endswith("augmented") or "revdeq" in name)
     if "short" not in name and not augmented:
