@@ -94,7 +94,8 @@ SESSION = ("log_every", "checkpoint_every", "stop_after", "resume", "name", "dat
 def choose(config: Config) -> list[Config]:
     """The runs that are asked for, each with its data set and model."""
     named = {} if config.preset is None else NAMED[config.preset]
-    config = _filled(config, {k: named[k] for k in ("dataset", "model") if k in named} or DEFAULTS)
+    config = _filled(config, {k: named[k] for k in ("dataset", "model") if k in named})
+    config = _filled(config, {"dataset": DEFAULTS["dataset"]})
     if config.model is not None:
         return [config]
     four = [("implicit-resnet", 1), ("pc-linear", 1), ("pc-linear", 2), ("resnet", 1)]

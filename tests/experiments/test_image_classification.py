@@ -130,6 +130,18 @@ def test_eight_devices_compute_what_one_does(default, run, tmp_path):
     np.testing.assert_allclose(eight, one, atol=1e-4, rtol=0)
 
 
+def test_multi_scale(run, tmp_path):
+    """With the one cycle and the smoothed labels that are its defaults, and in bfloat16."""
+    model = "implicit-resnet-multiscale"
+    output = succeed(run(tmp_path, "--model", model, "--dtype", "bfloat16", "--stop-after", "6"))
+    path = tmp_path / "runs" / f"digits-{model}-0-smoke"
+    config = json.loads((path / "config.json").read_text())["config"]
+    assert (config["schedule"], config["label_smoothing"]) == ("one-cycle", 0.1)
+    row = next(re.split(r" {2,}", x) for x in output.splitlines() if x.startswith("RevDEQ"))
+    assert row[0] == f"RevDEQ ({model})" and row[4:6] == ["18.0", "16.0"]  # two solves of 8 steps
+    assert all(line["results"]["successful"] == 32 for line in metrics(path) if "loss" in line)
+
+
 def test_resuming_is_bit_for_bit(default, run, tmp_path):
     options = ("--model", "pc-linear", "--checkpoint-every", "2")
     succeed(run(tmp_path, *options, "--stop-after", "5"))  # in the middle of an epoch
@@ -229,7 +241,7 @@ def test_a_step_donates_its_buffers(monkeypatch):
     unit = np.ones((1, 1, 1, 1), np.float32)
     prepare = train.Preparation(unit, unit, shift=1, mirror=True)
     batch, replicated = train.mesh()
-    step = train.make_step(static, optax.adam(1e-3), prepare, batch, replicated)
+    step = train.make_step(static, optax.adam(1e-3), prepare, batch, replicated, 0.1)
     zero, optimizer = jnp.zeros((), jnp.int32), optax.adam(1e-3).init(params)
     state = train.TrainState(params, norms, optimizer, jax.random.key(1), zero)
     state = jax.device_put(state, replicated)
