@@ -126,7 +126,7 @@ def resolve(config: Config) -> Config:
             f"Expected an activation of kind {config.kind} for {model}, got {config.activation}. "
             f"Choose a --model with --kind {kind_of(config.activation)}, or leave --activation out."
         )
-    residual = model.removeprefix("implicit-").startswith("resnet")
+    residual = "resnet" in model
     if residual and len(config.widths or ()) != len(config.features or ()):
         raise SystemExit(
             f"Expected as many --widths as --features for {model}, one a scale; got "

@@ -132,8 +132,8 @@ def test_bfloat16_convolutions(getkey):
 
     found = eqx.filter(found, eqx.is_array)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
-    # bfloat16 has a relative spacing of 2^-8 = 0.4 %, and 16 roundings follow each other.
-    assert 1e-4 < relative(found, expected((wide, x, z0))) < 0.05
+    # Of roundings by up to 2^-9 = 0.2 %, 16 after each other; 3.7 % is what they came to.
+    assert 1e-4 < relative(found, expected((wide, x, z0))) < 0.08
 
 
 def test_training_stays_far_inside_the_range_of_the_exact_state(getkey):
