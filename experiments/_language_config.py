@@ -98,8 +98,8 @@ PAPER: dict[str, Any] = dict(
     max_steps=8, batch_size=32, learning_rate=3e-4, weight_decay=1e-2, epochs=10,
 )  # fmt: skip
 SMOKE: dict[str, Any] = dict(
-    vocabulary=300, width=16, heads=2, hidden=(32,), length=16, max_steps=2, batch_size=8, sample=8,
-    log_every=2,
+    vocabulary=300, width=16, heads=2, hidden=(32,), length=16, max_steps=2, batch_size=8,
+    epochs=None, steps=12,
 )  # fmt: skip
 
 
@@ -114,8 +114,8 @@ def _resolve(config: Config) -> Config:
     if config.preset == "paper":
         values |= PAPER
     if config.smoke:
-        config = dataclasses.replace(config, **SMOKE)  # quick, whatever else is asked for
-        values |= {"epochs": None, "steps": 12}
+        config = dataclasses.replace(config, sample=8, log_every=2)
+        values |= SMOKE
     if config.steps is not None or config.epochs is not None:
         values |= {"epochs": config.epochs, "steps": config.steps}
     name = config.name or f"{config.preset or config.corpus}"

@@ -71,6 +71,7 @@ from _options import SESSION
 from _plots import plot_certificates, plot_curves, plot_residual
 from _run import RunFolder
 from _solves import backward_evaluations, residual_curves
+from _table import table
 from _train import Preparation, evaluate, make_forward, make_loss
 
 from deqjax.models import PositiveConcaveNet
@@ -184,13 +185,6 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
             plot_residual(folder, about, residuals, depths)
     folder.close()
     return row
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    cells = [list(rows[0])] + [[str(x) for x in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(x.ljust(w) for x, w in zip(r, widths, strict=True)).rstrip() for r in cells]
-    return "\n".join(lines)
 
 
 def main(config: Config) -> None:

@@ -21,6 +21,7 @@ from _language_config import Config, choose, title
 from _options import SESSION
 from _plots import plot_curves
 from _run import RunFolder
+from _table import table
 from _text import Corpus, load
 
 
@@ -88,7 +89,7 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         "model": title(config),
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "validation nats": f"{last['eval_loss']:.4f}",
-        "perplexity": f"{last['eval_perplexity']:.3f}",
+        "per token": f"{last['eval_perplexity']:.3f}",
         "per word": f"{last['eval_word_perplexity']:.1f}",
         "f forward": f"{last['eval_evaluations']:.1f}",
         "seconds": f"{time.perf_counter() - start_time:.0f}",
@@ -113,8 +114,14 @@ def main(config: Config) -> None:
         limit=4_000 if first.smoke else None,
     )
     rows = [train(c, corpus) for c in configs]
-    if is_main():
-        print(rows)
+    if not is_main():
+        return
+    print(f"\n{corpus.name}: {corpus.about}")
+    print(f"{len(corpus.train):,} and {len(corpus.valid):,} tokens ({corpus.tokenizer.name}),")
+    print(f"{corpus.valid_words:,} words of validation text; seed {first.seed}")
+    print("perplexity: of the whole validation text but its first token, per token and per word\n")
+    print(table(rows))
+    print("\nEach folder: config.json, metrics.jsonl, sample.txt, curves.png, checkpoints/, ...")
 
 
 if __name__ == "__main__":
