@@ -1,6 +1,7 @@
 """The folder a run leaves: configuration, versions, metrics, checkpoints, TensorBoard's events."""
 
 import json
+import logging
 import math
 import os
 import platform
@@ -19,6 +20,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.summary import scalar
+
+# Orbax logs the traceback of each of its threads; the error itself comes to `writing`.
+logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
 class RunFolder:
@@ -109,6 +113,8 @@ class RunFolder:
 
     def log(self, *lines: Mapping[str, Any]) -> None:
         """Write lines of metrics; TensorBoard, which draws fewer, gets the last of them."""
+        if not self._checkpoints.is_saving_in_progress():
+            self.wait()  # for nothing: what went wrong with the last checkpoint is said here
         if not is_main():
             return
         # JSON has neither NaN nor infinity.

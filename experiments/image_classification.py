@@ -110,7 +110,7 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     mirror = data.mirror if config.mirror is None else config.mirror
     prepare = Preparation(*data.moments(), shift=config.shift, mirror=mirror)
     batch, replicated = mesh()
-    loss_fn = make_loss(static, prepare)
+    loss_fn = make_loss(static, prepare, batch)
     train_step = make_step(loss_fn, optimizer, batch, replicated, accumulate=config.accumulate)
     forward = make_forward(static, prepare, batch, replicated)
     zero = jnp.zeros((), jnp.int32)
