@@ -41,18 +41,18 @@ class Apart(eqx.Module):
         if options:
             return self.deq.batch(xs, **options)
         arrays, static = eqx.partition(self.deq, eqx.is_array)
-        rest = None
+        rest = []  # what is no array, which cannot be returned
 
         def solve(arrays, xs):
-            nonlocal rest
-            out, rest = eqx.partition(eqx.combine(arrays, static).batch(xs), eqx.is_array)
+            out, other = eqx.partition(eqx.combine(arrays, static).batch(xs), eqx.is_array)
+            rest.append(other)
             # What is one number for the batch, as max_steps, becomes one an example.
             n = len(jax.tree.leaves(xs)[0])
             return jax.tree.map(lambda x: x if x.ndim else jnp.broadcast_to(x, (n,)), out)
 
-        specs = dict(in_specs=(jax.P(), self.sharding.spec), out_specs=self.sharding.spec)
-        out = jax.shard_map(solve, mesh=self.sharding.mesh, **specs)(arrays, xs)
-        return eqx.combine(out, rest)
+        mesh, split = self.sharding.mesh, self.sharding.spec
+        sharded = jax.shard_map(solve, mesh=mesh, in_specs=(jax.P(), split), out_specs=split)
+        return eqx.combine(sharded(arrays, xs), rest[-1])
 
 
 def apart(model: PyTree, sharding: NamedSharding) -> PyTree:

@@ -89,10 +89,6 @@ def test_pmap_gives_the_update_of_a_sharded_jit():
 
 SOLVES = {
     "picard": (SOLVER, ADJOINT),
-    "anderson": (
-        deqjax.Anderson(rtol=1e-4),
-        deqjax.ImplicitAdjoint(deqjax.FixedPointIteration(rtol=1e-2)),
-    ),
     "reversible": (deqjax.Reversible(beta=0.5, rtol=1e-3), deqjax.ReversibleAdjoint()),
 }
 
@@ -109,8 +105,8 @@ def test_no_collective_inside_a_solve_and_no_callback(solve):
         return make_step(loss, optimizer, batch, replicated).lower(*arguments).compile().as_text()
 
     text = compiled(batch)
-    assert "callback" not in text and "all-reduce" in text
-    assert collectives_in_loops(text) == []
+    assert not any("callback" in x for x in re.findall(r'custom_call_target="(.*?)"', text))
+    assert "all-reduce" in text and collectives_in_loops(text) == []
     assert "pred[] all-reduce" in "".join(collectives_in_loops(compiled(None)))
 
 
