@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from _devices import agree, is_main
+from _devices import agree, everywhere, is_main
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from tensorboardX.event_file_writer import EventsWriter
@@ -55,10 +55,10 @@ class RunFolder:
         if again == 0:
             raise failure or SystemExit("Stopped: the main process could not write its folder.")
         self.path = root / (name if again == 1 else f"{name}-{again}")
-        if not self.path.exists():
+        if not everywhere(self.path.exists()):
             raise SystemExit(
-                f"Expected {self.path.resolve()} in every process, got none in process "
-                f"{jax.process_index()}. Start all of them in one directory that their hosts share."
+                f"Expected one {self.path} for all {jax.process_count()} processes, got several. Start "
+                "them in a directory that their hosts share."
             )
         # What a step donates is copied before `save` returns; the bytes go to disk beside the
         # training. Orbax writes beside and renames, so a killed run leaves whole checkpoints only.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tyro
-from _config import NAMED, Config, choose, resolve
+from _config import NAMED, SESSION, Config, choose, resolve
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
 
@@ -84,6 +84,18 @@ def test_without_a_preset_the_defaults_hold():
     assert all((c.schedule, c.weight_decay, c.shift) == ("cosine", 1e-2, 1) for c in four)
     names = [resolve(config).name for config in choose(Config(name="mine"))]
     assert names[1] == "mine-digits-pc-linear-kind1-0"
+
+
+def test_what_changes_the_result_is_recorded():
+    assert {"keep", "assess_every", "distributed", "coordinator", "processes"} < {*SESSION}
+    assert not {"accumulate", "batch_size", "seed"} & {*SESSION}
+
+
+@pytest.mark.parametrize("option", ["--keep", "--accumulate", "--assess-every"])
+def test_counts_are_positive(option):
+    options("--model", "resnet", option, "3")
+    with pytest.raises(SystemExit, match=f"Expected {option} above 0, got 0"):
+        options("--model", "resnet", option, "0")
 
 
 def test_an_unknown_preset_is_refused():
