@@ -57,8 +57,8 @@ class RunFolder:
         self.path = root / (name if again == 1 else f"{name}-{again}")
         if not everywhere(self.path.exists()):
             raise SystemExit(
-                f"Expected one {self.path} for all {jax.process_count()} processes, got several. Start "
-                "them in a directory that their hosts share."
+                f"Expected one {self.path} for all {jax.process_count()} processes, got several. "
+                "Start them in a directory that their hosts share."
             )
         # What a step donates is copied before `save` returns; the bytes go to disk beside the
         # training. Orbax writes beside and renames, so a killed run leaves whole checkpoints only.
