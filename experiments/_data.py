@@ -4,14 +4,13 @@ A split held whole and indexed with an array of positions is the fastest input t
 of this size; nothing is cached on disk. Reading prepared TFDS data needs no TensorFlow.
 """
 
-import os
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from _tfds import records
 
 try:
-    import tensorflow_datasets as tfds
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 except ImportError as missing:
@@ -93,22 +92,13 @@ def _digits(limit: int | None) -> Dataset:
 
 
 def _tfds(name: str, split: str, data_dir: str | None, download: bool, limit: int | None) -> Split:
-    try:
-        source: Any = tfds.data_source(name, split=split, data_dir=data_dir, download=download)
-        records = source.__getitems__(range(len(source))[:limit])
-    except ImportError as missing:
-        raise SystemExit(
-            f"Reading {name} expected the package {missing.name!r}, and it is not installed. Run "
-            "`pip install -e '.[experiments]'`; downloading and preparing also needs "
-            "`pip install tensorflow`."
-        ) from None
-    except Exception as error:  # TFDS raises six kinds for data that is absent or of other format
-        where = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-        raise SystemExit(
-            f"Expected {name} prepared by TensorFlow Datasets as array_record under {where}; got "
-            f"{type(error).__name__}: {error}\nPoint TFDS_DATA_DIR or --data-dir at a directory "
-            "that holds it, or prepare it once: `pip install tensorflow`, then pass --download. "
-            "`--dataset digits` needs neither."
-        ) from None
-    images = np.stack([record["image"] for record in records])
-    return Split(images, np.array([record["label"] for record in records], np.int32))
+    read = records(
+        name,
+        split,
+        data_dir=data_dir,
+        download=download,
+        limit=limit,
+        instead="--dataset digits",
+    )
+    images = np.stack([record["image"] for record in read])
+    return Split(images, np.array([record["label"] for record in read], np.int32))

@@ -29,8 +29,16 @@ def constructor(
     gradient_tolerance: float,
     beta: float,
     activation: str,
+    widths: int | tuple[int, ...] = 1,
+    dtype: str = "float32",
 ) -> Callable[..., Any]:
     """What makes a network from `(image_shape, num_classes, key=key)`."""
+    residual = {
+        "channels": features,
+        "width": widths,
+        # None, the dtype of the parameters, casts nothing.
+        "compute_dtype": None if dtype == "float32" else dtype,
+    }
     reversible = {
         # Zero tolerances: all examples take the same steps, and the gradient is that of these.
         "solver": deqjax.Reversible(beta=beta, rtol=0.0, atol=0.0),
@@ -49,8 +57,8 @@ def constructor(
         "max_steps": max_steps,
     }
     match model:
-        case "implicit-resnet":
-            return partial(ImplicitResNet, channels=features[0], **reversible)
+        case "implicit-resnet" | "implicit-resnet-multiscale":
+            return partial(ImplicitResNet, **residual, **reversible)
         case "pc-linear":
             return partial(PositiveConcaveNet.linear, size=features[0], **concave)
         case "pc-single":
@@ -58,7 +66,7 @@ def constructor(
         case "pc-multi":
             return partial(PositiveConcaveNet.multi, channels=features, **concave)
         case _:
-            return partial(ResNet, channels=features[0])
+            return partial(ResNet, **residual)
 
 
 class Once(eqx.Module):
@@ -71,16 +79,20 @@ class Once(eqx.Module):
 
 
 class ResNet(eqx.Module):
-    """`ImplicitResNet` with x + cell(x, x) for x + DEQ(x): the same stem, head and parameters.
+    """`ImplicitResNet` with x + cell(x, x) for each x + DEQ(x), and so with its parameters.
 
     **Arguments and call:** those of `ImplicitResNet`; `deqs` and `solves` are empty.
     """
 
     twin: ImplicitResNet
 
-    def __init__(self, image_shape, num_classes, *, channels: int, key):
-        implicit = ImplicitResNet(image_shape, num_classes, channels=channels, key=key)
-        self.twin = eqx.tree_at(lambda net: net.deq, implicit, Once(implicit.deq.cell))
+    def __init__(self, image_shape, num_classes, *, channels, width, compute_dtype, key):
+        sizes = dict(channels=channels, width=width)
+        implicit = ImplicitResNet(
+            image_shape, num_classes, **sizes, compute_dtype=compute_dtype, key=key
+        )
+        once = [Once(deq.cell) for deq in implicit.deqs]
+        self.twin = eqx.tree_at(lambda net: list(net.deqs), implicit, once)
 
     @property
     def deqs(self) -> tuple[()]:

@@ -38,7 +38,7 @@ class Apart(eqx.Module):
 
     def batch(self, xs: PyTree, **options: Any) -> tuple[PyTree, Any]:
         """`DEQ.batch`; with options as it is, since masks go by an example's place in the batch."""
-        if options:
+        if any(option is not None for option in options.values()):
             return self.deq.batch(xs, **options)
         arrays, static = eqx.partition(self.deq, eqx.is_array)
         rest = []  # what is no array, which cannot be returned
@@ -75,7 +75,7 @@ def solve_metrics(solves, n: int) -> dict[str, Any]:
 def forward_evaluations(solves, n: int) -> Float[Array, " n"]:
     """Evaluations of f each example costs in a forward pass, summed over the solves.
 
-    A network without solves applies its cell once.
+    A network without solves applies its cells once each, which counts as 1.
     """
     if not solves:
         return jnp.ones(n)
@@ -91,7 +91,7 @@ def backward_evaluations(model: PyTree, solves, key: PRNGKeyArray) -> float:
     iteration: their mean number over the batch is measured with `deqjax.implicit_vjp`, at the
     solution the model found and with a cotangent g drawn from the unit normal distribution; one
     more VJP finds that the tolerance is met, and another carries y to the parameters. A network
-    without solves applies the VJP of its cell once.
+    without solves applies the VJPs of its cells once each, which counts as 1.
     """
     if not model.deqs:
         return 1.0

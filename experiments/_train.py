@@ -50,13 +50,14 @@ class Preparation:
         return images
 
 
-def make_loss(static: PyTree, prepare: Preparation, batch) -> Callable:
+def make_loss(static: PyTree, prepare: Preparation, batch, label_smoothing: float) -> Callable:
     """Cross-entropy of the network on a batch, augmented: what `_fit.make_step` asks for."""
 
     def loss_fn(params, norms, key, images: Images, labels: Labels):
         images = prepare(prepare.augment(images, key))
         logits, norms, solves = apart(eqx.combine(params, static), batch)(images, norms)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
         metrics = {"accuracy": accuracy, **solve_metrics(solves, len(images))}
         return jnp.mean(losses), (norms, metrics)

@@ -9,6 +9,8 @@ certified how far each solve is from its fixed point, and which predictions that
     python experiments/image_classification.py --seed 1
     python experiments/image_classification.py --dataset mnist --model implicit-resnet
     python experiments/image_classification.py --dataset mnist --model pc-linear
+    python experiments/image_classification.py --preset cifar10-revdeq   # 10.3 M parameters
+    python experiments/image_classification.py --preset cifar10-revdeq-short
     python experiments/image_classification.py --preset mnist-softsign-short
     python experiments/image_classification.py --preset cifar10-multi-relu6  # the paper's
     python experiments/image_classification.py --smoke        # the same in seconds, not learning
@@ -60,11 +62,12 @@ import numpy as np
 import optax
 import tyro
 from _certified import certified_share, measure
-from _config import SESSION, Config, choose, resolve, title
+from _config import Config, choose, resolve, title
 from _data import Dataset, load
 from _devices import initialize, is_main, local, mesh, replicate
 from _fit import TrainState, fit, make_step
 from _models import constructor
+from _options import SESSION
 from _plots import plot_certificates, plot_curves, plot_residual
 from _run import RunFolder
 from _solves import backward_evaluations, residual_curves
@@ -85,6 +88,7 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
         )
     assert config.epochs and config.learning_rate and config.milestone  # by resolve
     assert config.weight_decay is not None and config.shift is not None and config.name
+    assert config.label_smoothing is not None
     start_time = time.perf_counter()
     recorded = {k: v for k, v in dataclasses.asdict(config).items() if k not in SESSION}
     folder = RunFolder(Path("runs"), config.name, recorded, resume=config.resume, keep=config.keep)
@@ -94,12 +98,15 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     total = per_epoch * config.epochs
     model_key, augment_key, measure_key = jax.random.split(jax.random.key(config.seed), 3)
     names = ("model", "features", "max_steps", "tolerance", "gradient_tolerance", "beta")
-    make = constructor(**{name: recorded[name] for name in (*names, "activation")})
+    names += ("activation", "widths", "dtype")
+    make = constructor(**{name: recorded[name] for name in names})
     make = eqx.filter_jit(eqx.nn.make_with_state(make))  # one compilation, not one a parameter
     model, norms = make(data.image_shape, data.num_classes, key=model_key)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     if config.schedule == "cosine":
         rate = optax.cosine_decay_schedule(config.learning_rate, total)
+    elif config.schedule == "one-cycle":
+        rate = optax.cosine_onecycle_schedule(total, config.learning_rate)
     else:
         fall = round(total * config.milestone)
         rate = optax.piecewise_constant_schedule(config.learning_rate, {fall: 0.1})
@@ -110,7 +117,7 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     mirror = data.mirror if config.mirror is None else config.mirror
     prepare = Preparation(*data.moments(), shift=config.shift, mirror=mirror)
     batch, replicated = mesh()
-    loss_fn = make_loss(static, prepare, batch)
+    loss_fn = make_loss(static, prepare, batch, config.label_smoothing)
     train_step = make_step(loss_fn, optimizer, batch, replicated, accumulate=config.accumulate)
     forward = make_forward(static, prepare, batch, replicated)
     zero = jnp.zeros((), jnp.int32)

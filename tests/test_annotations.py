@@ -11,7 +11,7 @@ import equinox as eqx, jax, jax.numpy as jnp
 from deqjax.models import ImplicitResNet, PositiveConcaveNet
 key, images = jax.random.key(0), jnp.ones((2, 5, 4, 3))
 nets = [
-    (ImplicitResNet, dict(channels=8)),
+    (ImplicitResNet, dict(channels=(8, 16))),
     (PositiveConcaveNet.linear, dict(size=3)),
     (PositiveConcaveNet.multi, dict(channels=(2, 3))),
 ]

@@ -35,6 +35,8 @@ ORDER = [
     "_certified",
     "positive",
     "_splitting",
+    "_dense",
+    "_language",
     "nn",
     "models",
     "__init__",

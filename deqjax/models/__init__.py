@@ -2,3 +2,7 @@
 
 from ._implicit_resnet import ImplicitResNet as ImplicitResNet
 from ._positive_concave import PositiveConcaveNet as PositiveConcaveNet
+from ._transformer import (
+    ReversibleTransformer as ReversibleTransformer,
+    Transformer as Transformer,
+)

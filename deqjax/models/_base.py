@@ -1,5 +1,7 @@
 """What the models share: their interface, batch normalisation outside the solve, pooling."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import equinox as eqx
@@ -7,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._solution import Solution
+from ..nn import Conv2d
 
 # What a model returns: logits, the new state, and for each equilibrium layer in order the batch x
 # and the solution of its solve, which `layer.batch(x)` repeats.
@@ -17,6 +20,7 @@ Output: TypeAlias = tuple[
     Float[Array, "b classes"], eqx.nn.State, tuple[tuple[Float[Array, "b ..."], Solution], ...]
 ]
 ImageShape = tuple[int, int, int]
+Lifted: TypeAlias = tuple[Float[Array, "b h2 w2 o"], eqx.nn.State]
 
 
 def check_image_shape(image_shape: ImageShape) -> None:
@@ -55,6 +59,75 @@ def batch_norm(
     normalise = jax.vmap(norm, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
     y, state = normalise(jnp.moveaxis(x, -1, 1), state)
     return jnp.moveaxis(y, 1, -1), state
+
+
+def convolution(dtype: DTypeLike | None, compute_dtype: DTypeLike | None) -> Callable[..., Conv2d]:
+    """`nn.Conv2d` without a bias."""
+    # As in the references: a norm with a shift of its own follows each convolution.
+    return partial(Conv2d, use_bias=False, dtype=dtype, compute_dtype=compute_dtype)
+
+
+class Stem(eqx.Module):
+    """`relu(BN(conv x))` of a batch, 3 x 3."""
+
+    conv: Conv2d
+    norm: eqx.nn.BatchNorm
+
+    def __init__(
+        self,
+        before: int,
+        after: int,
+        *,
+        dtype: DTypeLike | None,
+        compute_dtype: DTypeLike | None,
+        key: PRNGKeyArray,
+    ):
+        self.conv = convolution(dtype, compute_dtype)(before, after, key=key)
+        self.norm = make_batch_norm(after, dtype)
+
+    def __call__(self, x: Float[Array, "b h w i"], state: eqx.nn.State) -> Lifted:
+        """Lift a batch of images."""
+        x, state = batch_norm(self.norm, jax.vmap(self.conv)(x), state)
+        return jax.nn.relu(x), state
+
+
+class Downsample(eqx.Module):
+    """Half the resolution: `conv(relu(BN(conv y))) + shortcut(y)` with `y = relu(BN x)`.
+
+    A pre-activation residual block; the first 3 x 3 convolution and the 1 x 1 shortcut have
+    stride 2.
+
+    Reference: He et al., Identity mappings in deep residual networks, ECCV 2016.
+    """
+
+    norm1: eqx.nn.BatchNorm
+    conv1: Conv2d
+    norm2: eqx.nn.BatchNorm
+    conv2: Conv2d
+    shortcut: Conv2d
+
+    def __init__(
+        self,
+        before: int,
+        after: int,
+        *,
+        dtype: DTypeLike | None,
+        compute_dtype: DTypeLike | None,
+        key: PRNGKeyArray,
+    ):
+        keys = jax.random.split(key, 3)
+        conv = convolution(dtype, compute_dtype)
+        self.norm1, self.norm2 = (make_batch_norm(n, dtype) for n in (before, after))
+        self.conv1 = conv(before, after, 3, 2, key=keys[0])
+        self.conv2 = conv(after, after, key=keys[1])
+        self.shortcut = conv(before, after, 1, 2, key=keys[2])
+
+    def __call__(self, x: Float[Array, "b h w i"], state: eqx.nn.State) -> Lifted:
+        """Downsample a batch."""
+        x, state = batch_norm(self.norm1, x, state)
+        x = jax.nn.relu(x)
+        y, state = batch_norm(self.norm2, jax.vmap(self.conv1)(x), state)
+        return jax.vmap(self.conv2)(jax.nn.relu(y)) + jax.vmap(self.shortcut)(x), state
 
 
 def max_pool(x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:

@@ -1,8 +1,13 @@
 """Equinox layers and cells."""
 
+from .._dense import Linear as Linear
 from .._splitting import (
     ForwardBackward as ForwardBackward,
     PeacemanRachford as PeacemanRachford,
+)
+from ._attention import (
+    CausalAttention as CausalAttention,
+    TransformerCell as TransformerCell,
 )
 from ._conv import Conv2d as Conv2d
 from ._deq import DEQ as DEQ

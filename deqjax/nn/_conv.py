@@ -25,6 +25,9 @@ class Conv2d(eqx.Module):
     - `stride`: 1 or 2.
     - `use_bias`: whether to add a bias per output channel.
     - `dtype`: of the parameters; default: JAX's default float.
+    - `compute_dtype`: of the products. x and the kernel are cast to it at each call and the result
+        back, so that with float32 parameters and `jnp.bfloat16` the kernel cotangents of several
+        calls are summed in float32. Default: the parameters' dtype.
     - `key`: for the initial parameters.
 
     **Call:** `x` of shape (H, W, in_channels) and the parameters' dtype, one example. Returns
@@ -43,6 +46,7 @@ class Conv2d(eqx.Module):
     kernel: Float[Array, "k k i o"]
     bias: Float[Array, " o"] | None
     stride: int = eqx.field(static=True)
+    compute_dtype: DTypeLike | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class Conv2d(eqx.Module):
         *,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
+        compute_dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
         check_kernel_size(kernel_size)
@@ -65,8 +70,12 @@ class Conv2d(eqx.Module):
         bias = jax.random.uniform(bias_key, (out_channels,), dtype, -bound, bound)
         self.bias = bias if use_bias else None
         self.stride = stride
+        self.compute_dtype = compute_dtype
 
     def __call__(self, x: Float[Array, "h w i"]) -> Float[Array, "h2 w2 o"]:
         """Apply the convolution to one image."""
-        y = conv2d(x[None], self.kernel, self.stride)[0]
+        kernel, images = self.kernel, x[None]
+        if self.compute_dtype is not None:
+            kernel, images = (a.astype(self.compute_dtype) for a in (kernel, images))
+        y = conv2d(images, kernel, self.stride)[0].astype(x.dtype)
         return y if self.bias is None else y + self.bias.reshape(1, 1, -1)

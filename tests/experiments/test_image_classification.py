@@ -219,7 +219,7 @@ def test_a_step_donates_its_buffers(monkeypatch):
     unit = np.ones((1, 1, 1, 1), np.float32)
     prepare = train.Preparation(unit, unit, shift=1, mirror=True)
     batch, replicated = devices.mesh()
-    loss_fn = train.make_loss(static, prepare, batch)
+    loss_fn = train.make_loss(static, prepare, batch, 0.0)
     step = fit.make_step(loss_fn, optax.adam(1e-3), batch, replicated)
     zero, optimizer = jnp.zeros((), jnp.int32), optax.adam(1e-3).init(params)
     state = fit.TrainState(params, norms, optimizer, jax.random.key(1), zero)

@@ -1,0 +1,231 @@
+"""Language models: the transformer of the reversible DEQ paper, and its explicit twin."""
+
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+
+from .._check import OptimistixSolver
+from .._language import AbstractLanguageModel, Vocabulary
+from .._solution import Solution
+from .._step import step
+from ..adjoints import AbstractAdjoint, ReversibleAdjoint
+from ..nn import DEQ, TransformerCell
+from ..solvers import FixedPointIteration, Reversible
+
+Solves = tuple[tuple[Float[Array, "b l width"], Solution], ...]
+
+
+class ReversibleTransformer(AbstractLanguageModel):
+    """A language model of one equilibrium layer, whose cell is a transformer block.
+
+        x = sqrt(width) table[tokens] + positions;    logits = head(LN(DEQ(x)))
+
+    with the cell `nn.TransformerCell`. Parameters and the sum of residuals are float32; products
+    may be bfloat16.
+
+    **Arguments:**
+
+    - `size`: of the vocabulary.
+    - `length`: the longest sequence; of the learned positions.
+    - `width`, `heads`, `hidden`, `scale`: see `nn.TransformerCell`.
+    - `positions`: `"learned"`, or `"rotary"`, which turn queries and keys instead.
+    - `tied`: whether the head is the transposed table.
+    - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`. The default takes four
+        reversible pairs, that is eight steps, whatever the residual, with 20 fraction bits: a
+        range of +-2,048 at a spacing of 1e-6.
+    - `compute_dtype`: of products and attention, for instance `jnp.bfloat16`; default: `dtype`.
+    - `dtype`: of the parameters and the state; default: JAX's default float.
+    - `key`: for the initial parameters.
+
+    **Call:** `logits, solves = model(tokens)` with integer tokens (B, L), L at most `length`.
+    logits has shape (B, L, size), float32 or wider, position i for token i + 1; solves is
+    `((x, sol),)`, and `model.deqs[0].batch(x)` repeats the solve. `model(tokens, steps=n)` takes a
+    budget of n steps, which may be traced. `model.generate` continues a prompt.
+
+    **Cost:** one batched solve; eight evaluations of the cell with the defaults.
+
+    **When not to use it:** where the state would leave the range: the cell adds to z without
+    normalising it. `jnp.max(jnp.abs(sol.value))` tells, and `sol.result` if it did.
+
+    **Raises:** `ValueError` for tokens that are not integers (B, L) with L at most `length`, and as
+    `nn.TransformerCell`.
+
+    Reference: Reversible deep equilibrium models, arXiv 2509.12917, the language model.
+    """
+
+    vocabulary: Vocabulary
+    deq: DEQ
+    length: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        size: int,
+        length: int,
+        *,
+        width: int = 256,
+        heads: int = 4,
+        hidden: tuple[int, ...] = (1024,),
+        scale: float = 1.0,
+        positions: Literal["learned", "rotary"] = "learned",
+        tied: bool = False,
+        solver: OptimistixSolver = Reversible(beta=0.5, rtol=0.0, atol=0.0, fraction_bits=20),
+        adjoint: AbstractAdjoint = ReversibleAdjoint(),
+        max_steps: int = 8,
+        compute_dtype: DTypeLike | None = None,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        ends_key, cell_key = jax.random.split(key)
+        dtypes = {"compute_dtype": compute_dtype, "dtype": dtype}
+        learned = length if positions == "learned" else None
+        self.vocabulary = Vocabulary(size, width, learned, tied=tied, key=ends_key, **dtypes)
+        options = {"rotary": positions == "rotary", "scale": scale, **dtypes}
+        cell = TransformerCell(width, heads, hidden, key=cell_key, **options)
+        self.deq = DEQ(cell, solver, adjoint, max_steps=max_steps)
+        self.length = length
+
+    @classmethod
+    def paper(cls, size: int = 50_304, *, key: PRNGKeyArray, **options) -> "ReversibleTransformer":
+        """The paper's: width 768, 12 heads, MLP 768-3072-3072-768, 448 positions, an untied head;
+        94.1 M parameters (96.1 M there, whose attention projects twice without a nonlinearity in
+        between, 1.8 M, and whose causal mask is counted). `options` take precedence."""
+        preset = {"length": 448, "width": 768, "heads": 12, "hidden": (3072, 3072)}
+        return cls(size, key=key, **(preset | options))
+
+    @property
+    def deqs(self) -> tuple[DEQ, ...]:
+        """The equilibrium layer."""
+        return (self.deq,)
+
+    def __call__(
+        self, tokens: Int[Array, "b l"], *, steps: int | Int[Array, "..."] | None = None
+    ) -> tuple[Float[Array, "b l v"], Solves]:
+        """Logits of each next token of a batch of sequences."""
+        _check_tokens(tokens, self.length)
+        x = self.vocabulary.embed(tokens)
+        z, sol = self.deq.batch(x, steps=steps)
+        return self.vocabulary.logits(z), ((x, sol),)
+
+    def caches(self, length: int):
+        """See `AbstractLanguageModel`: one cache for each evaluation of the cell."""
+        dtype = self.vocabulary.table.dtype
+        one = lambda _: self.deq.cell.cache(length, dtype)
+        return jax.vmap(one)(jnp.arange(self.deq.max_steps))
+
+    def extend(self, tokens, caches, start):
+        """See `AbstractLanguageModel`."""
+        solver = self.deq.solver
+        kinds = (Reversible, FixedPointIteration)
+        fixed = isinstance(solver, kinds) and solver.rtol == 0 and solver.atol == 0
+        if not fixed or self.deq.predictor is not None:
+            raise ValueError(
+                f"generate expected a fixed number of steps of Reversible or FixedPointIteration, "
+                f"rtol=0 and atol=0, from zero; got {solver}. Without them later positions change "
+                f"earlier ones: evaluate the model on the whole sequence for each token."
+            )
+        x = self.vocabulary.embed(tokens, start)
+        fn = lambda z, args: self.deq.cell.extend(z, args[0], args[1], start)
+        zero = jnp.zeros_like(x)
+
+        def body(carry, cache):
+            z, memory, bad = carry
+            new = step(fn, solver, z, (x, cache), memory)
+            return (new.z, new.memory, bad | new.overflow | new.broken), new.aux
+
+        init = (solver.start(zero), solver.blank(zero), jnp.asarray(False))
+        (z, _, bad), caches = jax.lax.scan(body, init, caches)
+        return jnp.where(bad, jnp.nan, z), caches
+
+
+class Transformer(AbstractLanguageModel):
+    """The explicit twin: the same blocks, each with its own parameters and evaluated once.
+
+        h[0] = x;    h[i+1] = block[i](h[i], 0);    logits = head(LN(h[n]))
+
+    With one block it has as many parameters as `ReversibleTransformer`, with `max_steps` of them
+    the same evaluations.
+
+    **Arguments:** those of `ReversibleTransformer` but for the solve, and
+
+    - `blocks`: how many.
+    - `checkpoint`: whether the backward pass evaluates each block again instead of storing it.
+
+    **Call:** as `ReversibleTransformer`; solves is empty.
+
+    **Cost:** `blocks` evaluations; memory in proportion to them.
+
+    **Raises:** as `ReversibleTransformer`.
+
+    Reference: Radford et al., Language models are unsupervised multitask learners, 2019.
+    """
+
+    vocabulary: Vocabulary
+    blocks: tuple[TransformerCell, ...]
+    length: int = eqx.field(static=True)
+    checkpoint: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        size: int,
+        length: int,
+        *,
+        blocks: int = 1,
+        width: int = 256,
+        heads: int = 4,
+        hidden: tuple[int, ...] = (1024,),
+        scale: float = 1.0,
+        positions: Literal["learned", "rotary"] = "learned",
+        tied: bool = False,
+        checkpoint: bool = False,
+        compute_dtype: DTypeLike | None = None,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        ends_key, *keys = jax.random.split(key, blocks + 1)
+        dtypes = {"compute_dtype": compute_dtype, "dtype": dtype}
+        learned = length if positions == "learned" else None
+        self.vocabulary = Vocabulary(size, width, learned, tied=tied, key=ends_key, **dtypes)
+        options = {"rotary": positions == "rotary", "scale": scale, **dtypes}
+        self.blocks = tuple(TransformerCell(width, heads, hidden, key=k, **options) for k in keys)
+        self.length = length
+        self.checkpoint = checkpoint
+
+    @property
+    def deqs(self) -> tuple[()]:
+        """There is no equilibrium layer."""
+        return ()
+
+    def __call__(self, tokens: Int[Array, "b l"]) -> tuple[Float[Array, "b l v"], tuple[()]]:
+        """Logits of each next token of a batch of sequences."""
+        _check_tokens(tokens, self.length)
+        h = self.vocabulary.embed(tokens)
+        for block in self.blocks:
+            apply = lambda block, h: jax.vmap(block)(h, jnp.zeros_like(h))
+            h = (jax.checkpoint(apply) if self.checkpoint else apply)(block, h)
+        return self.vocabulary.logits(h), ()
+
+    def caches(self, length: int):
+        """See `AbstractLanguageModel`: one cache for each block."""
+        return [block.cache(length, self.vocabulary.table.dtype) for block in self.blocks]
+
+    def extend(self, tokens, caches, start):
+        """See `AbstractLanguageModel`."""
+        h = self.vocabulary.embed(tokens, start)
+        extended = []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            h, cache = block.extend(h, jnp.zeros_like(h), cache, start)
+            extended.append(cache)
+        return h, extended
+
+
+def _check_tokens(tokens: Int[Array, "b l"], length: int) -> None:
+    integers = jnp.issubdtype(tokens.dtype, jnp.integer)
+    if tokens.ndim != 2 or tokens.shape[1] > length or not integers:
+        raise ValueError(
+            f"Expected integer tokens of shape (batch, at most {length}), got {tokens.shape} of "
+            f"{tokens.dtype}. Add the batch axis, cut the sequences, or build the model for this "
+            f"length."
+        )

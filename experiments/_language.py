@@ -1,0 +1,118 @@
+"""What a language model's training is made of: the network, its loss, an evaluation."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _devices import local, place
+from _fit import TrainState
+from _language_config import Config
+from _solves import forward_evaluations, solve_metrics
+from _text import Corpus, windows
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+
+import deqjax
+from deqjax.models import ReversibleTransformer, Transformer
+
+Model = ReversibleTransformer | Transformer
+
+
+def make_model(config: Config, size: int, key: PRNGKeyArray) -> Model:
+    """The network that is asked for, of a vocabulary of `size`."""
+    assert config.width and config.heads and config.hidden and config.length and config.max_steps
+    assert config.positions and config.tied is not None
+    options: dict[str, Any] = {
+        "width": config.width,
+        "heads": config.heads,
+        "hidden": config.hidden,
+        "positions": config.positions,
+        "tied": config.tied,
+        "compute_dtype": None if config.dtype == "float32" else jnp.bfloat16,
+    }
+    if config.model != "reversible":
+        blocks = 1 if config.model == "explicit" else config.max_steps
+        return Transformer(size, config.length, blocks=blocks, key=key, **options)
+    solver = deqjax.Reversible(
+        beta=config.beta,
+        exact=config.state == "exact",
+        fraction_bits=config.fraction_bits,
+        rtol=0.0,  # all windows take the same steps, and the gradient is that of these
+        atol=0.0,
+    )
+    options |= {"solver": solver, "max_steps": config.max_steps}
+    return ReversibleTransformer(size, config.length, key=key, **options)
+
+
+def _losses(model: Model, tokens: Int[Array, "b l"]) -> tuple[Array, Any]:
+    logits, solves = model(tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]), solves
+
+
+def make_loss(static: PyTree) -> Callable:
+    """Mean cross-entropy of the next token, in nats: what `_fit.make_step` asks for."""
+
+    def loss_fn(params, norms, key, tokens: Int[Array, "b l"]):
+        del key
+        losses, solves = _losses(eqx.combine(params, static), tokens)
+        metrics = solve_metrics(solves, len(tokens)) | _headroom(static, solves)
+        return jnp.mean(losses), (norms, metrics)
+
+    return loss_fn
+
+
+def _headroom(static: Model, solves) -> dict[str, Array]:
+    """How many times larger the exact state could be: the least over a batch."""
+    if not static.deqs or not static.deqs[0].solver.exact:
+        return {}
+    ((_, sol),) = solves
+    peak = jnp.max(jnp.abs(jax.lax.stop_gradient(sol.value)))
+    return {"state_headroom": 2.0 ** (31 - static.deqs[0].solver.fraction_bits) / peak}
+
+
+def make_evaluate(static: PyTree, corpus: Corpus, config: Config, batch, replicated) -> Callable:
+    """`evaluate(state)`: the validation split, every token but the first predicted once."""
+    assert config.batch_size and config.length
+    size = config.batch_size
+    tokens, counted = windows(corpus.valid, config.length)
+    n = len(tokens)
+    fill = ((0, -n % size), (0, 0))  # one compilation: the last batch is filled up
+    tokens, counted = np.pad(tokens, fill), np.pad(counted, fill)
+
+    def total(params, tokens, counted):
+        losses, solves = _losses(eqx.combine(params, static), tokens)
+        evaluations = jnp.where(counted[:, 0], forward_evaluations(solves, size), 0)
+        return jnp.sum(jnp.where(counted, losses, 0)), jnp.sum(evaluations)
+
+    compiled = jax.jit(total, out_shardings=replicated)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        sums = [
+            compiled(state.params, *place([tokens[i : i + size], counted[i : i + size]], batch))
+            for i in range(0, len(tokens), size)
+        ]
+        nats, evaluations = np.sum(np.asarray(local(sums), np.float64), 0)
+        loss = nats / counted.sum()
+        per_word = nats / corpus.valid_words
+        return {
+            "eval_loss": float(loss),
+            "eval_perplexity": math.exp(min(loss, 700)),
+            "eval_word_perplexity": math.exp(min(per_word, 700)),
+            "eval_evaluations": float(evaluations / n),
+        }
+
+    return evaluate
+
+
+def sample(model: Model, corpus: Corpus, config: Config, key: PRNGKeyArray) -> str:
+    """Text by the model, after the first tokens of the validation split."""
+    assert config.length
+    prompt = jnp.asarray(corpus.valid[: config.length // 4], jnp.int32)
+    room = config.length - len(prompt) if config.positions == "learned" else config.sample
+    new = model.generate(prompt, min(config.sample, room), temperature=config.temperature, key=key)
+    new = np.asarray(new)
+    return f"{corpus.tokenizer.decode(np.asarray(prompt))}|{corpus.tokenizer.decode(new[new >= 0])}"

@@ -1,0 +1,147 @@
+"""All options of `language_modelling.py`, and the presets that fill in what is left out."""
+
+import dataclasses
+from typing import Any, Literal
+
+from _options import COUNTS, Session
+from _text_sources import Name
+from _tokenizers import Kind
+
+Model = Literal["reversible", "explicit", "explicit-deep"]
+MODELS: tuple[Model, ...] = ("reversible", "explicit", "explicit-deep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Session):
+    """Train language models on text. What is left at None: the preset's."""
+
+    corpus: Name = "pydoc"
+    """pydoc: the language reference that comes with Python; text: a folder of text files."""
+    preset: Literal["paper"] | None = None
+    """paper: the network of the RevDEQ paper; None: one for minutes on two cores."""
+    model: Model | None = None
+    """reversible: a RevDEQ; explicit: its block, evaluated once; explicit-deep: as many blocks,
+    each with parameters of its own, as the RevDEQ takes steps. None: the first two."""
+    tokenizer: Kind | None = None
+    """words: WikiText's own."""
+    vocabulary: int | None = None
+    """Tokens of bpe."""
+
+    width: int | None = None
+    """Of the residual sum."""
+    heads: int | None = None
+    """Of the attention."""
+    hidden: tuple[int, ...] | None = None
+    """Widths of the MLP's inner layers."""
+    positions: Literal["learned", "rotary"] | None = None
+    """How a token knows its place."""
+    tied: bool | None = None
+    """One table for both ends of the model."""
+    length: int | None = None
+    """Tokens of a window."""
+    max_steps: int | None = None
+    """Steps of the solve, one evaluation of the block each."""
+    beta: float = 0.5
+    """Relaxation of the reversible solver, the paper's; 1 - beta is 1/d or -1/d, d an integer."""
+    fraction_bits: int = 20
+    """Of the exact state: a range of +-2,048 at 20; state_headroom in the metrics is its share."""
+    state: Literal["exact", "float"] = "exact"
+    """float: states are undone in floating point, in segments."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of products and attention; parameters and the residual sum stay float32."""
+
+    seed: int = 0
+    """Of parameters and the order of the data."""
+    epochs: float | None = None
+    """Passes over the training split."""
+    steps: int | None = None
+    """Instead of epochs."""
+    batch_size: int | None = None
+    """Windows a step, over all devices."""
+    accumulate: int = 1
+    """Parts in which a batch is taken, one after another, for the memory of one."""
+    learning_rate: float | None = None
+    """Peak of AdamW's, reached after the warm-up, from where a cosine leads down to a tenth."""
+    warmup: int = 100
+    """Steps from a rate of 0 to the peak, at most a tenth of all."""
+    weight_decay: float | None = None
+    """AdamW's: a step shrinks matrices by learning rate x this."""
+    epsilon: float = 1e-8
+    """AdamW's."""
+    clip: float = 1.0
+    """Ceiling on the gradient's norm."""
+    sample: int = 300
+    """Tokens of text at the end, as far as the positions go."""
+    temperature: float = 0.8
+    """Of that text; 0: the likeliest tokens."""
+    cache_dir: str | None = None
+    """Of tokenised text; None: the user's cache."""
+    smoke: bool = False
+    """A tiny network, text and number of steps: everything is run through in seconds."""
+
+
+# For two cores, an hour of them at most.
+DEFAULTS: dict[str, Any] = dict(
+    tokenizer="bytes", vocabulary=4096, width=192, heads=4, hidden=(768,), positions="rotary",
+    tied=False, length=128, max_steps=6, batch_size=16, learning_rate=2e-3, weight_decay=0.1,
+)  # fmt: skip
+CORPORA: dict[str, dict[str, Any]] = {
+    "pydoc": dict(width=128, hidden=(512,), epochs=4),
+    "tiny_shakespeare": dict(epochs=3),
+    "wikitext-2": dict(tokenizer="words", tied=True, epochs=1),
+    "wikitext-103": dict(tokenizer="words", tied=True, epochs=1),
+    "text": dict(tokenizer="bpe", vocabulary=16_384, tied=True, epochs=1),
+}
+# The paper's network and rate (arXiv 2509.12917; its schedule, on a plateau, is not kept).
+PAPER: dict[str, Any] = dict(
+    width=768, heads=12, hidden=(3072, 3072), positions="learned", tied=False, length=448,
+    max_steps=8, batch_size=32, learning_rate=3e-4, weight_decay=1e-2, epochs=10,
+)  # fmt: skip
+SMOKE: dict[str, Any] = dict(
+    vocabulary=300, width=16, heads=2, hidden=(32,), length=16, max_steps=2, batch_size=8, sample=8,
+    log_every=2,
+)  # fmt: skip
+
+
+def choose(config: Config) -> list[Config]:
+    """The runs that are asked for, each with its model and everything filled in."""
+    models = MODELS[:2] if config.model is None else [config.model]
+    return [_resolve(dataclasses.replace(config, model=model)) for model in models]
+
+
+def _resolve(config: Config) -> Config:
+    values = DEFAULTS | CORPORA[config.corpus]
+    if config.preset == "paper":
+        values |= PAPER
+    if config.smoke:
+        config = dataclasses.replace(config, **SMOKE)  # quick, whatever else is asked for
+        values |= {"epochs": None, "steps": 12}
+    if config.steps is not None or config.epochs is not None:
+        values |= {"epochs": config.epochs, "steps": config.steps}
+    name = config.name or f"{config.preset or config.corpus}"
+    name = f"{name}-{config.model}-{config.seed}{'-smoke' if config.smoke else ''}"
+    missing = {k: v for k, v in values.items() if getattr(config, k) is None}
+    config = dataclasses.replace(config, **missing | {"name": name})
+    if (config.epochs is None) == (config.steps is None):
+        raise SystemExit(
+            f"Expected either --epochs or --steps, got {config.epochs} and {config.steps}. Leave "
+            f"one of them out."
+        )
+    for option in ("epochs", "steps", "batch_size", "learning_rate", "length", *COUNTS):
+        value = getattr(config, option)
+        if value is not None and not value > 0:
+            raise SystemExit(
+                f"Expected --{option.replace('_', '-')} above 0, got {value}. Leave it out for the "
+                f"preset."
+            )
+    return config
+
+
+def title(config: Config) -> str:
+    match config.model:
+        case "reversible":
+            return f"RevDEQ, {config.max_steps} steps"
+        case "explicit":
+            return "explicit, 1 block"
+        case _:
+            return f"explicit, {config.max_steps} blocks"

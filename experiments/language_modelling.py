@@ -1,0 +1,120 @@
+"""Language models: a reversible transformer and explicit ones, on any text.
+
+python experiments/language_modelling.py                      # Python's own reference
+python experiments/language_modelling.py --corpus tiny_shakespeare --model reversible
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from _devices import initialize, is_main, local, mesh, replicate
+from _fit import TrainState, fit, make_step
+from _language import make_evaluate, make_loss, make_model, sample
+from _language_config import Config, choose, title
+from _options import SESSION
+from _plots import plot_curves
+from _run import RunFolder
+from _text import Corpus, load
+
+
+def train(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """One run, from its folder to its row of the table."""
+    assert config.batch_size and config.length and config.name and config.learning_rate
+    assert config.weight_decay is not None
+    if config.batch_size % (jax.device_count() * config.accumulate):
+        raise SystemExit(
+            f"Expected a batch size that divides by the {jax.device_count()} devices JAX shows, "
+            f"times --accumulate {config.accumulate}; got {config.batch_size}. Pass another "
+            f"--batch-size, or show JAX fewer devices."
+        )
+    start_time = time.perf_counter()
+    recorded = {k: v for k, v in dataclasses.asdict(config).items() if k not in SESSION}
+    recorded["vocabulary"] = corpus.tokenizer.size
+    folder = RunFolder(Path("runs"), config.name, recorded, resume=config.resume, keep=config.keep)
+
+    # --- network, optimiser, compiled functions
+    per_epoch = corpus.steps_per_epoch(config.batch_size, config.length)
+    total = config.steps or max(1, round(per_epoch * (config.epochs or 0)))
+    model_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+    model = eqx.filter_jit(make_model)(config, corpus.tokenizer.size, model_key)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    warmup = min(config.warmup, total // 10)
+    peak = config.learning_rate
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, end_value=peak / 10)
+    matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            rate, b2=0.98, eps=config.epsilon, weight_decay=config.weight_decay, mask=matrices
+        ),
+    )
+    batch, replicated = mesh()
+    step = make_step(make_loss(static), optimizer, batch, replicated, accumulate=config.accumulate)
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(params, None, optimizer.init(params), train_key, zero)
+    state = folder.restore(replicate(state, replicated))
+    evaluate = make_evaluate(static, corpus, config, batch, replicated)
+
+    state, last = fit(
+        folder,
+        step,
+        state,
+        lambda step: (corpus.batch(step, config.batch_size, config.length, config.seed),),
+        batch,
+        total=total,
+        stop=total if config.stop_after is None else min(total, config.stop_after),
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        assess=evaluate,
+        assess_every=config.assess_every or per_epoch,
+        per_step=config.batch_size * config.length,
+        unit="tokens",
+    )
+    model = eqx.combine(local(state.params), static)
+    text = sample(model, corpus, config, sample_key)
+    if is_main():
+        (folder.path / "sample.txt").write_text(text, encoding="utf-8")
+        plot_curves(folder, f"{title(config)} on {corpus.name}, seed {config.seed}", "validation")
+        print(f"\n{text}\n")
+    row = {
+        "model": title(config),
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "validation nats": f"{last['eval_loss']:.4f}",
+        "perplexity": f"{last['eval_perplexity']:.3f}",
+        "per word": f"{last['eval_word_perplexity']:.1f}",
+        "f forward": f"{last['eval_evaluations']:.1f}",
+        "seconds": f"{time.perf_counter() - start_time:.0f}",
+        "folder": f"{folder.path}/",
+    }
+    folder.close()
+    return row
+
+
+def main(config: Config) -> None:
+    initialize(config.distributed, config.coordinator, config.processes, config.process_id)
+    configs = choose(config)
+    first = configs[0]
+    assert first.tokenizer and first.vocabulary
+    corpus = load(
+        first.corpus,
+        tokenizer=first.tokenizer,
+        vocabulary=first.vocabulary,
+        data_dir=first.data_dir,
+        cache_dir=first.cache_dir,
+        download=first.download,
+        limit=4_000 if first.smoke else None,
+    )
+    rows = [train(c, corpus) for c in configs]
+    if is_main():
+        print(rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
