@@ -41,7 +41,7 @@ class RunFolder:
     ):
         self.path = root / name
         self.config = json.loads(json.dumps(dict(config)))  # tuples become lists, as on disk
-        self._events, self._restored = None, 0
+        self._events, self._restored, self._saving = None, 0, 0
         again, failure = 1, None
         if is_main():
             while self.path.exists() and not resume:
@@ -104,11 +104,10 @@ class RunFolder:
         except errors as error:
             folder = self.path / "checkpoints"
             steps = [int(x.name) for x in folder.glob("*") if x.name.isdigit()]
-            left = f"the checkpoint of step {max(steps)} is whole" if steps else "no checkpoint yet"
+            left = f"The checkpoint of step {max(steps)} is whole" if steps else "No checkpoint yet"
             raise SystemExit(
                 f"Stopped: expected to write {what} in {self.path}, got {type(error).__name__}: "
-                f"{error}. There is {left}. Make room or give access there, then go on with "
-                "--resume."
+                f"{error}. {left}. Make room or give access there, then go on with --resume."
             ) from error
 
     def log(self, *lines: Mapping[str, Any]) -> None:
@@ -160,15 +159,17 @@ class RunFolder:
         metrics: dict[str, float] = {}
         if eval_loss is not None and math.isfinite(eval_loss):
             metrics["eval_loss"] = eval_loss
+        self.wait()  # so that what goes wrong with the one before is said of that one
+        self._saving = step
         state = ocp.args.StandardSave(_named(state))
-        with self.writing(f"the checkpoint of step {step}, or the one before,", Exception):
+        with self.writing(f"the checkpoint of step {step}", Exception):
             self._checkpoints.save(step, args=state, metrics=metrics)
         self._lowest = min([self._lowest, *metrics.values()])
 
     def wait(self) -> None:
         """Return when the last checkpoint is on disk."""
         # Orbax has many kinds of errors for what the system calls one thing.
-        with self.writing("the last checkpoint", Exception):
+        with self.writing(f"the checkpoint of step {self._saving}", Exception):
             self._checkpoints.wait_until_finished()
 
     def restore(self, like: PyTree) -> PyTree:
