@@ -59,12 +59,16 @@ def train(
     total: int = 20,
     resume: bool = False,
     seconds: float = 0.0,
+    pause: int | None = None,
     distributed: bool = False,
     coordinator: str | None = None,
     processes: int | None = None,
     process_id: int | None = None,
 ) -> TrainState:
-    """Take `total` steps of at least so many seconds, with a checkpoint every four."""
+    """Take `total` steps of at least so many seconds, with a checkpoint every four.
+
+    After the step `pause` it waits until there is a file `go`.
+    """
     initialize(distributed, coordinator, processes, process_id)
     batch, replicated = mesh()
     optimizer = optax.sgd(0.1, momentum=0.9)
@@ -73,6 +77,8 @@ def train(
 
     def slowly(step):
         time.sleep(seconds)
+        while step == pause and not (root / "go").exists():
+            time.sleep(0.02)
         return batch_of(step)
 
     def assess(state):

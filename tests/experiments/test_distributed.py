@@ -12,7 +12,7 @@ import pytest
 from _devices import initialize, mesh, place
 from _fit import make_step
 from processes import ROOT, TRAINING, finish, metrics, reach, start, start_two
-from training import ADJOINT, SOLVER, batch_of, initial, loss_fn
+from training import ADJOINT, SOLVER, batch_of, initial, loss_fn, train
 
 import deqjax
 
@@ -59,8 +59,7 @@ def test_sigterm_in_one_process_stops_both_at_the_same_step(tmp_path):
     assert f"Stopped at step {stopped} of" in main and "Stopped at" not in other
     assert (tmp_path / "tiny" / "checkpoints" / f"{stopped}").exists() and stopped < 400
     # One process with eight devices goes on where two with four each stopped.
-    more = ("--root", tmp_path, "--total", stopped + 2, "--resume")
-    finish([start(TRAINING, *more)])
+    train(tmp_path, total=stopped + 2, resume=True)
     lines = [line["step"] for line in metrics(tmp_path / "tiny") if "loss" in line]
     assert lines == [*range(1, stopped + 3)]
 
