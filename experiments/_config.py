@@ -79,7 +79,8 @@ class Config(Session):
 def choose(config: Config) -> list[Config]:
     """The runs that are asked for, each with its data set and model."""
     named = {} if config.preset is None else NAMED[config.preset]
-    config = _filled(config, {k: named[k] for k in ("dataset", "model") if k in named} or DEFAULTS)
+    config = _filled(config, {k: named[k] for k in ("dataset", "model") if k in named})
+    config = _filled(config, {"dataset": DEFAULTS["dataset"]})
     if config.model is not None:
         return [config]
     four = [("implicit-resnet", 1), ("pc-linear", 1), ("pc-linear", 2), ("resnet", 1)]
@@ -111,7 +112,7 @@ def resolve(config: Config) -> Config:
             f"Expected an activation of kind {config.kind} for {model}, got {config.activation}. "
             f"Choose a --model with --kind {kind_of(config.activation)}, or leave --activation out."
         )
-    residual = model.removeprefix("implicit-").startswith("resnet")
+    residual = "resnet" in model
     if residual and len(config.widths or ()) != len(config.features or ()):
         raise SystemExit(
             f"Expected as many --widths as --features for {model}, one a scale; got "

@@ -24,8 +24,8 @@ Model = ReversibleTransformer | Transformer
 
 def make_model(config: Config, size: int, key: PRNGKeyArray) -> Model:
     """The network that is asked for, of a vocabulary of `size`."""
-    assert config.width and config.heads and config.hidden and config.length and config.max_steps
-    assert config.positions and config.tied is not None
+    length, steps = config.length, config.max_steps
+    assert length and steps
     options: dict[str, Any] = {
         "width": config.width,
         "heads": config.heads,
@@ -35,8 +35,8 @@ def make_model(config: Config, size: int, key: PRNGKeyArray) -> Model:
         "compute_dtype": None if config.dtype == "float32" else jnp.bfloat16,
     }
     if config.model != "reversible":
-        blocks = 1 if config.model == "explicit" else config.max_steps
-        return Transformer(size, config.length, blocks=blocks, key=key, **options)
+        blocks = 1 if config.model == "explicit" else steps
+        return Transformer(size, length, blocks=blocks, key=key, **options)
     solver = deqjax.Reversible(
         beta=config.beta,
         exact=config.state == "exact",
@@ -44,8 +44,8 @@ def make_model(config: Config, size: int, key: PRNGKeyArray) -> Model:
         rtol=0.0,  # all windows take the same steps, and the gradient is that of these
         atol=0.0,
     )
-    options |= {"solver": solver, "max_steps": config.max_steps}
-    return ReversibleTransformer(size, config.length, key=key, **options)
+    options |= {"solver": solver, "max_steps": steps}
+    return ReversibleTransformer(size, length, key=key, **options)
 
 
 def _losses(model: Model, tokens: Int[Array, "b l"]) -> tuple[Array, Any]:
@@ -53,32 +53,27 @@ def _losses(model: Model, tokens: Int[Array, "b l"]) -> tuple[Array, Any]:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]), solves
 
 
-def make_loss(static: PyTree, batch) -> Callable:
+def make_loss(static: PyTree, config: Config, batch) -> Callable:
     """Mean cross-entropy of the next token, in nats: what `_fit.make_step` asks for."""
 
     def loss_fn(params, norms, key, tokens: Int[Array, "b l"]):
         del key
         losses, solves = _losses(apart(eqx.combine(params, static), batch), tokens)
-        metrics = solve_metrics(solves, len(tokens)) | _headroom(static, solves)
+        metrics = solve_metrics(solves, len(tokens))
+        if solves and config.state == "exact":
+            # How many times larger the state could be before it leaves the range of its integers.
+            peak = jnp.max(jnp.abs(jax.lax.stop_gradient(solves[0][1].value)))
+            metrics["state_headroom"] = 2.0 ** (31 - config.fraction_bits) / peak
         return jnp.mean(losses), (norms, metrics)
 
     return loss_fn
 
 
-def _headroom(static: Model, solves) -> dict[str, Array]:
-    """How many times larger the exact state could be: the least over a batch."""
-    if not static.deqs or not static.deqs[0].solver.exact:
-        return {}
-    ((_, sol),) = solves
-    peak = jnp.max(jnp.abs(jax.lax.stop_gradient(sol.value)))
-    return {"state_headroom": 2.0 ** (31 - static.deqs[0].solver.fraction_bits) / peak}
-
-
 def make_evaluate(static: PyTree, corpus: Corpus, config: Config, batch, replicated) -> Callable:
     """`evaluate(state)`: the validation split, every token but the first predicted once."""
-    assert config.batch_size and config.length
-    size = config.batch_size
-    tokens, counted = windows(corpus.valid, config.length)
+    size, length = config.batch_size, config.length
+    assert size and length
+    tokens, counted = windows(corpus.valid, length)
     n = len(tokens)
     fill = ((0, -n % size), (0, 0))  # one compilation: the last batch is filled up
     tokens, counted = np.pad(tokens, fill), np.pad(counted, fill)
@@ -110,9 +105,10 @@ def make_evaluate(static: PyTree, corpus: Corpus, config: Config, batch, replica
 
 def sample(model: Model, corpus: Corpus, config: Config, key: PRNGKeyArray) -> str:
     """Text by the model, after the first tokens of the validation split."""
-    assert config.length
-    prompt = jnp.asarray(corpus.valid[: config.length // 4], jnp.int32)
-    room = config.length - len(prompt) if config.positions == "learned" else config.sample
+    length = config.length
+    assert length
+    prompt = jnp.asarray(corpus.valid[: length // 4], jnp.int32)
+    room = length - len(prompt) if config.positions == "learned" else config.sample
     new = model.generate(prompt, min(config.sample, room), temperature=config.temperature, key=key)
     new = np.asarray(new)
     return f"{corpus.tokenizer.decode(np.asarray(prompt))}|{corpus.tokenizer.decode(new[new >= 0])}"

@@ -87,9 +87,13 @@ class ResNet(eqx.Module):
     twin: ImplicitResNet
 
     def __init__(self, image_shape, num_classes, *, channels, width, compute_dtype, key):
-        sizes = dict(channels=channels, width=width)
         implicit = ImplicitResNet(
-            image_shape, num_classes, **sizes, compute_dtype=compute_dtype, key=key
+            image_shape,
+            num_classes,
+            channels=channels,
+            width=width,
+            compute_dtype=compute_dtype,
+            key=key,
         )
         once = [Once(deq.cell) for deq in implicit.deqs]
         self.twin = eqx.tree_at(lambda net: list(net.deqs), implicit, once)

@@ -26,12 +26,12 @@ from _text import Corpus, load
 
 def train(config: Config, corpus: Corpus) -> dict[str, Any]:
     """One run, from its folder to its row of the table."""
-    assert config.batch_size and config.length and config.name and config.learning_rate
-    assert config.weight_decay is not None
-    if config.batch_size % (jax.device_count() * config.accumulate):
+    size, length, peak = config.batch_size, config.length, config.learning_rate
+    assert size and length and peak and config.name and config.weight_decay is not None
+    if size % (jax.device_count() * config.accumulate):
         raise SystemExit(
             f"Expected a batch size that divides by the {jax.device_count()} devices JAX shows, "
-            f"times --accumulate {config.accumulate}; got {config.batch_size}. Pass another "
+            f"times --accumulate {config.accumulate}; got {size}. Pass another "
             f"--batch-size, or show JAX fewer devices."
         )
     start_time = time.perf_counter()
@@ -40,13 +40,12 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
     folder = RunFolder(Path("runs"), config.name, recorded, resume=config.resume, keep=config.keep)
 
     # --- network, optimiser, compiled functions
-    per_epoch = corpus.steps_per_epoch(config.batch_size, config.length)
+    per_epoch = corpus.steps_per_epoch(size, length)
     total = config.steps or max(1, round(per_epoch * (config.epochs or 0)))
     model_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
     model = eqx.filter_jit(make_model)(config, corpus.tokenizer.size, model_key)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     warmup = min(config.warmup, total // 10)
-    peak = config.learning_rate
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, end_value=peak / 10)
     matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
     optimizer = optax.chain(
@@ -56,7 +55,7 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         ),
     )
     batch, replicated = mesh()
-    loss_fn = make_loss(static, batch)
+    loss_fn = make_loss(static, config, batch)
     step = make_step(loss_fn, optimizer, batch, replicated, accumulate=config.accumulate)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(params, None, optimizer.init(params), train_key, zero)
@@ -67,7 +66,7 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         folder,
         step,
         state,
-        lambda step: (corpus.batch(step, config.batch_size, config.length, config.seed),),
+        lambda step: (corpus.batch(step, size, length, config.seed),),
         batch,
         total=total,
         stop=total if config.stop_after is None else min(total, config.stop_after),
@@ -75,7 +74,7 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         checkpoint_every=config.checkpoint_every,
         assess=evaluate,
         assess_every=config.assess_every or per_epoch,
-        per_step=config.batch_size * config.length,
+        per_step=size * length,
         unit="tokens",
     )
     model = eqx.combine(local(state.params), static)

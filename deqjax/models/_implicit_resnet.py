@@ -107,7 +107,8 @@ class ImplicitResNet(eqx.Module):
     - `groups`: see `ResidualCell`; the same at all scales.
     - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`, for every scale. By default a
         solve takes `max_steps` steps, two reversible pairs or in `multi` four, whatever the
-        residual. The paper's stops early at 1e-6, which in so few steps does not happen.
+        residual; the paper's stops at 1e-6, which so few steps do not reach. The integers of the
+        solver's exact mode have room for the state: it ends in a norm, see `ResidualCell`.
     - `dtype`: of parameters and images, and of the state of a solve; default: JAX's default float.
     - `compute_dtype`: of the convolutions alone, see `nn.Conv2d`; default: `dtype`.
     - `key`: for the initial parameters.

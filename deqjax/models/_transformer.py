@@ -1,6 +1,6 @@
 """Language models: the transformer of the reversible DEQ paper, and its explicit twin."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -112,30 +112,32 @@ class ReversibleTransformer(AbstractLanguageModel):
     def caches(self, length: int):
         """See `AbstractLanguageModel`: one cache for each evaluation of the cell."""
         dtype = self.vocabulary.table.dtype
-        one = lambda _: self.deq.cell.cache(length, dtype)
+        cell: Any = self.deq.cell
+        one = lambda _: cell.cache(length, dtype)
         return jax.vmap(one)(jnp.arange(self.deq.max_steps))
 
     def extend(self, tokens, caches, start):
         """See `AbstractLanguageModel`."""
         solver = self.deq.solver
-        kinds = (Reversible, FixedPointIteration)
-        fixed = isinstance(solver, kinds) and solver.rtol == 0 and solver.atol == 0
-        if not fixed or self.deq.predictor is not None:
+        zero = lambda tolerance: isinstance(tolerance, int | float) and tolerance == 0
+        fixed = zero(solver.rtol) and zero(solver.atol) and self.deq.predictor is None
+        if not isinstance(solver, Reversible | FixedPointIteration) or not fixed:
             raise ValueError(
                 f"generate expected a fixed number of steps of Reversible or FixedPointIteration, "
                 f"rtol=0 and atol=0, from zero; got {solver}. Without them later positions change "
                 f"earlier ones: evaluate the model on the whole sequence for each token."
             )
         x = self.vocabulary.embed(tokens, start)
-        fn = lambda z, args: self.deq.cell.extend(z, args[0], args[1], start)
-        zero = jnp.zeros_like(x)
+        cell: Any = self.deq.cell
+        fn = lambda z, args: cell.extend(z, *args, start)
+        z0 = jnp.zeros_like(x)
 
         def body(carry, cache):
             z, memory, bad = carry
             new = step(fn, solver, z, (x, cache), memory)
             return (new.z, new.memory, bad | new.overflow | new.broken), new.aux
 
-        init = (solver.start(zero), solver.blank(zero), jnp.asarray(False))
+        init = (solver.start(z0), solver.blank(z0), jnp.asarray(False))
         (z, _, bad), caches = jax.lax.scan(body, init, caches)
         return jnp.where(bad, jnp.nan, z), caches
 

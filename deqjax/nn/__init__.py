@@ -6,6 +6,7 @@ from .._splitting import (
     PeacemanRachford as PeacemanRachford,
 )
 from ._attention import (
+    AttentionCache as AttentionCache,
     CausalAttention as CausalAttention,
     TransformerCell as TransformerCell,
 )

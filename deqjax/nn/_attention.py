@@ -11,7 +11,7 @@ from .._dense import Linear
 from .._tree import widen
 
 
-class Cache(NamedTuple):
+class AttentionCache(NamedTuple):
     """Keys and values of a prefix; positions that are not yet reached are never attended to."""
 
     keys: Float[Array, "s heads d"]
@@ -86,12 +86,12 @@ class CausalAttention(eqx.Module):
         return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
 
     def extend(
-        self, x: Float[Array, "t width"], cache: Cache, start: Int[Array, ""]
-    ) -> tuple[Float[Array, "t width"], Cache]:
+        self, x: Float[Array, "t width"], cache: AttentionCache, start: Int[Array, ""]
+    ) -> tuple[Float[Array, "t width"], AttentionCache]:
         """Attend from positions `start`, `start + 1`, ... to those and all before them."""
         q, k, v = self._project(x, start)
         write = lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (start, 0, 0))
-        cache = Cache(write(cache.keys, k), write(cache.values, v))
+        cache = AttentionCache(write(cache.keys, k), write(cache.values, v))
         to, of = start + jnp.arange(x.shape[0])[:, None], jnp.arange(cache.keys.shape[0])[None]
         return self.out(
             jax.nn.dot_product_attention(q, *cache, mask=(of <= to)[None]).reshape(x.shape)
@@ -172,17 +172,19 @@ class TransformerCell(eqx.Module):
         h = z + self.attention(self._normalised(self.norm1, z + x)).astype(z.dtype)
         return self._feed_forward(h)
 
-    def extend(self, z: Float[Array, "t width"], x: Float[Array, "t width"], cache: Cache, start):
+    def extend(
+        self, z: Float[Array, "t width"], x: Float[Array, "t width"], cache: AttentionCache, start
+    ):
         """Evaluate it for positions `start`, `start + 1`, ... after a prefix in `cache`."""
         y, cache = self.attention.extend(self._normalised(self.norm1, z + x), cache, start)
         return self._feed_forward(z + y.astype(z.dtype)), cache
 
-    def cache(self, length: int, dtype: DTypeLike) -> Cache:
+    def cache(self, length: int, dtype: DTypeLike) -> AttentionCache:
         """Room for the keys and values of `length` positions, z being of `dtype`."""
         heads, width = self.attention.heads, self.attention.out.weight.shape[0]
         dtype = dtype if self.compute_dtype is None else self.compute_dtype
         empty = jnp.zeros((length, heads, width // heads), dtype)
-        return Cache(empty, empty)
+        return AttentionCache(empty, empty)
 
 
 def _turned(x: Float[Array, "t heads d"], position: Int[Array, " t"]) -> Float[Array, "t heads d"]:

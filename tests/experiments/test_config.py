@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
+import jax
 import pytest
 import tyro
 from _config import Config, choose, resolve
+from _models import constructor
 from _options import SESSION
 from _presets import NAMED
 
@@ -57,11 +60,52 @@ def test_the_papers_other_networks(name, features):
 def test_every_preset_is_whole(name):
     config = options("--preset", name)
     assert config.name == f"{name}-0" and None not in (config.shift, config.max_steps)
-    # One of the pcDEQ paper's settings moves and mirrors images, as far as its authors' code does.
+    # Of the pcDEQ paper's settings one moves and mirrors images, as far as its authors' code does;
+    # the RevDEQ paper's do.
     augmented = (config.shift, config.mirror) == (4, True)
     assert augmented == (name.endswith("augmented") or "revdeq" in name)
     if "short" not in name and not augmented:
         assert (config.shift, config.mirror) == (0, False)
+
+
+def test_the_reversible_papers_numbers():
+    config = options("--preset", "cifar10-revdeq")
+    assert (config.features, config.widths) == ((128, 256, 256, 128), (1, 3, 3, 1))
+    assert (config.max_steps, config.beta, config.batch_size) == (8, 0.8, 64)
+    assert (config.dataset, config.learning_rate) == ("cifar10", 3e-4)
+    assert (config.schedule, config.label_smoothing) == ("one-cycle", 0.1)
+
+
+@pytest.mark.parametrize("model", ["resnet", "resnet-multiscale"])
+def test_the_baselines_have_the_parameters_of_the_implicit_networks(model):
+    def shapes(model):
+        config = options("--model", model)
+        make = constructor(
+            model,
+            **{name: getattr(config, name) for name in ("features", "widths", "dtype", "beta")},
+            max_steps=config.max_steps,
+            tolerance=config.tolerance,
+            gradient_tolerance=config.gradient_tolerance,
+            activation=config.activation,
+        )
+        build = lambda key: eqx.nn.delete_init_state(make((8, 8, 1), 10, key=key))
+        leaves = jax.tree.leaves(eqx.filter_eval_shape(build, jax.random.key(0)))
+        return [x.shape for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
+
+    assert shapes(model) == shapes(f"implicit-{model}")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--model", "resnet", "--features", "8", "16"), "as many --widths as --features"),
+        (("--model", "pc-single", "--dtype", "bfloat16"), "no --widths and --dtype float32"),
+        (("--model", "resnet", "--label-smoothing", "1"), "--label-smoothing from 0 to below 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(args, said):
+    with pytest.raises(SystemExit, match=said):
+        options(*args)
 
 
 def test_options_given_come_before_the_preset():
@@ -84,6 +128,8 @@ def test_without_a_preset_the_defaults_hold():
         ("resnet", 1, "digits"),
     ]
     assert all((c.schedule, c.weight_decay, c.shift) == ("cosine", 1e-2, 1) for c in four)
+    several = options("--model", "resnet-multiscale")
+    assert (several.dataset, several.schedule, several.shift) == ("digits", "one-cycle", 1)
     names = [resolve(config).name for config in choose(Config(name="mine"))]
     assert names[1] == "mine-digits-pc-linear-kind1-0"
 

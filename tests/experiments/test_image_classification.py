@@ -119,6 +119,18 @@ def test_the_baseline_has_the_parameters_of_the_implicit_network(default):
     assert counts["RevDEQ (implicit-resnet)"] == counts["explicit resnet"]
 
 
+def test_multi_scale(run, tmp_path):
+    """With the one cycle and the smoothed labels that are its defaults, and in bfloat16."""
+    model = "implicit-resnet-multiscale"
+    output = succeed(run(tmp_path, "--model", model, "--dtype", "bfloat16", "--stop-after", "6"))
+    path = tmp_path / "runs" / f"digits-{model}-0-smoke"
+    config = json.loads((path / "config.json").read_text())["config"]
+    assert (config["schedule"], config["label_smoothing"]) == ("one-cycle", 0.1)
+    row = next(re.split(r" {2,}", x) for x in output.splitlines() if x.startswith("RevDEQ"))
+    assert row[0] == f"RevDEQ ({model})" and row[4:6] == ["18.0", "16.0"]  # two solves of 8 steps
+    assert all(line["results"]["successful"] == 32 for line in metrics(path) if "loss" in line)
+
+
 def test_resuming_is_bit_for_bit(default, run, tmp_path):
     options = ("--model", "pc-linear", "--checkpoint-every", "2")
     succeed(run(tmp_path, *options, "--stop-after", "5"))  # in the middle of an epoch
@@ -219,7 +231,7 @@ def test_a_step_donates_its_buffers(monkeypatch):
     unit = np.ones((1, 1, 1, 1), np.float32)
     prepare = train.Preparation(unit, unit, shift=1, mirror=True)
     batch, replicated = devices.mesh()
-    loss_fn = train.make_loss(static, prepare, batch, 0.0)
+    loss_fn = train.make_loss(static, prepare, batch, 0.1)
     step = fit.make_step(loss_fn, optax.adam(1e-3), batch, replicated)
     zero, optimizer = jnp.zeros((), jnp.int32), optax.adam(1e-3).init(params)
     state = fit.TrainState(params, norms, optimizer, jax.random.key(1), zero)

@@ -258,3 +258,20 @@ def test_bad_input_raises(getkey):
         conv(jnp.ones((5, 5, 1), jnp.bfloat16))
     with pytest.raises(ValueError, match="channels last"):
         conv(jnp.ones((2, 5, 5, 1)))  # a batch
+
+
+def test_compute_dtype_is_that_of_the_products_alone(getkey):
+    conv = Conv2d(2, 3, compute_dtype=jnp.bfloat16, key=getkey())
+    x = jax.random.normal(getkey(), (4, 5, 2))
+    y = conv(x) - conv.bias.reshape(1, 1, 3)
+    narrow = stock(x[None].astype(jnp.bfloat16), conv.kernel.astype(jnp.bfloat16))
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, narrow[0].astype(jnp.float32), atol=1e-6)
+
+    # 300 evaluations of cotangent 1: in bfloat16 the sum would stop at 256.
+    def total(kernel):
+        one = eqx.tree_at(lambda conv: conv.kernel, conv, kernel)
+        body = lambda sum, _: (sum + jnp.sum(one(jnp.ones((1, 1, 2)))), None)
+        return jax.lax.scan(body, jnp.zeros(()), length=300)[0]
+
+    np.testing.assert_array_equal(jax.jit(jax.grad(total))(conv.kernel)[1, 1], 300)

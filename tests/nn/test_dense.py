@@ -1,0 +1,127 @@
+"""The product primitive against `jnp.matmul`, under every transformation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from deqjax._dense import dense
+from deqjax.nn import Linear
+
+
+def stock(x, w):
+    return jnp.matmul(x, w)
+
+
+def problem(getkey, *batch):
+    return jax.random.normal(getkey(), (*batch, 5, 3)), jax.random.normal(getkey(), (3, 4))
+
+
+def loss(product, x, w):
+    """Nonlinear on both sides of the product, so that no second derivative is zero."""
+    return jnp.sum(jnp.sin(product(jnp.tanh(x), jnp.sin(w))))
+
+
+def agree(ours, theirs, tolerance=1e-12):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.max(np.abs(b)))
+
+
+def derivatives(product, x, w, dx, dw):
+    f = lambda x, w: loss(product, x, w)
+    g = jax.grad(f, (0, 1))
+    dot = lambda x, w: sum(jnp.vdot(a, b) for a, b in zip(g(x, w), (dx, dw), strict=True))
+    return {
+        "value and gradient": jax.value_and_grad(f, (0, 1))(x, w),
+        "jvp": jax.jvp(f, (x, w), (dx, dw)),
+        "forward over reverse": jax.jvp(g, (x, w), (dx, dw)),
+        "reverse over reverse": jax.grad(dot, (0, 1))(x, w),
+        "remat": jax.grad(jax.checkpoint(f))(x, w),
+    }
+
+
+@pytest.mark.x64
+def test_derivatives(getkey):
+    (x, w), (dx, dw) = problem(getkey, 2), problem(getkey, 2)
+    ours, theirs = (
+        jax.jit(derivatives, static_argnums=0)(product, x, w, dx, dw) for product in (dense, stock)
+    )
+    agree(ours, theirs)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("axes", [(0, None), (1, None), (None, 0), (0, 2), (1, 0)])
+def test_vmap(getkey, axes):
+    x, w = jax.random.normal(getkey(), (6, 6, 3)), jax.random.normal(getkey(), (3, 4))
+    if axes[0] is None:
+        x = x[0]
+    if axes[1] is not None:
+        w = jnp.stack([w * (i + 1) for i in range(6)], axes[1])
+
+    def both(product):
+        mapped = jax.vmap(lambda x, w: loss(product, x, w), axes)
+        grad = lambda x, w: jax.grad(lambda x, w: jnp.sum(mapped(x, w)), (0, 1))(x, w)
+        each = jax.vmap(jax.grad(lambda x, w: loss(product, x, w), (0, 1)), axes)
+        return mapped(x, w), grad(x, w), each(x, w)
+
+    agree(both(dense), both(stock))
+
+
+def test_vmap_merges_the_rows(getkey):
+    """One product of matrices each way: nothing of three axes, and no copy of the weight."""
+    x, w = problem(getkey, 7)
+    f = lambda x, w: jnp.sum(jnp.sin(jax.vmap(dense, (0, None))(x, w)))
+    text = jax.jit(jax.grad(f, (0, 1))).lower(x, w).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3 and not any("batching" in line for line in products)
+    for line in products:
+        shapes = line.split(" : ")[1]
+        assert all(part.count("x") == 2 for part in shapes.split("tensor<")[1:]), line
+
+
+@pytest.mark.parametrize("out", [None, jnp.float32])
+def test_mixed_precision(getkey, out):
+    """Products in the dtype of x, the cotangent of a float32 weight in float32."""
+    x, w = problem(getkey, 2)
+    half = x.astype(jnp.bfloat16)
+    y, pull = jax.vjp(lambda x, w: dense(x, w, out), half, w)
+    assert y.dtype == (out or jnp.bfloat16)
+    g = jax.random.normal(getkey(), y.shape).astype(y.dtype)
+    dx, dw = pull(g)
+    assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+    wide = lambda v: np.asarray(v.astype(jnp.bfloat16), np.float64)
+    rows = lambda v: wide(v).reshape(-1, v.shape[-1])
+    np.testing.assert_allclose(wide(y), wide(half) @ wide(w), atol=0.05, rtol=0.02)
+    # Not rounded to bfloat16: the sum itself, to float32.
+    np.testing.assert_allclose(dw, rows(half).T @ rows(g), rtol=1e-5, atol=1e-5)
+
+
+def test_shardings(getkey):
+    """Rows split over devices, by jit and inside shard_map; the weight's cotangent is the sum."""
+    x, w = problem(getkey, 8)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    f = lambda x, w: jnp.sum(jnp.sin(dense(x, w)))
+    expected = jax.value_and_grad(f, (0, 1))(x, w)
+    split = jax.device_put(x, NamedSharding(mesh, P("data")))
+    agree(jax.jit(jax.value_and_grad(f, (0, 1)))(split, w), expected, 1e-6)
+    body = lambda x, w: jax.lax.psum(f(x, w), "data")
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+    agree(jax.value_and_grad(mapped, (0, 1))(x, w), expected, 1e-6)
+
+
+def test_shapes_that_do_not_fit_are_refused(getkey):
+    x, w = problem(getkey)
+    with pytest.raises(ValueError, match=r"expected x of shape \(\.\.\., 4\).*got \(5, 3\)"):
+        dense(x, w.T)
+
+
+def test_linear(getkey):
+    layer = Linear(3, 4, scale=2.0, key=getkey())
+    x = jax.random.normal(getkey(), (2, 5, 3))
+    agree(layer(x), x @ layer.weight + layer.bias[None, None], 1e-6)
+    assert Linear(3, 4, use_bias=False, key=getkey()).bias is None
+    wide = Linear(1000, 50, scale=2.0, key=getkey()).weight
+    assert abs(float(jnp.std(wide)) * 1000**0.5 - 2.0) < 0.05
