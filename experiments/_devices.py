@@ -83,3 +83,8 @@ def agree(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def everywhere(holds: bool) -> bool:
+    """Whether it holds in all processes: the same answer in each."""
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(holds))))

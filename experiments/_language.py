@@ -12,7 +12,7 @@ import optax
 from _devices import local, place
 from _fit import TrainState
 from _language_config import Config
-from _solves import forward_evaluations, solve_metrics
+from _solves import apart, forward_evaluations, solve_metrics
 from _text import Corpus, windows
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
@@ -53,12 +53,12 @@ def _losses(model: Model, tokens: Int[Array, "b l"]) -> tuple[Array, Any]:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]), solves
 
 
-def make_loss(static: PyTree, config: Config) -> Callable:
+def make_loss(static: PyTree, config: Config, batch) -> Callable:
     """Mean cross-entropy of the next token, in nats: what `_fit.make_step` asks for."""
 
     def loss_fn(params, norms, key, tokens: Int[Array, "b l"]):
         del key
-        losses, solves = _losses(eqx.combine(params, static), tokens)
+        losses, solves = _losses(apart(eqx.combine(params, static), batch), tokens)
         metrics = solve_metrics(solves, len(tokens))
         if solves and config.state == "exact":
             # How many times larger the state could be before it leaves the range of its integers.
@@ -79,7 +79,7 @@ def make_evaluate(static: PyTree, corpus: Corpus, config: Config, batch, replica
     tokens, counted = np.pad(tokens, fill), np.pad(counted, fill)
 
     def total(params, tokens, counted):
-        losses, solves = _losses(eqx.combine(params, static), tokens)
+        losses, solves = _losses(apart(eqx.combine(params, static), batch), tokens)
         evaluations = jnp.where(counted[:, 0], forward_evaluations(solves, size), 0)
         return jnp.sum(jnp.where(counted, losses, 0)), jnp.sum(evaluations)
 

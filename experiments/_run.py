@@ -1,6 +1,7 @@
 """The folder a run leaves: configuration, versions, metrics, checkpoints, TensorBoard's events."""
 
 import json
+import logging
 import math
 import os
 import platform
@@ -13,12 +14,15 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from _devices import agree, is_main
+from _devices import agree, everywhere, is_main
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.summary import scalar
+
+# Orbax logs the traceback of each of its threads; the error itself comes to `writing`.
+logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
 class RunFolder:
@@ -37,7 +41,7 @@ class RunFolder:
     ):
         self.path = root / name
         self.config = json.loads(json.dumps(dict(config)))  # tuples become lists, as on disk
-        self._events, self._restored = None, 0
+        self._events, self._restored, self._saving = None, 0, 0
         again, failure = 1, None
         if is_main():
             while self.path.exists() and not resume:
@@ -51,10 +55,10 @@ class RunFolder:
         if again == 0:
             raise failure or SystemExit("Stopped: the main process could not write its folder.")
         self.path = root / (name if again == 1 else f"{name}-{again}")
-        if not self.path.exists():
+        if not everywhere(self.path.exists()):
             raise SystemExit(
-                f"Expected {self.path.resolve()} in every process, got none in process "
-                f"{jax.process_index()}. Start all of them in one directory that their hosts share."
+                f"Expected one {self.path} for all {jax.process_count()} processes, got several. "
+                "Start them in a directory that their hosts share."
             )
         # What a step donates is copied before `save` returns; the bytes go to disk beside the
         # training. Orbax writes beside and renames, so a killed run leaves whole checkpoints only.
@@ -100,15 +104,16 @@ class RunFolder:
         except errors as error:
             folder = self.path / "checkpoints"
             steps = [int(x.name) for x in folder.glob("*") if x.name.isdigit()]
-            left = f"the checkpoint of step {max(steps)} is whole" if steps else "no checkpoint yet"
+            left = f"The checkpoint of step {max(steps)} is whole" if steps else "No checkpoint yet"
             raise SystemExit(
                 f"Stopped: expected to write {what} in {self.path}, got {type(error).__name__}: "
-                f"{error}. There is {left}. Make room or give access there, then go on with "
-                "--resume."
+                f"{error}. {left}. Make room or give access there, then go on with --resume."
             ) from error
 
     def log(self, *lines: Mapping[str, Any]) -> None:
         """Write lines of metrics; TensorBoard, which draws fewer, gets the last of them."""
+        if not self._checkpoints.is_saving_in_progress():
+            self.wait()  # for nothing: what went wrong with the last checkpoint is said here
         if not is_main():
             return
         # JSON has neither NaN nor infinity.
@@ -154,15 +159,17 @@ class RunFolder:
         metrics: dict[str, float] = {}
         if eval_loss is not None and math.isfinite(eval_loss):
             metrics["eval_loss"] = eval_loss
+        self.wait()  # so that what goes wrong with the one before is said of that one
+        self._saving = step
         state = ocp.args.StandardSave(_named(state))
-        with self.writing(f"the checkpoint of step {step}, or the one before,", Exception):
+        with self.writing(f"the checkpoint of step {step}", Exception):
             self._checkpoints.save(step, args=state, metrics=metrics)
         self._lowest = min([self._lowest, *metrics.values()])
 
     def wait(self) -> None:
         """Return when the last checkpoint is on disk."""
         # Orbax has many kinds of errors for what the system calls one thing.
-        with self.writing("the last checkpoint", Exception):
+        with self.writing(f"the checkpoint of step {self._saving}", Exception):
             self._checkpoints.wait_until_finished()
 
     def restore(self, like: PyTree) -> PyTree:

@@ -16,7 +16,7 @@ import optax
 from _data import Split
 from _devices import local, place
 from _fit import TrainState
-from _solves import forward_evaluations, solve_metrics
+from _solves import apart, forward_evaluations, solve_metrics
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 Images = UInt8[Array, "n h w c"]
@@ -50,12 +50,12 @@ class Preparation:
         return images
 
 
-def make_loss(static: PyTree, prepare: Preparation, label_smoothing: float) -> Callable:
+def make_loss(static: PyTree, prepare: Preparation, batch, label_smoothing: float) -> Callable:
     """Cross-entropy of the network on a batch, augmented: what `_fit.make_step` asks for."""
 
     def loss_fn(params, norms, key, images: Images, labels: Labels):
         images = prepare(prepare.augment(images, key))
-        logits, norms, solves = eqx.combine(params, static)(images, norms)
+        logits, norms, solves = apart(eqx.combine(params, static), batch)(images, norms)
         if label_smoothing:
             targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
             targets = optax.smooth_labels(targets, label_smoothing)
@@ -76,7 +76,7 @@ def make_forward(static: PyTree, prepare: Preparation, batch, replicated):
     """
 
     def forward(params, norms, images):
-        model = eqx.nn.inference_mode(eqx.combine(params, static))
+        model = apart(eqx.nn.inference_mode(eqx.combine(params, static)), batch)
         logits, _, solves = model(prepare(images), norms)
         return logits, solves
 

@@ -19,7 +19,7 @@ The presets of the pcDEQ paper run for 40 to 120 epochs; those of our own, -shor
 Digits come with scikit-learn. The others are read by TensorFlow Datasets from TFDS_DATA_DIR.
 `--resume` with the same options goes on where a run was stopped, bit for bit. Every run has a
 folder runs/<name>/ with its configuration, metrics, checkpoints and plots; a name that is taken
-becomes <name>-2. All options: --help.
+becomes <name>-2. Several GPUs, hosts or a TPU pod: see the README. All options: --help.
 
 Hardware: two cores of a shared x86 CPU with other work on them, JAX 0.10.2. As printed:
 
@@ -118,7 +118,7 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     mirror = data.mirror if config.mirror is None else config.mirror
     prepare = Preparation(*data.moments(), shift=config.shift, mirror=mirror)
     batch, replicated = mesh()
-    loss_fn = make_loss(static, prepare, config.label_smoothing)
+    loss_fn = make_loss(static, prepare, batch, config.label_smoothing)
     train_step = make_step(loss_fn, optimizer, batch, replicated, accumulate=config.accumulate)
     forward = make_forward(static, prepare, batch, replicated)
     zero = jnp.zeros((), jnp.int32)

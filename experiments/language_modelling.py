@@ -56,9 +56,8 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         ),
     )
     batch, replicated = mesh()
-    step = make_step(
-        make_loss(static, config), optimizer, batch, replicated, accumulate=config.accumulate
-    )
+    loss_fn = make_loss(static, config, batch)
+    step = make_step(loss_fn, optimizer, batch, replicated, accumulate=config.accumulate)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(params, None, optimizer.init(params), train_key, zero)
     state = folder.restore(replicate(state, replicated))

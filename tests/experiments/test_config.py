@@ -10,6 +10,7 @@ import pytest
 import tyro
 from _config import Config, choose, resolve
 from _models import constructor
+from _options import SESSION
 from _presets import NAMED
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
@@ -131,6 +132,18 @@ def test_without_a_preset_the_defaults_hold():
     assert (several.dataset, several.schedule, several.shift) == ("digits", "one-cycle", 1)
     names = [resolve(config).name for config in choose(Config(name="mine"))]
     assert names[1] == "mine-digits-pc-linear-kind1-0"
+
+
+def test_what_changes_the_result_is_recorded():
+    assert {"keep", "assess_every", "distributed", "coordinator", "processes"} < {*SESSION}
+    assert not {"accumulate", "batch_size", "seed"} & {*SESSION}
+
+
+@pytest.mark.parametrize("option", ["--keep", "--accumulate", "--assess-every"])
+def test_counts_are_positive(option):
+    options("--model", "resnet", option, "3")
+    with pytest.raises(SystemExit, match=f"Expected {option} above 0, got 0"):
+        options("--model", "resnet", option, "0")
 
 
 def test_an_unknown_preset_is_refused():
