@@ -66,12 +66,13 @@ def claims(results: Results) -> list[Row]:
             lines.add(text, worst(mine, "floor in a loop"), None)
         deep = pick(rows, dtype="float32", batch=single[0]["batch"], variant="exact")
         depths = sorted({row["evaluations"] for row in deep})
-        text = f"{section}: exact state, temporary bytes at {depths[-1]} / at {depths[0]}"
-        lines.add(text, flatness(deep, lambda row: row["bytes"]), 1.1)
-        text = f"{section}: the same without the digits written down, worst scale"
-        lines.add(text, flatness(deep, lambda row: row["bytes"] - row["digits"]), 1.02)
+        if len(depths) > 1:
+            text = f"{section}: exact state, temporary bytes at {depths[-1]} / at {depths[0]}"
+            lines.add(text, flatness(deep, lambda row: row["bytes"]), 1.1)
+            text = f"{section}: the same without the digits written down, worst scale"
+            lines.add(text, flatness(deep, lambda row: row["bytes"] - row["digits"]), 1.02)
         other = {row["variant"]: row for row in single if row["batch"] == single[0]["batch"]}
-        for variant in {"checkpointed", "explicit"} & other.keys():
+        for variant in [v for v in ("checkpointed", "explicit") if v in other]:
             for name in ("seconds", "bytes"):
                 a, b = other["exact"][name], other[variant][name]
                 text = f"{section}: exact state, {name} / those of {TITLES[variant]}"

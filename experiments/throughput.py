@@ -96,7 +96,7 @@ def measure(section: Section, config: Config) -> dict[str, Any]:
             once = [case for case in once if case[0] in ("exact", "float")]
             blocks += block_rows(size, first, dtype, once, looped=False, **options)
         else:
-            every = cases(config, config.depths)
+            every = cases(config, tuple(sorted({*config.depths, n})))
             blocks += block_rows(size, first, dtype, every, looped=True, **options)
             solves = [case for case in once if case[0] in ADJOINTS]
             for batch in more:
@@ -150,6 +150,11 @@ def main(config: Config) -> None:
     if config.smoke:
         config = dataclasses.replace(config, **SMOKE)
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
+    if "float32" not in config.dtypes:
+        raise SystemExit(
+            f"Expected float32 among --dtypes, whose floor is what must hold; got {config.dtypes}. "
+            "Add it."
+        )
     out, results = record("throughput", config, measure, claims, tables)
     plot_depths(results, out / "throughput.png")
 
