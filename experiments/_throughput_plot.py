@@ -10,6 +10,7 @@ from _throughput_report import SECTIONS, TITLES, totals
 
 matplotlib.use("Agg")  # files only: a machine without a screen has no other backend
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 LINES: dict[str, dict[str, Any]] = {
     "exact": STYLE["exact"],
@@ -37,10 +38,14 @@ def plot_depths(results: dict[str, Any], path: Path) -> None:
             timed = [row for row in mine if row["seconds"] is not None]
             rate = [row["units"] / row["seconds"] for row in timed]
             speed.plot([row["evaluations"] for row in timed], rate, **style)
-        memory.set_title(f"{section}, batch {rows[0]['batch']}\n{found['size']}", fontsize=9)
+        memory.set_title(
+            f"{section}, batch {rows[0]['batch']}, float32\n{found['size']}", fontsize=9
+        )
         memory.set(ylabel="temporary memory, MiB")
         speed.set(ylabel=f"{found['unit']} a second", xlabel="evaluations of the block")
         speed.set_yscale("log")
+        speed.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        speed.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         memory.set_ylim(0, None)
         depths = sorted({row["evaluations"] for row in rows})
         for panel in (memory, speed):
@@ -51,6 +56,5 @@ def plot_depths(results: dict[str, Any], path: Path) -> None:
             panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    figure.suptitle("Value and gradient of the solves, float32", fontsize=11)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -108,7 +108,10 @@ def _table(rows: list[Row], unit: str, *, floor: bool = False) -> str:
         if seconds is None:
             line += ["does not fit", "-"]
         else:
-            line += [f"{row['units'] / seconds:,.0f}", f"{1e3 * seconds:.1f}"]
+            line += [
+                f"{row['units'] / seconds:,.{0 if row['units'] / seconds >= 100 else 1}f}",
+                f"{1e3 * seconds:.1f}",
+            ]
         line.append(mib(row["bytes"]))
         if floor:
             line += [two(ratio(row)), two(ratio(row, "floor in a loop")), share(row)]
