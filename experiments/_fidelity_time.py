@@ -41,7 +41,7 @@ def timing(
     cell: Cell, heads: int, d: int, evaluations: int, rounds: int, methods: Sequence[Method]
 ) -> dict[str, Any]:
     """Seconds and temporary bytes on the attention block."""
-    z0, args, cotangent = inputs = (cell.z0, cell.args, cell.cotangent)
+    inputs = (cell.z0, cell.args, cell.cotangent)
     calls: Calls = {}
     sizes: dict[str, int] = {}
 
@@ -56,9 +56,8 @@ def timing(
 
         calls[name] = call
 
-    once, total = _floor(cell), jax.tree.map(jnp.zeros_like, args)
-    add("f", cell.fn, z0, args)
-    add("vjp", once, z0, args, cotangent, total)
+    for name, piece in pieces(cell, evaluations).items():
+        add(name, *piece)
     left, right, grads = _factors(cell, heads)
     add(
         "products of f",
@@ -67,14 +66,6 @@ def timing(
         right,
     )
     add("products of vjp", _products, left, right, grads)
-    loop = lambda body: lambda c: jax.lax.fori_loop(0, evaluations, lambda _, c: body(c), c)
-    add("f in a loop", lambda z, args: loop(lambda z: cell.fn(z, args))(z), z0, args)
-
-    def repeat(z, args, cotangent, total):
-        body = lambda c: once(c[0], args, *c[1:])
-        return loop(body)((z, cotangent, total))
-
-    add("vjp in a loop", repeat, z0, args, cotangent, total)
     add("published scheme", published(cell, d, evaluations), *inputs)
     for method in methods:
         wide = method == "float64 state"
@@ -88,15 +79,31 @@ def timing(
     return {"d": d, "evaluations": evaluations, **measured}
 
 
-def _floor(cell: Cell) -> Callable[..., tuple[Array, Array, PyTree]]:
-    """One f with its VJP in state, parameters and input, their cotangents added up."""
+def pieces(cell: Cell, evaluations: int) -> dict[str, tuple[Any, ...]]:
+    """What a gradient can't do without, as functions followed by their arguments.
+
+    One f; one f with its VJP in state, parameters and input, their cotangents added up; and both
+    so many times in a loop, which does without the new memory that each alone has to be given.
+    """
 
     def once(z: Array, args: Args, cotangent: Array, total: PyTree):
         fz, pull = jax.vjp(cell.fn, z, args)
         dz, d_args = pull(cotangent)
         return fz, dz, jax.tree.map(jnp.add, total, d_args)
 
-    return once
+    loop = lambda body, c: jax.lax.fori_loop(0, evaluations, lambda _, c: body(c), c)
+
+    def repeat(z: Array, args: Args, cotangent: Array, total: PyTree):
+        return loop(lambda c: once(c[0], args, *c[1:]), (z, cotangent, total))
+
+    z0, args = cell.z0, cell.args
+    inputs = (z0, args, cell.cotangent, jax.tree.map(jnp.zeros_like, args))
+    return {
+        "f": (cell.fn, z0, args),
+        "vjp": (once, *inputs),
+        "f in a loop": (lambda z, args: loop(lambda z: cell.fn(z, args), z), z0, args),
+        "vjp in a loop": (repeat, *inputs),
+    }
 
 
 def _factors(cell: Cell, heads: int) -> tuple[list[Array], list[Array], list[Array]]:
