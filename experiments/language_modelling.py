@@ -7,10 +7,10 @@ gradient of the steps taken, in the memory of one.
     python experiments/language_modelling.py                       # Python's own reference, bytes
     python experiments/language_modelling.py --tokenizer bpe --vocabulary 2048
     python experiments/language_modelling.py --corpus tiny_shakespeare --model reversible
-    python experiments/language_modelling.py --corpus wikitext-2 --data-dir FOLDER   # published words
-    python experiments/language_modelling.py --corpus text --data-dir FOLDER         # any text, bpe
+    python experiments/language_modelling.py --corpus wikitext-2 --data-dir FOLDER  # its words
+    python experiments/language_modelling.py --corpus text --data-dir FOLDER        # any text, bpe
     python experiments/language_modelling.py --preset paper --corpus text --data-dir FOLDER \\
-        --dtype bfloat16                                           # the paper's 94 M parameters
+        --dtype bfloat16                                          # the paper's 94 M parameters
     python experiments/language_modelling.py --smoke               # in seconds, not learning
 
 tiny_shakespeare is read by TensorFlow Datasets from TFDS_DATA_DIR; a folder of WikiText holds
