@@ -12,12 +12,13 @@ import optax
 from _devices import local, place
 from _fit import TrainState
 from _language_config import Config
-from _solves import apart, forward_evaluations, solve_metrics
+from _solves import forward_evaluations, solve_metrics
 from _text import Corpus, windows
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 import deqjax
 from deqjax.models import ReversibleTransformer, Transformer
+from deqjax.nn import shard_solves
 
 Model = ReversibleTransformer | Transformer
 
@@ -58,7 +59,7 @@ def make_loss(static: PyTree, config: Config, batch) -> Callable:
 
     def loss_fn(params, norms, key, tokens: Int[Array, "b l"]):
         del key
-        losses, solves = _losses(apart(eqx.combine(params, static), batch), tokens)
+        losses, solves = _losses(shard_solves(eqx.combine(params, static), batch), tokens)
         metrics = solve_metrics(solves, len(tokens))
         if solves and config.state == "exact":
             # How many times larger the state could be before it leaves the range of its integers.
@@ -79,7 +80,7 @@ def make_evaluate(static: PyTree, corpus: Corpus, config: Config, batch, replica
     tokens, counted = np.pad(tokens, fill), np.pad(counted, fill)
 
     def total(params, tokens, counted):
-        losses, solves = _losses(apart(eqx.combine(params, static), batch), tokens)
+        losses, solves = _losses(shard_solves(eqx.combine(params, static), batch), tokens)
         evaluations = jnp.where(counted[:, 0], forward_evaluations(solves, size), 0)
         return jnp.sum(jnp.where(counted, losses, 0)), jnp.sum(evaluations)
 

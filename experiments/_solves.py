@@ -1,4 +1,4 @@
-"""The solves of a model: split over devices, and what is measured of them.
+"""What is measured of the solves of a model: evaluations, result codes, residuals.
 
 `solves` holds (input, solution) of each equilibrium layer, in the order of `model.deqs`.
 """
@@ -6,12 +6,10 @@
 import dataclasses
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import paramax
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 import deqjax
@@ -22,46 +20,6 @@ CODES = {
     "divergence": deqjax.RESULTS.nonlinear_divergence,
     "nonfinite": deqjax.RESULTS.nonfinite,
 }
-
-
-class Apart(eqx.Module):
-    """Stands where a DEQ does, and has each device solve its own share of a batch.
-
-    Under `jit` alone all devices take the steps of the slowest example of all: an all-reduce in the
-    condition of the loop, at every step; and the sweep of a reversible solve adds the cotangent of
-    the parameters up over the devices at every step too. Inside `shard_map` no loop has a
-    collective, and the gradient, which is taken outside of it, is added up once.
-    """
-
-    deq: deqjax.nn.DEQ
-    sharding: NamedSharding = eqx.field(static=True)  # of the batch axis
-
-    def batch(self, xs: PyTree, **options: Any) -> tuple[PyTree, Any]:
-        """`DEQ.batch`; with options as it is, since masks go by an example's place in the batch."""
-        if any(option is not None for option in options.values()):
-            return self.deq.batch(xs, **options)
-        arrays, static = eqx.partition(self.deq, eqx.is_array)
-        rest = []  # what is no array, which cannot be returned
-
-        def solve(arrays, xs):
-            out, other = eqx.partition(eqx.combine(arrays, static).batch(xs), eqx.is_array)
-            rest.append(other)
-            # What is one number for the batch, as max_steps, becomes one an example.
-            n = len(jax.tree.leaves(xs)[0])
-            return jax.tree.map(lambda x: x if x.ndim else jnp.broadcast_to(x, (n,)), out)
-
-        mesh, split = self.sharding.mesh, self.sharding.spec
-        sharded = jax.shard_map(solve, mesh=mesh, in_specs=(jax.P(), split), out_specs=split)
-        return eqx.combine(sharded(arrays, xs), rest[-1])
-
-
-def apart(model: PyTree, sharding: NamedSharding) -> PyTree:
-    """The model with each of its DEQs in an `Apart`, unless there is one device."""
-    if sharding.mesh.size == 1:
-        return model
-    is_deq = lambda x: isinstance(x, deqjax.nn.DEQ)
-    split = lambda x: Apart(x, sharding) if is_deq(x) else x
-    return jax.tree.map(split, model, is_leaf=is_deq)
 
 
 def solve_metrics(solves, n: int) -> dict[str, Any]:

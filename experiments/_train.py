@@ -16,8 +16,10 @@ import optax
 from _data import Split
 from _devices import local, place
 from _fit import TrainState
-from _solves import apart, forward_evaluations, solve_metrics
+from _solves import forward_evaluations, solve_metrics
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
+
+from deqjax.nn import shard_solves
 
 Images = UInt8[Array, "n h w c"]
 Labels = Int[Array, " n"]
@@ -55,7 +57,7 @@ def make_loss(static: PyTree, prepare: Preparation, batch, label_smoothing: floa
 
     def loss_fn(params, norms, key, images: Images, labels: Labels):
         images = prepare(prepare.augment(images, key))
-        logits, norms, solves = apart(eqx.combine(params, static), batch)(images, norms)
+        logits, norms, solves = shard_solves(eqx.combine(params, static), batch)(images, norms)
         if label_smoothing:
             targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
             targets = optax.smooth_labels(targets, label_smoothing)
@@ -76,7 +78,7 @@ def make_forward(static: PyTree, prepare: Preparation, batch, replicated):
     """
 
     def forward(params, norms, images):
-        model = apart(eqx.nn.inference_mode(eqx.combine(params, static)), batch)
+        model = shard_solves(eqx.nn.inference_mode(eqx.combine(params, static)), batch)
         logits, _, solves = model(prepare(images), norms)
         return logits, solves
 

@@ -11,7 +11,7 @@ from ._attention import (
     TransformerCell as TransformerCell,
 )
 from ._conv import Conv2d as Conv2d
-from ._deq import DEQ as DEQ
+from ._deq import DEQ as DEQ, shard_solves as shard_solves
 from ._dropout import VariationalDropout as VariationalDropout, draw_masks as draw_masks
 from ._monotone import MonotoneLinear as MonotoneLinear
 from ._norm import GroupNorm as GroupNorm

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -5,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import paramax
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from .._check import OptimistixSolver
@@ -54,6 +56,8 @@ class DEQ(eqx.Module):
         is `sol.value`, which the layer's output is not if the cell has a `readout`. With an adjoint
         of the steps taken, z0 has a gradient and the task trains it too.
 
+    - `sharding`: of the batch axis; set it by `nn.shard_solves`, which says what for.
+
     **Cost:** that of `deqjax.fixed_point`.
 
     **When not to use it:** for a fixed number of explicit layers, which need no solver.
@@ -67,6 +71,7 @@ class DEQ(eqx.Module):
     adjoint: AbstractAdjoint
     max_steps: int = eqx.field(static=True, default=256)
     predictor: Callable[[PyTree], PyTree] | None = None
+    sharding: NamedSharding | None = eqx.field(static=True, default=None)
 
     def __call__(
         self,
@@ -92,7 +97,8 @@ class DEQ(eqx.Module):
 
         **Returns:** `(z, sol)` with `z = sol.value`, or `cell.readout(sol.value)` if there is one.
         """
-        return self._solve(x, z0, batched=False, steps=steps, key=key)
+        masks = None if key is None else masks_of(paramax.unwrap(self.cell), key)
+        return self._solve(x, z0, masks, steps, batched=False)
 
     def batch(
         self,
@@ -111,7 +117,27 @@ class DEQ(eqx.Module):
         `jax.random.fold_in(key, i)`, whatever its batch-mates; in `jax.shard_map` fold the device's
         index into the key.
         """
-        return self._solve(xs, z0, batched=True, steps=steps, key=key)
+        masks = None
+        if key is not None:
+            cell, example = paramax.unwrap(self.cell), jnp.arange(len(jax.tree.leaves(xs)[0]))
+            masks = jax.vmap(lambda i: masks_of(cell, jax.random.fold_in(key, i)))(example)
+        solve = self._solve if self.sharding is None else self._solve_apart
+        return solve(xs, z0, masks, steps)
+
+    def _solve_apart(self, xs, z0, masks, steps) -> tuple[Any, Solution]:
+        assert self.sharding is not None
+        arrays, static = eqx.partition(self, eqx.is_array)
+
+        def solve(arrays, *inputs):
+            z, sol = eqx.combine(arrays, static)._solve(*inputs)
+            del sol.stats["max_steps"]  # no array
+            return z, sol
+
+        split, steps = self.sharding.spec, None if steps is None else jnp.asarray(steps)
+        specs = (P(), split, split, split, split if steps is not None and steps.ndim else P())
+        sharded = jax.shard_map(solve, mesh=self.sharding.mesh, in_specs=specs, out_specs=split)
+        z, sol = sharded(arrays, xs, z0, masks, steps)
+        return z, eqx.tree_at(lambda sol: sol.stats, sol, sol.stats | {"max_steps": self.max_steps})
 
     def certify(
         self, x: PyTree, z: PyTree, *, batched: bool = False, fan_in: int | None = None
@@ -129,16 +155,9 @@ class DEQ(eqx.Module):
             x = over(cell.inject)(x)
         return certify(over(cell), z, x, batched=batched, fan_in=fan_in)
 
-    def _solve(self, x, z0, *, batched: bool, steps, key) -> tuple[Any, Solution]:
+    def _solve(self, x, z0, masks, steps, *, batched: bool = True) -> tuple[Any, Solution]:
         cell, predictor = paramax.unwrap((self.cell, self.predictor))
         over = jax.vmap if batched else lambda one: one
-        if key is None:
-            masks = None
-        elif batched:
-            example = jnp.arange(jax.tree.leaves(x)[0].shape[0])
-            masks = jax.vmap(lambda i: masks_of(cell, jax.random.fold_in(key, i)))(example)
-        else:
-            masks = masks_of(cell, key)
         read = lambda name: over(lambda masks, x: getattr(eqx.combine(masks, cell), name)(x))
         if hasattr(cell, "inject"):
             x = read("inject")(masks, x)
@@ -155,3 +174,30 @@ class DEQ(eqx.Module):
             adjoint=self.adjoint,
         )
         return (read("readout")(masks, sol.value) if hasattr(cell, "readout") else sol.value), sol
+
+
+def shard_solves(model: PyTree, sharding: NamedSharding | None) -> PyTree:
+    """`model` with each of its `nn.DEQ` solving a batch device by device.
+
+    Under `jax.jit` alone, with the batch split over devices, all of them take the steps of the
+    slowest example of all, an all-reduce in the condition of the loop at every step; and the sweep
+    of a reversible solve adds up the cotangent of the parameters over the devices at every step
+    too. Here each solve is a `jax.shard_map`: no loop has a collective, and the gradient, which is
+    taken outside, is added up once. Numbers are the same, to rounding.
+
+    **Arguments:**
+
+    - `model`: any pytree with `nn.DEQ` in it.
+    - `sharding`: of a batch, its first axis split over the mesh; `None`, or of one device: as if
+        this had not been called.
+
+    **Returns:** a tree like `model`, for `jax.jit`, in which `batch` alone behaves differently.
+
+    **When not to use it:** inside a `jax.shard_map` or `jax.pmap` of your own, or with parameters
+    that are sharded over devices. The batch has to divide by the number of devices.
+    """
+    if sharding is not None and sharding.mesh.size == 1:
+        sharding = None
+    is_deq = lambda x: isinstance(x, DEQ)
+    place = lambda x: dataclasses.replace(x, sharding=sharding) if is_deq(x) else x
+    return jax.tree.map(place, model, is_leaf=is_deq)
