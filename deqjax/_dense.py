@@ -31,6 +31,11 @@ def dense(
             f"The product expected x of shape (..., {w.shape[0]}) for a weight of shape {w.shape}, "
             f"got {x.shape}. The weight has (in, out)."
         )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"The product expected x of a floating-point dtype, in which it is formed, got "
+            f"{x.dtype}. Cast x, for instance to {w.dtype}."
+        )
     axes = mesh_axes(x, w)
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -82,7 +87,7 @@ mlir.register_lowering(dense_p, mlir.lower_fun(_forward, multiple_results=False)
 
 
 class Linear(eqx.Module):
-    """`y = x W + b` on the last axis, in the dtype of x, fast inside a loop and under `jax.vmap`.
+    """`y = x W + b`, W of shape (in, out), in the dtype of x; fast in loops and under `jax.vmap`.
 
     Parameters in float32 and x in bfloat16 is mixed precision: the product is taken in bfloat16,
     the cotangent of W in float32. W starts normal, of standard deviation scale / sqrt(in_size); b
@@ -104,7 +109,7 @@ class Linear(eqx.Module):
     **When not to use it:** one weight per example (right, but a batch of products):
     `equinox.nn.Linear`.
 
-    **Raises:** `ValueError` for x of another length.
+    **Raises:** `ValueError` for x of another length, or of integers.
     """
 
     weight: Float[Array, "i o"]

@@ -131,6 +131,23 @@ def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
     return z, (out.num_steps, error < 1, memory)
 
 
+def unrolled(fn: Callable, solver: Any, z0: PyTree, xs: PyTree) -> tuple[PyTree, PyTree, Array]:
+    """As many steps from `z0` as `xs` has rows: step i evaluates `fn(z, xs[i]) -> (f(z), aux)`.
+
+    Returns `z_n`, every aux, and whether a step left the range or f(z) was not finite.
+    """
+
+    def body(carry, x):
+        z, memory, bad = carry
+        out = step(fn, solver, z, x, memory)
+        return (out.z, out.memory, bad | out.overflow | out.broken), out.aux
+
+    memory = solver.blank(z0)
+    init = (solver.start(z0), memory, solver.overflow(memory) | solver.lost(memory))
+    (z, _, bad), aux = jax.lax.scan(body, init, xs)
+    return z, aux, bad
+
+
 def lax_while(cond: Callable, body: Callable, init: Any, *, max_steps: int | None = None) -> Any:
     """`jax.lax.while_loop` with the signature of `equinox.internal.while_loop`.
 

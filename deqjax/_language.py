@@ -59,8 +59,10 @@ class Vocabulary(eqx.Module):
         self.compute_dtype = compute_dtype
 
     def embed(self, tokens: Int[Array, "*b t"], start: Any = 0) -> Float[Array, "*b t width"]:
-        """Vectors of tokens at positions start, start + 1, ..."""
-        x = math.sqrt(self.table.shape[1]) * self.table[tokens]
+        """Vectors of tokens at positions start, start + 1, ...; NaN for what is no token."""
+        size, width = self.table.shape
+        tokens = jnp.where(tokens < 0, size, tokens)  # which would count from the end
+        x = math.sqrt(width) * self.table.at[tokens].get(mode="fill", fill_value=jnp.nan)
         if self.positions is None:
             return x
         rows = jax.lax.dynamic_slice_in_dim(self.positions, start, tokens.shape[-1])
@@ -89,7 +91,9 @@ class AbstractLanguageModel(eqx.Module):
     def extend(
         self, tokens: Int[Array, " t"], caches: PyTree, start: Int[Array, ""]
     ) -> tuple[Float[Array, "t width"], PyTree]:
-        """The last hidden vectors at positions start, start + 1, ..., after those in `caches`."""
+        """The last hidden vectors at positions start, start + 1, ..., after those in `caches`.
+
+        There has to be room for them: beyond it, earlier positions would be overwritten."""
 
     def generate(
         self,
@@ -99,7 +103,7 @@ class AbstractLanguageModel(eqx.Module):
         temperature: float = 0.0,
         key: PRNGKeyArray | None = None,
     ) -> Int[Array, " length"]:
-        """Goes on with a prompt, one token after the other.
+        """Go on with a prompt, one token after the other.
 
         The keys and values that each evaluation of a block computed for earlier positions are kept
         and never computed again: causal attention cannot change them.
@@ -118,17 +122,23 @@ class AbstractLanguageModel(eqx.Module):
         **Cost:** a token costs as many evaluations of its blocks, on one position each, as a
         position does in training; copies of keys and values for each of these evaluations.
 
-        **Raises:** `ValueError` for an empty prompt, beyond the learned positions, for a negative
-        temperature or a missing key; with an equilibrium layer that stops on a tolerance, whose
-        earlier positions later ones would change, or mixes iterates of all positions.
+        **Raises:** `ValueError` for a prompt that is not integers of shape (t,), t at least 1;
+            beyond the learned positions; for a negative temperature or a missing key; with an
+            equilibrium layer that stops on a tolerance, whose earlier positions later ones would
+            change, or mixes iterates of all positions.
         """
-        positions = self.vocabulary.positions
-        total = prompt.shape[0] + length
-        if prompt.shape[0] < 1 or length < 1 or not temperature >= 0:
+        integers = jnp.issubdtype(prompt.dtype, jnp.integer)
+        if prompt.ndim != 1 or prompt.shape[0] < 1 or not integers:
             raise ValueError(
-                f"generate expected at least one token of prompt, a length of at least 1 and a "
-                f"temperature of at least 0; got {prompt.shape[0]}, {length} and {temperature}."
+                f"generate expected a prompt of integers of shape (t,), at least one token, got "
+                f"{prompt.shape} of {prompt.dtype}. For a batch of prompts use jax.vmap."
             )
+        if length < 1 or not isinstance(temperature, int | float) or not temperature >= 0:
+            raise ValueError(
+                f"generate expected a length of at least 1 and a temperature that is a Python "
+                f"number of at least 0, got {length} and {temperature}; 0 takes the likeliest."
+            )
+        positions, total = self.vocabulary.positions, prompt.shape[0] + length
         if temperature > 0 and key is None:
             raise ValueError(
                 f"generate expected a key for temperature {temperature}, got None; pass "
@@ -137,7 +147,7 @@ class AbstractLanguageModel(eqx.Module):
         if positions is not None and total > positions.shape[0]:
             raise ValueError(
                 f"generate expected at most {positions.shape[0]} positions, the learned ones, got "
-                f'{total} with the prompt. Shorten it, or build the model with positions="rotary".'
+                f"{total} with the prompt. Shorten it, or build the model with rotary=True."
             )
         keys = jax.random.split(jax.random.key(0) if key is None else key, length)
         return _generate(self, prompt, keys, temperature)

@@ -1,10 +1,10 @@
 """All options of `image_classification.py`; what is left out is filled in from the presets."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from _models import ACTIVATIONS
-from _options import COUNTS, Session
+from _options import Session, check_positive, filled
 from _presets import DEFAULTS, NAMED, PRESETS, SMOKE, SMOKE_SIZES, Model, Preset
 
 from deqjax.positive import qualify
@@ -79,8 +79,8 @@ class Config(Session):
 def choose(config: Config) -> list[Config]:
     """The runs that are asked for, each with its data set and model."""
     named = {} if config.preset is None else NAMED[config.preset]
-    config = _filled(config, {k: named[k] for k in ("dataset", "model") if k in named})
-    config = _filled(config, {"dataset": DEFAULTS["dataset"]})
+    config = filled(config, {k: named[k] for k in ("dataset", "model") if k in named})
+    config = filled(config, {"dataset": DEFAULTS["dataset"]})
     if config.model is not None:
         return [config]
     four = [("implicit-resnet", 1), ("pc-linear", 1), ("pc-linear", 2), ("resnet", 1)]
@@ -103,10 +103,10 @@ def resolve(config: Config) -> Config:
     if config.smoke:
         # These are forced: a smoke run is quick whatever else is asked for.
         config = dataclasses.replace(config, **SMOKE, **SMOKE_SIZES[model])
-        config = _filled(config, {"epochs": 2})
-    config = _filled(config, {"activation": "tanh"} | preset)
-    config = _filled(config, {"kind": kind_of(config.activation)})
-    config = _filled(config, {"name": default_name(config)})
+        config = filled(config, {"epochs": 2})
+    config = filled(config, {"activation": "tanh"} | preset)
+    config = filled(config, {"kind": kind_of(config.activation)})
+    config = filled(config, {"name": default_name(config)})
     if kind_of(config.activation) != config.kind:
         raise SystemExit(
             f"Expected an activation of kind {config.kind} for {model}, got {config.activation}. "
@@ -128,13 +128,7 @@ def resolve(config: Config) -> Config:
             f"Expected --label-smoothing from 0 to below 1, got {config.label_smoothing}. 0.1 is "
             "common."
         )
-    for option in ("epochs", "learning_rate", "batch_size", *COUNTS):
-        value = getattr(config, option)
-        if value is not None and not value > 0:
-            raise SystemExit(
-                f"Expected --{option.replace('_', '-')} above 0, got {value}. Leave it out for the "
-                "preset."
-            )
+    check_positive(config, "epochs", "learning_rate", "batch_size", "accumulate")
     return config
 
 
@@ -159,8 +153,3 @@ def title(config: Config) -> str:
             return f"explicit {model}"
         case model:
             return f"pcDEQ-{config.kind} ({model}, {config.activation})"
-
-
-def _filled(config: Config, values: dict[str, Any]) -> Config:
-    missing = {k: v for k, v in values.items() if getattr(config, k) is None}
-    return dataclasses.replace(config, **missing)

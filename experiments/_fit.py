@@ -40,9 +40,10 @@ def make_step(
     """Compile one update, `step(state, *examples) -> (state, metrics)`.
 
     `loss_fn(params, norms, key, *examples) -> (loss, (norms, metrics))` gives means over examples,
-    but for the counts under "results". The gradient is taken of the mean over the whole, sharded
-    batch: XLA adds up the devices' shares, and a batch normalisation sees the whole batch too,
-    whatever the number of devices. The old state's buffers are donated.
+    but for the counts under "results" and what is called "..._peak", the largest of them. The
+    gradient is taken of the mean over the whole, sharded batch: XLA adds up the devices' shares,
+    and a batch normalisation sees the whole batch too, whatever the number of devices. The old
+    state's buffers are donated.
 
     With `accumulate` the batch is taken in so many parts, one after another, each with a gradient
     of its own; a batch normalisation then sees one part at a time.
@@ -70,7 +71,8 @@ def make_step(
         (total, norms), metrics = jax.lax.scan(one, carry, metrics)
         grads = jax.tree.map(lambda t, x: (t / accumulate).astype(x.dtype), total, params)
         results = jax.tree.map(lambda x: jnp.sum(x, 0), metrics.pop("results", {}))
-        metrics = jax.tree.map(lambda x: jnp.mean(x, 0), metrics)
+        peak = lambda name, x: jnp.max(x, 0) if name.endswith("_peak") else jnp.mean(x, 0)
+        metrics = {name: peak(name, x) for name, x in metrics.items()}
         return grads, norms, metrics | ({"results": results} if results else {})
 
     def step(state: TrainState, *examples: Array) -> tuple[TrainState, dict[str, Any]]:

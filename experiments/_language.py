@@ -31,7 +31,7 @@ def make_model(config: Config, size: int, key: PRNGKeyArray) -> Model:
         "width": config.width,
         "heads": config.heads,
         "hidden": config.hidden,
-        "positions": config.positions,
+        "rotary": config.rotary,
         "tied": config.tied,
         "compute_dtype": None if config.dtype == "float32" else jnp.bfloat16,
     }
@@ -40,7 +40,7 @@ def make_model(config: Config, size: int, key: PRNGKeyArray) -> Model:
         return Transformer(size, length, blocks=blocks, key=key, **options)
     solver = deqjax.Reversible(
         beta=config.beta,
-        exact=config.state == "exact",
+        exact=config.exact,
         fraction_bits=config.fraction_bits,
         rtol=0.0,  # all windows take the same steps, and the gradient is that of these
         atol=0.0,
@@ -61,10 +61,8 @@ def make_loss(static: PyTree, config: Config, batch) -> Callable:
         del key
         losses, solves = _losses(shard_solves(eqx.combine(params, static), batch), tokens)
         metrics = solve_metrics(solves, len(tokens))
-        if solves and config.state == "exact":
-            # How many times larger the state could be before it leaves the range of its integers.
-            peak = jnp.max(jnp.abs(jax.lax.stop_gradient(solves[0][1].value)))
-            metrics["state_headroom"] = 2.0 ** (31 - config.fraction_bits) / peak
+        for _, sol in solves:
+            metrics["state_peak"] = jnp.max(jnp.abs(jax.lax.stop_gradient(sol.value)))
         return jnp.mean(losses), (norms, metrics)
 
     return loss_fn
@@ -105,11 +103,12 @@ def make_evaluate(static: PyTree, corpus: Corpus, config: Config, batch, replica
 
 
 def sample(model: Model, corpus: Corpus, config: Config, key: PRNGKeyArray) -> str:
-    """Text by the model, after the first tokens of the validation split."""
+    """Text by the model after the first tokens of the validation split, and a | between them."""
     length = config.length
     assert length
-    prompt = jnp.asarray(corpus.valid[: length // 4], jnp.int32)
-    room = length - len(prompt) if config.positions == "learned" else config.sample
-    new = model.generate(prompt, min(config.sample, room), temperature=config.temperature, key=key)
-    new = np.asarray(new)
+    prompt = jnp.asarray(corpus.valid[: max(1, length // 4)], jnp.int32)
+    count = config.sample if config.rotary else min(config.sample, length - len(prompt))
+    if count < 1:
+        return corpus.tokenizer.decode(np.asarray(prompt))
+    new = np.asarray(model.generate(prompt, count, temperature=config.temperature, key=key))
     return f"{corpus.tokenizer.decode(np.asarray(prompt))}|{corpus.tokenizer.decode(new[new >= 0])}"

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from _options import COUNTS, Session
+from _options import Session, check_positive, filled
 from _text_sources import Name
 from _tokenizers import Kind
 
@@ -12,7 +12,19 @@ MODELS: tuple[Model, ...] = ("reversible", "explicit", "explicit-deep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Session):
+class TextSession(Session):
+    """Likewise, of language models."""
+
+    cache_dir: str | None = None
+    """Of tokenised text; None: the user's cache."""
+    sample: int = 300
+    """Tokens of text to generate at the end, as far as learned positions go; 0: none."""
+    temperature: float = 0.8
+    """The logits of that text are divided by it; 0: the likeliest token each time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(TextSession):
     """Train language models on text. What is left at None: the preset's."""
 
     corpus: Name = "pydoc"
@@ -23,9 +35,9 @@ class Config(Session):
     """reversible: a RevDEQ; explicit: its block, evaluated once; explicit-deep: as many blocks,
     each with parameters of its own, as the RevDEQ takes steps. None: the first two."""
     tokenizer: Kind | None = None
-    """words: WikiText's own."""
+    """bytes; bpe: pieces of words, learned from the training text; words: WikiText's own."""
     vocabulary: int | None = None
-    """Tokens of bpe."""
+    """Tokens of bpe, the 256 bytes among them."""
 
     width: int | None = None
     """Of the residual sum."""
@@ -33,20 +45,22 @@ class Config(Session):
     """Of the attention."""
     hidden: tuple[int, ...] | None = None
     """Widths of the MLP's inner layers."""
-    positions: Literal["learned", "rotary"] | None = None
-    """How a token knows its place."""
+    rotary: bool | None = None
+    """Turn queries and keys by their positions, instead of adding a learned vector for each."""
     tied: bool | None = None
     """One table for both ends of the model."""
     length: int | None = None
     """Tokens of a window."""
     max_steps: int | None = None
-    """Steps of the solve, one evaluation of the block each."""
+    """Of reversible, steps of the solve, one evaluation of the block each; of explicit-deep,
+    blocks."""
     beta: float = 0.5
-    """Relaxation of the reversible solver, the paper's; 1 - beta is 1/d or -1/d, d an integer."""
+    """Relaxation of reversible, the paper's; 1 - beta is 1/d or -1/d, d an integer."""
     fraction_bits: int = 20
-    """Of the exact state: a range of +-2,048 at 20; state_headroom in the metrics is its share."""
-    state: Literal["exact", "float"] = "exact"
-    """float: states are undone in floating point, in segments."""
+    """Of the exact state: its range is 2^(31 - bits), 2,048; state_peak in the metrics is what it
+    comes to."""
+    exact: bool = True
+    """Of reversible: keep the state as integers, undone bit for bit; else in floating point."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of products and attention; parameters and the residual sum stay float32."""
 
@@ -67,22 +81,16 @@ class Config(Session):
     weight_decay: float | None = None
     """AdamW's: a step shrinks matrices by learning rate x this."""
     epsilon: float = 1e-8
-    """AdamW's."""
+    """AdamW's, added to the root of the mean square gradient."""
     clip: float = 1.0
     """Ceiling on the gradient's norm."""
-    sample: int = 300
-    """Tokens of text at the end, as far as the positions go."""
-    temperature: float = 0.8
-    """Of that text; 0: the likeliest tokens."""
-    cache_dir: str | None = None
-    """Of tokenised text; None: the user's cache."""
     smoke: bool = False
     """A tiny network, text and number of steps: everything is run through in seconds."""
 
 
 # For two cores, an hour of them at most.
 DEFAULTS: dict[str, Any] = dict(
-    tokenizer="bytes", vocabulary=4096, width=192, heads=4, hidden=(768,), positions="rotary",
+    tokenizer="bytes", vocabulary=4096, width=192, heads=4, hidden=(768,), rotary=True,
     tied=False, length=128, max_steps=6, batch_size=16, learning_rate=2e-3, weight_decay=0.1,
 )  # fmt: skip
 CORPORA: dict[str, dict[str, Any]] = {
@@ -94,7 +102,7 @@ CORPORA: dict[str, dict[str, Any]] = {
 }
 # The paper's network and rate (arXiv 2509.12917; its schedule, on a plateau, is not kept).
 PAPER: dict[str, Any] = dict(
-    width=768, heads=12, hidden=(3072, 3072), positions="learned", tied=False, length=448,
+    width=768, heads=12, hidden=(3072, 3072), rotary=False, tied=False, length=448,
     max_steps=8, batch_size=32, learning_rate=3e-4, weight_decay=1e-2, epochs=10,
 )  # fmt: skip
 SMOKE: dict[str, Any] = dict(
@@ -106,35 +114,50 @@ SMOKE: dict[str, Any] = dict(
 def choose(config: Config) -> list[Config]:
     """The runs that are asked for, each with its model and everything filled in."""
     models = MODELS[:2] if config.model is None else [config.model]
-    return [_resolve(dataclasses.replace(config, model=model)) for model in models]
+    alone = len(models) == 1
+    return [_resolve(dataclasses.replace(config, model=model), alone) for model in models]
 
 
-def _resolve(config: Config) -> Config:
+def _resolve(config: Config, alone: bool) -> Config:
     values = DEFAULTS | CORPORA[config.corpus]
     if config.preset == "paper":
         values |= PAPER
     if config.smoke:
-        config = dataclasses.replace(config, sample=8, log_every=2)
+        config = dataclasses.replace(config, sample=min(config.sample, 8), log_every=2)
         values |= SMOKE
     if config.steps is not None or config.epochs is not None:
         values |= {"epochs": config.epochs, "steps": config.steps}
-    name = config.name or f"{config.preset or config.corpus}"
-    name = f"{name}-{config.model}-{config.seed}{'-smoke' if config.smoke else ''}"
-    missing = {k: v for k, v in values.items() if getattr(config, k) is None}
-    config = dataclasses.replace(config, **missing | {"name": name})
+    preset = "" if config.preset is None else f"-{config.preset}"
+    default = f"{config.corpus}{preset}-{config.model}-{config.seed}"
+    default += "-smoke" if config.smoke else ""
+    name = config.name or default
+    if config.name and not alone:  # one prefix for two folders
+        name = f"{config.name}-{default}"
+    config = filled(dataclasses.replace(config, name=name), values)
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """Whatever would otherwise be found out after the training."""
+    check_positive(config, "epochs", "steps", "batch_size", "learning_rate", "accumulate")
+    check_positive(config, "length", "width", "heads", "max_steps")
     if (config.epochs is None) == (config.steps is None):
         raise SystemExit(
             f"Expected either --epochs or --steps, got {config.epochs} and {config.steps}. Leave "
             f"one of them out."
         )
-    for option in ("epochs", "steps", "batch_size", "learning_rate", "length", *COUNTS):
-        value = getattr(config, option)
-        if value is not None and not value > 0:
-            raise SystemExit(
-                f"Expected --{option.replace('_', '-')} above 0, got {value}. Leave it out for the "
-                f"preset."
-            )
-    return config
+    if not (config.temperature >= 0 and config.sample >= 0):
+        raise SystemExit(
+            f"Expected --temperature and --sample of at least 0, got {config.temperature} and "
+            f"{config.sample}. --sample 0 generates nothing."
+        )
+    plain = (config.beta, config.fraction_bits, config.exact) == (0.5, 20, True)
+    if config.model != "reversible" and not plain:
+        raise SystemExit(
+            f"Expected no --beta, --fraction-bits or --no-exact for {config.model}, which has no "
+            f"solver. Leave them out, or choose --model reversible."
+        )
 
 
 def title(config: Config) -> str:

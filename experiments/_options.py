@@ -1,20 +1,24 @@
 """The options of every training script: how long, on which devices, what is kept."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """Options that don't change what is computed: they may differ when a run is resumed."""
+    """Options that don't say what is computed: they may differ when a run is resumed."""
 
     log_every: int = 20
     """Steps between readings of the metrics, which make the host wait for the device."""
     checkpoint_every: int = 500
-    """Steps: at most a few minutes of work to lose."""
+    """Steps between checkpoints, which a run that is killed loses at most."""
     keep: int = 2
     """Checkpoints kept, the newest ones; the best one is kept beside them."""
     assess_every: int | None = None
-    """Steps between evaluations; None: an epoch."""
+    """Steps between evaluations; None: an epoch; of text, a quarter of the run if less."""
     stop_after: int | None = None
     """Steps after which to stop with a checkpoint, for machines lent by the hour."""
     resume: bool = False
@@ -30,12 +34,55 @@ class Session:
     coordinator: str | None = None
     """HOST:PORT of process 0, where JAX does not find the cluster by itself."""
     processes: int | None = None
-    """How many there are, likewise."""
+    """With --coordinator: how many processes there are."""
     process_id: int | None = None
-    """Which one this is, from 0, likewise."""
+    """With --coordinator: which of them this is, from 0."""
 
 
-SESSION = tuple(field.name for field in dataclasses.fields(Session))
+RUNS = Path("runs")
+C = TypeVar("C", bound=Session)
 
-# Options of which there is at least one.
-COUNTS = ("accumulate", "log_every", "checkpoint_every", "keep", "assess_every")
+
+def filled(config: C, values: dict[str, Any]) -> C:
+    """What was left at None, from `values`."""
+    missing = {k: v for k, v in values.items() if getattr(config, k) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def recorded(config: Session) -> dict[str, Any]:
+    """What has to be the same when a run is resumed."""
+    session = {field.name for field in dataclasses.fields(type(config).__bases__[0])}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in session}
+
+
+def check_positive(config: Session, *names: str) -> None:
+    """Refuse what has to be above 0, if it is given at all, and is not."""
+    counts = ("log_every", "checkpoint_every", "keep", "assess_every")
+    for name in (*names, *counts):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise SystemExit(
+                f"Expected --{name.replace('_', '-')} above 0, got {value}. Leave it out for the "
+                "preset."
+            )
+
+
+def check_resume(configs: list[C]) -> None:
+    """Refuse to resume what was never begun."""
+    names = [str(c.name) for c in configs]
+    if configs[0].resume and not any((RUNS / name).exists() for name in names):
+        raise SystemExit(
+            f"--resume expected a run in one of {[f'{RUNS}/{name}' for name in names]}, and there "
+            "is none. Check --name, or start without --resume."
+        )
+
+
+def check_batch(size: int, accumulate: int, most: int, what: str) -> None:
+    """Refuse a batch that is not shared out evenly over devices and parts."""
+    if size % (jax.device_count() * accumulate) or size > most:
+        times = f" times --accumulate {accumulate}" if accumulate > 1 else ""
+        raise SystemExit(
+            f"Expected a batch size that divides by the {jax.device_count()} devices JAX shows"
+            f"{times} and is at most the {most:,} training {what}; got {size}. Pass another "
+            "--batch-size, or show JAX fewer devices."
+        )

@@ -34,6 +34,7 @@ class Corpus(NamedTuple):
     valid: np.ndarray
     valid_words: int
     about: str
+    digest: str = ""  # of the ids: what a run has to find again when it is resumed
 
     def steps_per_epoch(self, size: int, length: int) -> int:
         """Whole batches of the windows that there are whatever the epoch's offset."""
@@ -121,7 +122,9 @@ def load(
             print(f"Not cached, so that it is kept in memory and made anew each time: {error}.")
         else:
             corpus = _read(folder, settings, found.about) or corpus
-    return corpus
+    ids = hashlib.sha256(corpus.train.data)
+    ids.update(corpus.valid.data)
+    return corpus._replace(digest=ids.hexdigest()[:16])
 
 
 def _build(settings: dict[str, Any], found: Source) -> Corpus:

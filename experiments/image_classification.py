@@ -49,10 +49,8 @@ last two 92 %, of all 74 %, where a margin of logits, 0.82 in the median, can mo
 The RevDEQ on MNIST ran in the floating-point mode, deqjax.Reversible(exact=False).
 """
 
-import dataclasses
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -67,7 +65,7 @@ from _data import Dataset, load
 from _devices import initialize, is_main, local, mesh, replicate
 from _fit import TrainState, fit, make_step
 from _models import constructor
-from _options import SESSION
+from _options import RUNS, check_batch, check_resume, recorded
 from _plots import plot_certificates, plot_curves, plot_residual
 from _run import RunFolder
 from _solves import backward_evaluations, residual_curves
@@ -80,19 +78,12 @@ from deqjax.models import PositiveConcaveNet
 def train(config: Config, data: Dataset) -> dict[str, Any]:
     """One run, from its folder to its row of the table."""
     batch_size, n = config.batch_size, len(data.train.labels)
-    if batch_size % (jax.device_count() * config.accumulate) or batch_size > n:
-        times = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
-        raise SystemExit(
-            f"Expected a batch size that divides by the {jax.device_count()} devices JAX shows"
-            f"{times} and is at most the {n} training images; got {batch_size}. Pass another "
-            "--batch-size, or show JAX fewer devices."
-        )
+    check_batch(batch_size, config.accumulate, n, "images")
     assert config.epochs and config.learning_rate and config.milestone  # by resolve
     assert config.weight_decay is not None and config.shift is not None and config.name
     assert config.label_smoothing is not None
     start_time = time.perf_counter()
-    recorded = {k: v for k, v in dataclasses.asdict(config).items() if k not in SESSION}
-    folder = RunFolder(Path("runs"), config.name, recorded, resume=config.resume, keep=config.keep)
+    folder = RunFolder(RUNS, config.name, recorded(config), resume=config.resume, keep=config.keep)
 
     # --- network, optimiser, compiled functions
     per_epoch = n // batch_size
@@ -100,7 +91,7 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     model_key, augment_key, measure_key = jax.random.split(jax.random.key(config.seed), 3)
     names = ("model", "features", "max_steps", "tolerance", "gradient_tolerance", "beta")
     names += ("activation", "widths", "dtype")
-    make = constructor(**{name: recorded[name] for name in names})
+    make = constructor(**{name: getattr(config, name) for name in names})
     make = eqx.filter_jit(eqx.nn.make_with_state(make))  # one compilation, not one a parameter
     model, norms = make(data.image_shape, data.num_classes, key=model_key)
     params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -190,12 +181,7 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
 def main(config: Config) -> None:
     initialize(config.distributed, config.coordinator, config.processes, config.process_id)
     configs = [resolve(c) for c in choose(config)]
-    names = [c.name for c in configs if c.name is not None]
-    if config.resume and not any((Path("runs") / name).exists() for name in names):
-        raise SystemExit(
-            f"--resume expected a run in one of {['runs/' + name for name in names]}, and there is "
-            "none. Check --name, or start without --resume."
-        )
+    check_resume(configs)
     limit = 96 if config.smoke else None
     dataset = configs[0].dataset
     assert dataset is not None

@@ -25,9 +25,7 @@ Hardware: two cores of a shared x86 CPU with other work on them, JAX 0.10.2. As 
 FIGURES
 """
 
-import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -39,7 +37,7 @@ from _devices import initialize, is_main, local, mesh, replicate
 from _fit import TrainState, fit, make_step
 from _language import make_evaluate, make_loss, make_model, sample
 from _language_config import Config, choose, title
-from _options import SESSION
+from _options import RUNS, check_batch, check_resume, recorded
 from _plots import plot_curves
 from _run import RunFolder
 from _table import table
@@ -50,16 +48,8 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
     """One run, from its folder to its row of the table."""
     size, length, peak = config.batch_size, config.length, config.learning_rate
     assert size and length and peak and config.name and config.weight_decay is not None
-    if size % (jax.device_count() * config.accumulate):
-        raise SystemExit(
-            f"Expected a batch size that divides by the {jax.device_count()} devices JAX shows, "
-            f"times --accumulate {config.accumulate}; got {size}. Pass another "
-            f"--batch-size, or show JAX fewer devices."
-        )
+    check_batch(size, config.accumulate, len(corpus.train) // length, "windows")
     start_time = time.perf_counter()
-    recorded = {k: v for k, v in dataclasses.asdict(config).items() if k not in SESSION}
-    recorded["vocabulary"] = corpus.tokenizer.size
-    folder = RunFolder(Path("runs"), config.name, recorded, resume=config.resume, keep=config.keep)
 
     # --- network, optimiser, compiled functions
     per_epoch = corpus.steps_per_epoch(size, length)
@@ -67,6 +57,8 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
     model_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
     model = eqx.filter_jit(make_model)(config, corpus.tokenizer.size, model_key)
     params, static = eqx.partition(model, eqx.is_inexact_array)
+    same = recorded(config) | {"vocabulary": corpus.tokenizer.size, "text": corpus.digest}
+    folder = RunFolder(RUNS, config.name, same, resume=config.resume, keep=config.keep)
     warmup = min(config.warmup, total // 10)
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, end_value=peak / 10)
     matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
@@ -95,14 +87,21 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
         assess=evaluate,
-        assess_every=config.assess_every or per_epoch,
+        assess_every=config.assess_every or max(1, min(per_epoch, total // 4)),
         per_step=size * length,
         unit="tokens",
     )
+    if last["step"] == total:
+        # What is shown is of the checkpoint of the lowest validation loss.
+        state = folder.best(state)
+        if is_main():
+            lines = [line for line in folder.metrics() if "eval_loss" in line]
+            last = min(lines, key=lambda line: line["eval_loss"])
     model = eqx.combine(local(state.params), static)
     text = sample(model, corpus, config, sample_key)
     if is_main():
-        (folder.path / "sample.txt").write_text(text, encoding="utf-8")
+        with folder.writing("sample.txt"):
+            (folder.path / "sample.txt").write_text(text, encoding="utf-8")
         plot_curves(folder, f"{title(config)} on {corpus.name}, seed {config.seed}", "validation")
         print(f"\n{text}\n")
     row = {
@@ -122,6 +121,7 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
 def main(config: Config) -> None:
     initialize(config.distributed, config.coordinator, config.processes, config.process_id)
     configs = choose(config)
+    check_resume(configs)
     first = configs[0]
     assert first.tokenizer and first.vocabulary
     corpus = load(

@@ -1,16 +1,17 @@
 """Language models: the transformer of the reversible DEQ paper, and its explicit twin."""
 
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import paramax
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._check import OptimistixSolver
+from .._iterate import unrolled
 from .._language import AbstractLanguageModel, Vocabulary
 from .._solution import Solution
-from .._step import step
 from ..adjoints import AbstractAdjoint, ReversibleAdjoint
 from ..nn import DEQ, TransformerCell
 from ..solvers import FixedPointIteration, Reversible
@@ -31,7 +32,8 @@ class ReversibleTransformer(AbstractLanguageModel):
     - `size`: of the vocabulary.
     - `length`: the longest sequence; of the learned positions.
     - `width`, `heads`, `hidden`, `scale`: see `nn.TransformerCell`.
-    - `positions`: `"learned"`, or `"rotary"`, which turn queries and keys instead.
+    - `rotary`: whether queries and keys are turned by their positions, instead of a learned vector
+        that is added for each.
     - `tied`: whether the head is the transposed table.
     - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`. The default takes four
         reversible pairs, that is eight steps, whatever the residual, with 20 fraction bits: a
@@ -51,7 +53,7 @@ class ReversibleTransformer(AbstractLanguageModel):
     normalising it. `jnp.max(jnp.abs(sol.value))` tells, and `sol.result` if it did.
 
     **Raises:** `ValueError` for tokens that are not integers (B, L) with L at most `length`, and as
-    `nn.TransformerCell`.
+    `nn.CausalAttention`. A token outside the vocabulary gives NaN.
 
     Reference: Reversible deep equilibrium models, arXiv 2509.12917, the language model.
     """
@@ -69,7 +71,7 @@ class ReversibleTransformer(AbstractLanguageModel):
         heads: int = 4,
         hidden: tuple[int, ...] = (1024,),
         scale: float = 1.0,
-        positions: Literal["learned", "rotary"] = "learned",
+        rotary: bool = False,
         tied: bool = False,
         solver: OptimistixSolver = Reversible(beta=0.5, rtol=0.0, atol=0.0, fraction_bits=20),
         adjoint: AbstractAdjoint = ReversibleAdjoint(),
@@ -78,20 +80,18 @@ class ReversibleTransformer(AbstractLanguageModel):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        ends_key, cell_key = jax.random.split(key)
-        dtypes = {"compute_dtype": compute_dtype, "dtype": dtype}
-        learned = length if positions == "learned" else None
-        self.vocabulary = Vocabulary(size, width, learned, tied=tied, key=ends_key, **dtypes)
-        options = {"rotary": positions == "rotary", "scale": scale, **dtypes}
-        cell = TransformerCell(width, heads, hidden, key=cell_key, **options)
+        sizes, dtypes = (size, length, width, heads, hidden), (compute_dtype, dtype)
+        self.vocabulary, (cell,) = _parts(1, sizes, rotary, scale, tied, dtypes, key)
         self.deq = DEQ(cell, solver, adjoint, max_steps=max_steps)
         self.length = length
 
     @classmethod
     def paper(cls, size: int = 50_304, *, key: PRNGKeyArray, **options) -> "ReversibleTransformer":
-        """The paper's: width 768, 12 heads, MLP 768-3072-3072-768, 448 positions, an untied head;
-        94.1 M parameters (96.1 M there, whose attention projects twice without a nonlinearity in
-        between, 1.8 M, and whose causal mask is counted). `options` take precedence."""
+        """The paper's: width 768, 12 heads, MLP 768-3072-3072-768, 448 positions, an untied head.
+
+        94.1 M parameters. The authors count 96.1 M: their queries, keys and values are projected a
+        second time (1.8 M, which adds nothing: the product of two matrices is a matrix), and their
+        causal mask is counted. `options` are those of the constructor, and come first."""
         preset = {"length": 448, "width": 768, "heads": 12, "hidden": (3072, 3072)}
         return cls(size, key=key, **(preset | options))
 
@@ -112,7 +112,7 @@ class ReversibleTransformer(AbstractLanguageModel):
     def caches(self, length: int):
         """See `AbstractLanguageModel`: one cache for each evaluation of the cell."""
         dtype = self.vocabulary.table.dtype
-        cell: Any = self.deq.cell
+        cell: Any = paramax.unwrap(self.deq.cell)
         one = lambda _: cell.cache(length, dtype)
         return jax.vmap(one)(jnp.arange(self.deq.max_steps))
 
@@ -120,25 +120,23 @@ class ReversibleTransformer(AbstractLanguageModel):
         """See `AbstractLanguageModel`."""
         solver = self.deq.solver
         zero = lambda tolerance: isinstance(tolerance, int | float) and tolerance == 0
-        fixed = zero(solver.rtol) and zero(solver.atol) and self.deq.predictor is None
-        if not isinstance(solver, Reversible | FixedPointIteration) or not fixed:
+        if not isinstance(solver, Reversible | FixedPointIteration) or not (
+            zero(solver.rtol) and zero(solver.atol)
+        ):
             raise ValueError(
                 f"generate expected a fixed number of steps of Reversible or FixedPointIteration, "
-                f"rtol=0 and atol=0, from zero; got {solver}. Without them later positions change "
-                f"earlier ones: evaluate the model on the whole sequence for each token."
+                f"rtol=0 and atol=0, got {solver}. Otherwise later positions change earlier ones: "
+                f"evaluate the model on the whole sequence for each token."
             )
+        if self.deq.predictor is not None:
+            raise ValueError(
+                "generate expected a layer that starts from zero, got one with a predictor. "
+                "Evaluate the model on the whole sequence for each token."
+            )
+        cell: Any = paramax.unwrap(self.deq.cell)
         x = self.vocabulary.embed(tokens, start)
-        cell: Any = self.deq.cell
-        fn = lambda z, args: cell.extend(z, *args, start)
-        z0 = jnp.zeros_like(x)
-
-        def body(carry, cache):
-            z, memory, bad = carry
-            new = step(fn, solver, z, (x, cache), memory)
-            return (new.z, new.memory, bad | new.overflow | new.broken), new.aux
-
-        init = (solver.start(z0), solver.blank(z0), jnp.asarray(False))
-        (z, _, bad), caches = jax.lax.scan(body, init, caches)
+        fn = lambda z, cache: cell.extend(z, x, cache, start)
+        z, caches, bad = unrolled(fn, solver, jnp.zeros_like(x), caches)
         return jnp.where(bad, jnp.nan, z), caches
 
 
@@ -159,7 +157,10 @@ class Transformer(AbstractLanguageModel):
 
     **Cost:** `blocks` evaluations; memory in proportion to them.
 
-    **Raises:** as `ReversibleTransformer`.
+    **When not to use it:** where memory is short: `ReversibleTransformer` is as deep in that of one
+    block.
+
+    **Raises:** as `ReversibleTransformer`, and for `blocks` below 1.
 
     Reference: Radford et al., Language models are unsupervised multitask learners, 2019.
     """
@@ -179,19 +180,17 @@ class Transformer(AbstractLanguageModel):
         heads: int = 4,
         hidden: tuple[int, ...] = (1024,),
         scale: float = 1.0,
-        positions: Literal["learned", "rotary"] = "learned",
+        rotary: bool = False,
         tied: bool = False,
         checkpoint: bool = False,
         compute_dtype: DTypeLike | None = None,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        ends_key, *keys = jax.random.split(key, blocks + 1)
-        dtypes = {"compute_dtype": compute_dtype, "dtype": dtype}
-        learned = length if positions == "learned" else None
-        self.vocabulary = Vocabulary(size, width, learned, tied=tied, key=ends_key, **dtypes)
-        options = {"rotary": positions == "rotary", "scale": scale, **dtypes}
-        self.blocks = tuple(TransformerCell(width, heads, hidden, key=k, **options) for k in keys)
+        if blocks < 1:
+            raise ValueError(f"Transformer expected at least one block, got {blocks}.")
+        sizes, dtypes = (size, length, width, heads, hidden), (compute_dtype, dtype)
+        self.vocabulary, self.blocks = _parts(blocks, sizes, rotary, scale, tied, dtypes, key)
         self.length = length
         self.checkpoint = checkpoint
 
@@ -221,6 +220,18 @@ class Transformer(AbstractLanguageModel):
             h, cache = block.extend(h, jnp.zeros_like(h), cache, start)
             extended.append(cache)
         return h, extended
+
+
+def _parts(
+    blocks: int, sizes: tuple, rotary: bool, scale: float, tied: bool, dtypes: tuple, key
+) -> tuple[Vocabulary, tuple[TransformerCell, ...]]:
+    size, length, width, heads, hidden = sizes
+    options: dict[str, Any] = dict(zip(("compute_dtype", "dtype"), dtypes, strict=True))
+    ends_key, *keys = jax.random.split(key, blocks + 1)
+    learned = None if rotary else length
+    ends = Vocabulary(size, width, learned, tied=tied, key=ends_key, **options)
+    options |= {"rotary": rotary, "scale": scale}
+    return ends, tuple(TransformerCell(width, heads, hidden, key=k, **options) for k in keys)
 
 
 def _check_tokens(tokens: Int[Array, "b l"], length: int) -> None:

@@ -36,8 +36,11 @@ class CausalAttention(eqx.Module):
 
     **Call:** `attention(x)` with x of shape (L, width), any float dtype. Returns the same shape and
     dtype. `attention.extend(x, cache, start)` takes x for positions start, start + 1, ... only.
+    Under JAX's strict dtype promotion `jax.nn.dot_product_attention` refuses bfloat16.
 
     **Cost:** 8 L width^2 + 4 L^2 width operations.
+
+    **When not to use it:** to attend to later positions, or across sequences.
 
     **Raises:** `ValueError` if `heads` does not divide `width`, or rotary with an odd quotient.
 
@@ -88,7 +91,9 @@ class CausalAttention(eqx.Module):
     def extend(
         self, x: Float[Array, "t width"], cache: AttentionCache, start: Int[Array, ""]
     ) -> tuple[Float[Array, "t width"], AttentionCache]:
-        """Attend from positions `start`, `start + 1`, ... to those and all before them."""
+        """Attend from positions `start`, `start + 1`, ... to those and all before them.
+
+        The cache has to have room for them: beyond it, earlier positions would be overwritten."""
         q, k, v = self._project(x, start)
         write = lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (start, 0, 0))
         cache = AttentionCache(write(cache.keys, k), write(cache.values, v))
@@ -123,6 +128,8 @@ class TransformerCell(eqx.Module):
     **Cost:** one attention and one MLP.
 
     **When not to use it:** where the fixed point itself matters: nothing makes this cell contract.
+
+    **Raises:** as `nn.CausalAttention`.
 
     Reference: Reversible deep equilibrium models, arXiv 2509.12917, the language model.
     """

@@ -9,8 +9,9 @@ import jax
 import pytest
 import tyro
 from _config import Config, choose, resolve
+from _language_config import Config as LanguageConfig
 from _models import constructor
-from _options import SESSION
+from _options import recorded
 from _presets import NAMED
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
@@ -135,8 +136,10 @@ def test_without_a_preset_the_defaults_hold():
 
 
 def test_what_changes_the_result_is_recorded():
-    assert {"keep", "assess_every", "distributed", "coordinator", "processes"} < {*SESSION}
-    assert not {"accumulate", "batch_size", "seed"} & {*SESSION}
+    names = recorded(Config()).keys()
+    assert not {"keep", "assess_every", "distributed", "coordinator", "processes", "name"} & names
+    assert {"accumulate", "batch_size", "seed"} < names
+    assert not {"keep", "cache_dir", "sample"} & recorded(LanguageConfig()).keys()
 
 
 @pytest.mark.parametrize("option", ["--keep", "--accumulate", "--assess-every"])

@@ -8,7 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import pytest
+from _language import make_model
+from _language_config import Config, choose
+from _options import check_resume
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "language_modelling.py"
 
@@ -67,7 +73,8 @@ def test_without_options_a_revdeq_is_compared_with_its_block(default):
         assert math.log(last["eval_word_perplexity"]) == pytest.approx(nats / words)
         steps = [line for line in lines(path) if "loss" in line]
         assert len(steps) == 12 and steps[-1]["loss"] < steps[0]["loss"]
-        assert ("state_headroom" in steps[0]) == row[0].startswith("RevDEQ")
+        peaks = [line.get("state_peak") for line in steps]
+        assert all(0 < x < 2**11 / 50 for x in peaks) if "RevDEQ" in row[0] else not any(peaks)
         assert all(line["tokens_per_second"] > 0 for line in steps)
 
 
@@ -83,17 +90,58 @@ def test_words_of_wikitext_in_parts_on_eight_devices(run, tmp_path):
         process = run(tmp_path, *options_here, devices=devices)
         assert process.returncode == 0, process.stderr
         assert "(10 words)" in process.stdout
-        folder = tmp_path / "runs" / f"on-{devices}-reversible-0-smoke"
+        folder = tmp_path / "runs" / f"on-{devices}"
         losses.append([line["loss"] for line in lines(folder) if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_what_does_not_fit_is_refused(run, tmp_path):
-    for options, words in (
-        (("--batch-size", "12"), "Expected a batch size that divides by the 8 devices"),
-        (("--steps", "3", "--epochs", "1"), "Expected either --epochs or --steps"),
-        (("--learning-rate", "0"), "Expected --learning-rate above 0"),
-    ):
-        process = run(tmp_path, *options, devices=8)
-        assert process.returncode != 0 and words in " ".join(process.stderr.split())
-        assert not (tmp_path / "runs").exists()
+def test_resuming_is_bit_for_bit_and_of_the_same_text(run, default, tmp_path):
+    straight = default[0] / "runs" / "pydoc-explicit-0-smoke"
+    options = ("--model", "explicit", "--stop-after", "5", "--checkpoint-every", "2")
+    assert run(tmp_path, *options).returncode == 0
+    resumed = run(tmp_path, "--model", "explicit", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    here = tmp_path / "runs" / straight.name
+    rate = {"tokens_per_second"}
+    strip = lambda path: [{k: v for k, v in x.items() if k not in rate} for x in lines(path)]
+    assert strip(here) == strip(straight)
+    assert (here / "sample.txt").read_text() == (straight / "sample.txt").read_text()
+
+    record = json.loads((here / "config.json").read_text())
+    record["config"]["text"] = "another"
+    (here / "config.json").write_text(json.dumps(record))
+    refused = run(tmp_path, "--model", "explicit", "--resume")
+    assert refused.returncode != 0 and "text was 'another'" in refused.stderr
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (dict(steps=3, epochs=1.0), "Expected either --epochs or --steps"),
+    (dict(learning_rate=0.0), "Expected --learning-rate above 0"),
+    (dict(temperature=-1.0), "Expected --temperature and --sample of at least 0"),
+    (dict(model="explicit", beta=0.8), "Expected no --beta"),
+    (dict(log_every=0), "Expected --log-every above 0"),
+    (dict(resume=True, name="never"), "--resume expected a run in one of"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        check_resume(choose(Config(**options)))
+
+
+def test_the_papers_preset_and_ways_of_computing():
+    """Every option reaches the network that is made of it."""
+    (config,) = choose(Config(preset="paper", model="reversible", dtype="bfloat16", exact=False))
+    model = eqx.filter_eval_shape(lambda key: make_model(config, 50_304, key), jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(model) if hasattr(x, "size")) == 94_137_600
+    assert not model.deq.solver.exact and model.deq.cell.compute_dtype == jnp.bfloat16
+    (config,) = choose(Config(model="explicit-deep", max_steps=3, rotary=True, tied=True))
+    model = eqx.filter_eval_shape(lambda key: make_model(config, 10, key), jax.random.key(0))
+    assert len(model.blocks) == 3 and model.vocabulary.head is None
+    assert model.vocabulary.positions is None
+
+
+def test_a_batch_that_does_not_divide_is_refused(run, tmp_path):
+    process = run(tmp_path, "--batch-size", "12", devices=8)
+    said = " ".join(process.stderr.split())
+    assert process.returncode != 0 and "Expected a batch size that divides by the 8 devices" in said
+    assert not (tmp_path / "runs").exists()

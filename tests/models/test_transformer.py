@@ -15,7 +15,7 @@ from deqjax.nn import CausalAttention
 
 SMALL = {"width": 16, "heads": 2, "hidden": (24,), "max_steps": 4}
 SIZE, LENGTH = 11, 12
-both_positions = pytest.mark.parametrize("positions", ["learned", "rotary"])
+both_positions = pytest.mark.parametrize("rotary", [False, True])
 
 
 def build(key, cls=ReversibleTransformer, **options):
@@ -97,8 +97,8 @@ def reference(model, tokens, beta=0.5, steps=4):
 
 @both_positions
 @pytest.mark.parametrize("tied", [False, True])
-def test_against_numpy(getkey, positions, tied):
-    model = build(getkey(), positions=positions, tied=tied)
+def test_against_numpy(getkey, rotary, tied):
+    model = build(getkey(), rotary=rotary, tied=tied)
     batch = tokens(getkey(), length=9)
     logits, ((_, sol),) = eqx.filter_jit(model)(batch)
     assert np.all(sol.stats["num_steps"] == 4) and not np.any(sol.stats["overflow"])
@@ -123,8 +123,8 @@ def test_rotary_positions_are_relative(getkey):
 
 
 @both_positions
-def test_later_tokens_and_batch_mates_change_nothing(getkey, positions):
-    model = eqx.filter_jit(build(getkey(), positions=positions))
+def test_later_tokens_and_batch_mates_change_nothing(getkey, rotary):
+    model = eqx.filter_jit(build(getkey(), rotary=rotary))
     batch = tokens(getkey())
     logits, _ = model(batch)
     changed, _ = model(batch.at[0, 7].add(1).at[1].set(0) % SIZE)
@@ -191,7 +191,7 @@ def slow(model, prompt, length):
 
 
 @pytest.mark.parametrize("options", [
-    {"positions": "learned"}, {"positions": "rotary"}, {"cls": Transformer, "blocks": 2},
+    {}, {"rotary": True}, {"cls": Transformer, "blocks": 2},
     {"solver": deqjax.FixedPointIteration(rtol=0.0, atol=0.0), "adjoint": deqjax.PhantomAdjoint()},
 ], ids=["learned", "rotary", "explicit", "picard"])  # fmt: skip
 def test_a_cached_prefix_changes_no_token(getkey, options):
@@ -237,10 +237,12 @@ def test_errors_say_what_to_do(getkey):
         (lambda: model(prompt), r"shape \(batch, at most 12\), got \(5,\)"),
         (lambda: model(jnp.zeros((1, 13), int)), r"at most 12\), got \(1, 13\)"),
         (lambda: model(jnp.zeros((1, 4))), "integer tokens"),
-        (lambda: model.generate(prompt, 8), 'at most 12 positions.*positions="rotary"'),
-        (lambda: model.generate(prompt[:0], 1), "at least one token of prompt"),
+        (lambda: model.generate(prompt, 8), r"at most 12 positions.*rotary=True"),
+        (lambda: model.generate(prompt[:0], 1), "at least one token, got"),
+        (lambda: model.generate(prompt[None], 1), "use jax.vmap"),
+        (lambda: build(getkey(), Transformer, blocks=0), "at least one block"),
         (lambda: model.generate(prompt, 1, temperature=1.0), "expected a key"),
-        (lambda: model.generate(prompt, 1, temperature=-1.0), "temperature of at least 0"),
+        (lambda: model.generate(prompt, 1, temperature=-1.0), "number of at least 0"),
         (lambda: tolerant.generate(prompt, 1), "fixed number of steps"),
         (lambda: build(getkey(), heads=3), "heads to divide width"),
     ):
