@@ -22,7 +22,16 @@ with its configuration, metrics, checkpoints, a sample of text and a plot. All o
 
 Hardware: two cores of a shared x86 CPU with other work on them, JAX 0.10.2. As printed:
 
-FIGURES
+    pydoc (Python 3.11), bytes, 4 epochs; 263,552 parameters each; seeds 0, 1, 2
+                          validation nats           perplexity             seconds
+    RevDEQ, 6 steps       1.2977  1.3018  1.3020    3.661  3.676  3.676    449  394  267
+    explicit, 1 block     1.4171  1.4063  1.4102    4.125  4.081  4.097    108   69   64
+
+    tiny_shakespeare, bytes, 3 epochs; 542,784 parameters; seed 0
+    RevDEQ, 6 steps       1.5356                    4.644 (4,504 per word) 1,290
+
+The state came to +-12 (pydoc) and +-23 (tiny_shakespeare) of the +-2,048 that its integers hold;
+the paper's network starts with +-12.
 """
 
 import time

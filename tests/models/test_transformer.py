@@ -22,7 +22,7 @@ def build(key, cls=ReversibleTransformer, **options):
     options = SMALL | options
     if cls is Transformer:
         del options["max_steps"]
-    return eqx.filter_jit(cls)(SIZE, LENGTH, key=key, **options)
+    return cls(SIZE, LENGTH, key=key, **options)
 
 
 def tokens(key, n=3, length=LENGTH):
@@ -154,7 +154,8 @@ def test_the_gradient_is_that_of_the_steps_taken(getkey, compute_dtype):
     again, theirs = loss_and_gradient(stored, batch)
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(loss, again, rtol=1e-6)
-    # In bfloat16 both round alike but for sums of residuals, taken in another order.
+    # In bfloat16 both round alike but for sums of residuals, taken in another order. No entry is
+    # NaN: the reversal ended at z0, bit for bit.
     bound = 3e-6 if compute_dtype is None else 2e-2
     assert jnp.linalg.norm(ours - theirs) < bound * jnp.linalg.norm(theirs)
     if compute_dtype is not None:
