@@ -13,7 +13,7 @@ import tyro
 from _devices import initialize, local, mesh, replicate
 from _fit import TrainState, fit, make_step
 from _run import RunFolder
-from _solves import apart, solve_metrics
+from _solves import solve_metrics
 
 import deqjax
 
@@ -42,7 +42,7 @@ def loss_fn(weight, norms, key, x, y, solver=SOLVER, adjoint=ADJOINT, max_steps=
     # Noise, so that a key which is not the checkpoint's is noticed.
     x = x + 0.1 * jax.random.normal(key, (1, SIZE))
     deq = deqjax.nn.DEQ(Cell(weight), solver, adjoint, max_steps=max_steps)
-    z, sol = (deq if over is None else apart(deq, over)).batch(x)
+    z, sol = deqjax.nn.shard_solves(deq, over).batch(x)
     metrics = solve_metrics([(x, sol)], len(x))
     return jnp.mean((z - y) ** 2), (norms, metrics)
 
