@@ -11,6 +11,7 @@ from equinox import AbstractVar
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
 from ._dense import dense
+from ._number import check_size, number
 from ._tree import widen
 
 
@@ -48,6 +49,8 @@ class Vocabulary(eqx.Module):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
+        for name, value in (("size", size), ("width", width), ("length", length or 1)):
+            check_size(name, value)
         table_key, position_key, head_key = jax.random.split(key, 3)
         scale = 1 / math.sqrt(width)
         self.table = scale * jax.random.normal(table_key, (size, width), dtype)
@@ -133,12 +136,15 @@ class AbstractLanguageModel(eqx.Module):
                 f"generate expected a prompt of integers of shape (t,), at least one token, got "
                 f"{prompt.shape} of {prompt.dtype}. For a batch of prompts use jax.vmap."
             )
-        if length < 1 or not isinstance(temperature, int | float) or not temperature >= 0:
+        temperature = number(temperature)
+        if length < 1 or not temperature >= 0:
             raise ValueError(
-                f"generate expected a length of at least 1 and a temperature that is a Python "
-                f"number of at least 0, got {length} and {temperature}; 0 takes the likeliest."
+                f"generate expected a length of at least 1 and a temperature that is a number of "
+                f"at least 0, not traced; got {length} and {temperature}. 0 takes the likeliest."
             )
         positions, total = self.vocabulary.positions, prompt.shape[0] + length
+        # Below, the quotients would overflow; the likeliest token is what they tend to.
+        temperature = temperature if temperature > 1e-30 else 0.0
         if temperature > 0 and key is None:
             raise ValueError(
                 f"generate expected a key for temperature {temperature}, got None; pass "

@@ -16,6 +16,6 @@ def check_size(name: str, value: Any) -> None:
     """Raises `ValueError` unless `value` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(
-            f"A cell expected {name} to be an int >= 1, got {value!r}. Pass the length of the "
-            f"axis that z and x have in common."
+            f"Expected {name} to be an int >= 1, got {value!r}. Pass the length of an axis that "
+            f"there is."
         )

@@ -80,11 +80,12 @@ def isolate(fn: Fn, i: Int[Array, ""]) -> Fn:
 
     XLA fuses f with what surrounds it, and rewrites it by what else is computed there: not to the
     same rounding before and after differentiation. The body of a loop is compiled by itself. Its
-    bound has to be one that XLA cannot fold: `min(i + 1, 1)` of the counter of the outer loop.
+    bound has to be one that XLA cannot fold: `min(i + 1, 1)` of the counter of the outer loop,
+    behind a barrier, since a loop that is known to have one trip is no loop, and its counter 0.
     """
 
     def alone(z, args):
-        one = jnp.minimum(i + 1, 1)
+        one = jax.lax.optimization_barrier(jnp.minimum(i + 1, 1))
         body = lambda c: (c[0] + 1, evaluate(fn, c[1], args)[0])
         return jax.lax.while_loop(lambda c: c[0] < one, body, (jnp.zeros_like(one), z))[1], None
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _devices import is_main, place
+from _options import Session
 from _run import RunFolder
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
@@ -95,24 +96,25 @@ def fit(
     batch_of: Callable[[int], tuple[np.ndarray, ...]],
     sharding: NamedSharding,
     *,
+    session: Session,
     total: int,
-    stop: int,
-    log_every: int,
-    checkpoint_every: int,
     assess: Callable[[TrainState], dict[str, Any]],
     assess_every: int,
     per_step: int,
     unit: str,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Take the steps from `state.step` to `stop`, of `total`; return the state and an assessment.
+    """Take the steps from `state.step` to `total`; return the state and an assessment.
 
-    `batch_of(step)` is the global batch, the same in every process; `assess(state)` is the line of
-    an evaluation, of whose "eval_loss" the lowest marks the best checkpoint. `per_step` are the
-    images or tokens, `unit`, of a step.
+    The session says where to stop before that, and how often to log and to save. `batch_of(step)`
+    is the global batch, the same in every process; `assess(state)` is the line of an evaluation,
+    every `assess_every` steps unless the session has its own number, of whose "eval_loss" the
+    lowest marks the best checkpoint. `per_step` are the images or tokens, `unit`, of a step.
 
     On SIGTERM the step is finished and the state saved; the exit status is 0, since a run that
     stops when it is told to, and loses nothing, has not failed.
     """
+    stop = total if session.stop_after is None else min(total, session.stop_after)
+    assess_every = session.assess_every or assess_every
     step, pending, last, clock = int(state.step), [], {}, time.perf_counter()
     bar = tqdm(total=stop, initial=step, desc=folder.path.name, unit="step", disable=not is_main())
     try:
@@ -122,9 +124,9 @@ def fit(
                 step += 1
                 pending.append(metrics)
                 leave = asked_to_stop(step)
-                saving = leave or step == stop or step % checkpoint_every == 0
+                saving = leave or step == stop or step % session.checkpoint_every == 0
                 assessing = step == total or step % assess_every == 0
-                if not (saving or assessing or step % log_every == 0):
+                if not (saving or assessing or step % session.log_every == 0):
                     continue
                 # Reading is what waits for the device, so all these steps are read at once.
                 lines = [jax.tree.map(lambda x: x.item(), x) for x in jax.device_get(pending)]

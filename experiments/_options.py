@@ -67,9 +67,12 @@ def check_positive(config: Session, *names: str) -> None:
             )
 
 
-def check_resume(configs: list[C]) -> None:
-    """Refuse to resume what was never begun."""
+def check_names(configs: list[C]) -> None:
+    """Refuse to resume what was never begun, and a name that leads out of runs/."""
     names = [str(c.name) for c in configs]
+    for name in names:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise SystemExit(f"Expected a --name that is that of a folder, got {name!r}.")
     if configs[0].resume and not any((RUNS / name).exists() for name in names):
         raise SystemExit(
             f"--resume expected a run in one of {[f'{RUNS}/{name}' for name in names]}, and there "

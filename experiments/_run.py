@@ -44,10 +44,10 @@ class RunFolder:
         self._events, self._restored, self._saving = None, 0, 0
         again, failure = 1, None
         if is_main():
-            while self.path.exists() and not resume:
-                again += 1
-                self.path = root / f"{name}-{again}"
             try:
+                while not (self._claim() or resume):
+                    again += 1
+                    self.path = root / f"{name}-{again}"
                 self._create(config["seed"])
             except SystemExit as error:  # which the other processes have to know of
                 again, failure = 0, error
@@ -75,9 +75,17 @@ class RunFolder:
         )
         self._lowest = min(map(self._eval_loss, self._checkpoints.all_steps()), default=math.inf)
 
+    def _claim(self) -> bool:
+        """Whether the folder is new: of two runs that are started at once, for one of them."""
+        with self.writing("the run's folder"):
+            try:
+                self.path.mkdir(parents=True)
+            except FileExistsError:
+                return False
+        return True
+
     def _create(self, seed: int) -> None:
         with self.writing("the run's folder"):
-            self.path.mkdir(parents=True, exist_ok=True)
             record = self.path / "config.json"
             if record.exists():
                 self._check(json.loads(record.read_text())["config"])
@@ -190,7 +198,8 @@ class RunFolder:
         """The checkpoint of the lowest eval_loss, as `restore` does; `like` if there is none."""
         self.wait()
         step = self._checkpoints.best_step()
-        return self._load(step, like) if step else like
+        # Orbax takes one without an eval_loss for the best where there are no others.
+        return self._load(step, like) if step and math.isfinite(self._lowest) else like
 
     def _load(self, step: int, like: PyTree) -> PyTree:
         leaves = self._checkpoints.restore(step, args=ocp.args.StandardRestore(_named(like)))

@@ -132,13 +132,13 @@ def _build(settings: dict[str, Any], found: Source) -> Corpus:
     training, validation = (_first(split, limit) for split in (found.train, found.valid))
     tokenizer = train(kind, training(), settings["vocabulary"])
     train_ids, valid_ids = (tokenizer.encode_lines(split()) for split in (training, validation))
-    if not (len(train_ids) and len(valid_ids)):
+    ends = name.startswith("wikitext")
+    words = sum(len(line.split()) + ends * line.count("\n") for line in validation())
+    if len(train_ids) < 2 or len(valid_ids) < 2 or words < 1:
         raise SystemExit(
             f"Expected text in both splits of {name} ({found.about}); got {len(train_ids):,} "
             f"training ids and {len(valid_ids):,} for validation. Add text, or lines to cut it at."
         )
-    ends = name.startswith("wikitext")
-    words = sum(len(line.split()) + ends * line.count("\n") for line in validation())
     return Corpus(name, tokenizer, train_ids, valid_ids, words, found.about)
 
 

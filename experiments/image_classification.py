@@ -65,7 +65,7 @@ from _data import Dataset, load
 from _devices import initialize, is_main, local, mesh, replicate
 from _fit import TrainState, fit, make_step
 from _models import constructor
-from _options import RUNS, check_batch, check_resume, recorded
+from _options import RUNS, check_batch, check_names, recorded
 from _plots import plot_certificates, plot_curves, plot_residual
 from _run import RunFolder
 from _solves import backward_evaluations, residual_curves
@@ -134,12 +134,10 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
         state,
         lambda step: data.train.batch(step, batch_size, config.seed),
         batch,
+        session=config,
         total=total,
-        stop=total if config.stop_after is None else min(total, config.stop_after),
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
         assess=assess,
-        assess_every=config.assess_every or per_epoch,
+        assess_every=per_epoch,
         per_step=batch_size,
         unit="images",
     )
@@ -181,7 +179,7 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
 def main(config: Config) -> None:
     initialize(config.distributed, config.coordinator, config.processes, config.process_id)
     configs = [resolve(c) for c in choose(config)]
-    check_resume(configs)
+    check_names(configs)
     limit = 96 if config.smoke else None
     dataset = configs[0].dataset
     assert dataset is not None

@@ -46,7 +46,7 @@ from _devices import initialize, is_main, local, mesh, replicate
 from _fit import TrainState, fit, make_step
 from _language import make_evaluate, make_loss, make_model, sample
 from _language_config import Config, choose, title
-from _options import RUNS, check_batch, check_resume, recorded
+from _options import RUNS, check_batch, check_names, recorded
 from _plots import plot_curves
 from _run import RunFolder
 from _table import table
@@ -64,7 +64,10 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
     per_epoch = corpus.steps_per_epoch(size, length)
     total = config.steps or max(1, round(per_epoch * (config.epochs or 0)))
     model_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
-    model = eqx.filter_jit(make_model)(config, corpus.tokenizer.size, model_key)
+    try:
+        model = eqx.filter_jit(make_model)(config, corpus.tokenizer.size, model_key)
+    except ValueError as error:  # of the sizes, of beta
+        raise SystemExit(str(error)) from None
     params, static = eqx.partition(model, eqx.is_inexact_array)
     same = recorded(config) | {"vocabulary": corpus.tokenizer.size, "text": corpus.digest}
     folder = RunFolder(RUNS, config.name, same, resume=config.resume, keep=config.keep)
@@ -91,12 +94,10 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         state,
         lambda step: (corpus.batch(step, size, length, config.seed),),
         batch,
+        session=config,
         total=total,
-        stop=total if config.stop_after is None else min(total, config.stop_after),
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
         assess=evaluate,
-        assess_every=config.assess_every or max(1, min(per_epoch, total // 4)),
+        assess_every=max(1, min(per_epoch, total // 4)),
         per_step=size * length,
         unit="tokens",
     )
@@ -130,7 +131,7 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
 def main(config: Config) -> None:
     initialize(config.distributed, config.coordinator, config.processes, config.process_id)
     configs = choose(config)
-    check_resume(configs)
+    check_names(configs)
     first = configs[0]
     assert first.tokenizer and first.vocabulary
     corpus = load(

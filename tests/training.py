@@ -12,6 +12,7 @@ import optax
 import tyro
 from _devices import initialize, local, mesh, replicate
 from _fit import TrainState, fit, make_step
+from _options import Session
 from _run import RunFolder
 from _solves import solve_metrics
 
@@ -91,10 +92,8 @@ def train(
         state,
         slowly,
         batch,
+        session=Session(log_every=1, checkpoint_every=4),
         total=total,
-        stop=total,
-        log_every=1,
-        checkpoint_every=4,
         assess=assess,
         assess_every=10,
         per_step=BATCH,

@@ -236,9 +236,9 @@ def _parts(
 
 def _check_tokens(tokens: Int[Array, "b l"], length: int) -> None:
     integers = jnp.issubdtype(tokens.dtype, jnp.integer)
-    if tokens.ndim != 2 or tokens.shape[1] > length or not integers:
+    if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= length or not integers:
         raise ValueError(
-            f"Expected integer tokens of shape (batch, at most {length}), got {tokens.shape} of "
-            f"{tokens.dtype}. Add the batch axis, cut the sequences, or build the model for this "
-            f"length."
+            f"Expected integer tokens of shape (batch, at most {length}), at least one token, got "
+            f"{tokens.shape} of {tokens.dtype}. Add the batch axis, cut the sequences, or build "
+            f"the model for this length."
         )

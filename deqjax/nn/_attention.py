@@ -36,7 +36,8 @@ class CausalAttention(eqx.Module):
 
     **Call:** `attention(x)` with x of shape (L, width), any float dtype. Returns the same shape and
     dtype. `attention.extend(x, cache, start)` takes x for positions start, start + 1, ... only.
-    Under JAX's strict dtype promotion `jax.nn.dot_product_attention` refuses bfloat16.
+    `jax.nn.dot_product_attention` refuses bfloat16 under JAX's strict dtype promotion, and float16
+    on a CPU.
 
     **Cost:** 8 L width^2 + 4 L^2 width operations.
 

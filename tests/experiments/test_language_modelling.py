@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from _language import make_model
 from _language_config import Config, choose
-from _options import check_resume
+from _options import check_names
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "language_modelling.py"
 
@@ -120,12 +120,13 @@ def test_resuming_is_bit_for_bit_and_of_the_same_text(run, default, tmp_path):
     (dict(temperature=-1.0), "Expected --temperature and --sample of at least 0"),
     (dict(model="explicit", beta=0.8), "Expected no --beta"),
     (dict(log_every=0), "Expected --log-every above 0"),
+    (dict(name="../there"), "Expected a --name that is that of a folder"),
     (dict(resume=True, name="never"), "--resume expected a run in one of"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=re.escape(words)):
-        check_resume(choose(Config(**options)))
+        check_names(choose(Config(**options)))
 
 
 def test_the_papers_preset_and_ways_of_computing():
