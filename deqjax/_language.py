@@ -119,6 +119,9 @@ class AbstractLanguageModel(eqx.Module):
             and a token is drawn.
         - `key`: for drawing; needed if the temperature is not 0.
 
+        **When not to use it:** beyond the length that rotary positions were trained for, where they
+        are computed but mean little.
+
         **Returns:** the new tokens; -1 from where a solve left the range of its integers, or its
         numbers were not finite.
 

@@ -107,7 +107,8 @@ def sample(model: Model, corpus: Corpus, config: Config, key: PRNGKeyArray) -> s
     length = config.length
     assert length
     prompt = jnp.asarray(corpus.valid[: max(1, length // 4)], jnp.int32)
-    count = config.sample if config.rotary else min(config.sample, length - len(prompt))
+    # Rotary positions go on for ever, but what was never trained is not worth reading.
+    count = min(config.sample, length - len(prompt))
     if count < 1:
         return corpus.tokenizer.decode(np.asarray(prompt))
     new = np.asarray(model.generate(prompt, count, temperature=config.temperature, key=key))

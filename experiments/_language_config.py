@@ -18,7 +18,7 @@ class TextSession(Session):
     cache_dir: str | None = None
     """Of tokenised text; None: the user's cache."""
     sample: int = 300
-    """Tokens of text to generate at the end, as far as learned positions go; 0: none."""
+    """Tokens of text to generate at the end, as far as a window is long; 0: none."""
     temperature: float = 0.8
     """The logits of that text are divided by it; 0: the likeliest token each time."""
 
