@@ -152,7 +152,7 @@ def machine() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    said = f"{os.cpu_count()} cores of a {name}, JAX {jax.__version__}. On a GPU: "
+    said = f"{os.cpu_count()} cores, {name}, JAX {jax.__version__}. On a GPU: "
     kind = jax.devices()[0].device_kind
     return said + ("not measured." if jax.default_backend() == "cpu" else f"{kind}.")
 
