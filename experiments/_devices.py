@@ -4,13 +4,16 @@ JAX finds the other processes by itself on TPU pods and under SLURM, Open MPI an
 it can't, each process is told by hand: the address of process 0, how many there are, which it is.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import PyTree
+
+T = TypeVar("T")
 
 
 def initialize(
@@ -83,6 +86,19 @@ def agree(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def main_first(make: Callable[[], T]) -> T:
+    """What `make` returns, in the main process first: the others then find what it has cached."""
+    value, failure = None, None
+    if is_main():
+        try:
+            value = make()
+        except SystemExit as error:  # which the other processes have to know of
+            failure = error
+    if agree(int(failure is not None)):
+        raise failure or SystemExit("Stopped: the main process could not read its data.")
+    return value if value is not None else make()
 
 
 def everywhere(holds: bool) -> bool:

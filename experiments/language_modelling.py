@@ -35,6 +35,7 @@ the paper's network starts with +-12.
 """
 
 import time
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -42,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from _devices import initialize, is_main, local, mesh, replicate
+from _devices import initialize, is_main, local, main_first, mesh, replicate
 from _fit import TrainState, fit, make_step
 from _language import make_evaluate, make_loss, make_model, sample
 from _language_config import Config, choose, title
@@ -134,7 +135,8 @@ def main(config: Config) -> None:
     check_names(configs)
     first = configs[0]
     assert first.tokenizer and first.vocabulary
-    corpus = load(
+    read = partial(
+        load,
         first.corpus,
         tokenizer=first.tokenizer,
         vocabulary=first.vocabulary,
@@ -143,6 +145,7 @@ def main(config: Config) -> None:
         download=first.download,
         limit=4_000 if first.smoke else None,
     )
+    corpus = main_first(read)
     rows = [train(c, corpus) for c in configs]
     if not is_main():
         return

@@ -47,7 +47,8 @@ class ReversibleTransformer(AbstractLanguageModel):
     `((x, sol),)`, and `model.deqs[0].batch(x)` repeats the solve. `model(tokens, steps=n)` takes a
     budget of n steps, which may be traced. `model.generate` continues a prompt.
 
-    **Cost:** one batched solve; eight evaluations of the cell with the defaults.
+    **Cost:** one batched solve; eight evaluations of the cell with the defaults, and one more if
+    `sol.result` or the residual is looked at.
 
     **When not to use it:** where the state would leave the range: the cell adds to z without
     normalising it. `jnp.max(jnp.abs(sol.value))` tells, and `sol.result` if it did.
