@@ -16,6 +16,7 @@ from ..adjoints import AbstractAdjoint, ReversibleAdjoint
 from ..nn import DEQ, TransformerCell
 from ..solvers import FixedPointIteration, Reversible
 
+_FIXED_DEPTH = Reversible(beta=0.5, rtol=0.0, atol=0.0, fraction_bits=20)
 Solves = tuple[tuple[Float[Array, "b l width"], Solution], ...]
 
 
@@ -24,16 +25,14 @@ class ReversibleTransformer(AbstractLanguageModel):
 
         x = sqrt(width) table[tokens] + positions;    logits = head(LN(DEQ(x)))
 
-    with the cell `nn.TransformerCell`. Parameters and the sum of residuals are float32; products
-    may be bfloat16.
+    with the cell `nn.TransformerCell`.
 
     **Arguments:**
 
     - `size`: of the vocabulary.
     - `length`: the longest sequence; of the learned positions.
     - `width`, `heads`, `hidden`, `scale`: see `nn.TransformerCell`.
-    - `rotary`: whether queries and keys are turned by their positions, instead of a learned vector
-        that is added for each.
+    - `rotary`: turn queries and keys by their positions, instead of adding a learned vector.
     - `tied`: whether the head is the transposed table.
     - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`. The default takes four
         reversible pairs, that is eight steps, whatever the residual, with 20 fraction bits: a
@@ -74,7 +73,7 @@ class ReversibleTransformer(AbstractLanguageModel):
         scale: float = 1.0,
         rotary: bool = False,
         tied: bool = False,
-        solver: OptimistixSolver = Reversible(beta=0.5, rtol=0.0, atol=0.0, fraction_bits=20),
+        solver: OptimistixSolver = _FIXED_DEPTH,
         adjoint: AbstractAdjoint = ReversibleAdjoint(),
         max_steps: int = 8,
         compute_dtype: DTypeLike | None = None,
@@ -87,14 +86,21 @@ class ReversibleTransformer(AbstractLanguageModel):
         self.length = length
 
     @classmethod
-    def paper(cls, size: int = 50_304, *, key: PRNGKeyArray, **options) -> "ReversibleTransformer":
+    def paper(
+        cls,
+        size: int = 50_304,
+        *,
+        solver: OptimistixSolver = _FIXED_DEPTH,
+        compute_dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ) -> "ReversibleTransformer":
         """The paper's: width 768, 12 heads, MLP 768-3072-3072-768, 448 positions, an untied head.
 
         94.1 M parameters. The authors count 96.1 M: their queries, keys and values are projected a
         second time (1.8 M, which adds nothing: the product of two matrices is a matrix), and their
-        causal mask is counted. `options` are those of the constructor, and come first."""
-        preset = {"length": 448, "width": 768, "heads": 12, "hidden": (3072, 3072)}
-        return cls(size, key=key, **(preset | options))
+        causal mask is counted."""
+        options = {"width": 768, "heads": 12, "hidden": (3072, 3072)}
+        return cls(size, 448, solver=solver, compute_dtype=compute_dtype, key=key, **options)
 
     @property
     def deqs(self) -> tuple[DEQ, ...]:
@@ -158,8 +164,7 @@ class Transformer(AbstractLanguageModel):
 
     **Cost:** `blocks` evaluations; memory in proportion to them.
 
-    **When not to use it:** where memory is short: `ReversibleTransformer` is as deep in that of one
-    block.
+    **When not to use it:** where memory is short: `ReversibleTransformer` takes that of one block.
 
     **Raises:** as `ReversibleTransformer`, and for `blocks` below 1.
 
