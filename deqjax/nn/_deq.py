@@ -97,8 +97,9 @@ class DEQ(eqx.Module):
 
         **Returns:** `(z, sol)` with `z = sol.value`, or `cell.readout(sol.value)` if there is one.
         """
-        masks = None if key is None else masks_of(paramax.unwrap(self.cell), key)
-        return self._solve(x, z0, masks, steps, batched=False)
+        deq = self._unwrapped()
+        masks = None if key is None else masks_of(deq.cell, key)
+        return deq._solve(x, z0, masks, steps, batched=False)
 
     def batch(
         self,
@@ -117,12 +118,16 @@ class DEQ(eqx.Module):
         `jax.random.fold_in(key, i)`, whatever its batch-mates; in `jax.shard_map` fold the device's
         index into the key.
         """
-        masks = None
+        deq, masks = self._unwrapped(), None
         if key is not None:
-            cell, example = paramax.unwrap(self.cell), jnp.arange(len(jax.tree.leaves(xs)[0]))
-            masks = jax.vmap(lambda i: masks_of(cell, jax.random.fold_in(key, i)))(example)
-        solve = self._solve if self.sharding is None else self._solve_apart
+            example = jnp.arange(len(jax.tree.leaves(xs)[0]))
+            masks = jax.vmap(lambda i: masks_of(deq.cell, jax.random.fold_in(key, i)))(example)
+        solve = deq._solve if self.sharding is None else deq._solve_apart
         return solve(xs, z0, masks, steps)
+
+    def _unwrapped(self) -> "DEQ":
+        cell, predictor = paramax.unwrap((self.cell, self.predictor))
+        return dataclasses.replace(self, cell=cell, predictor=predictor)
 
     def _solve_apart(self, xs, z0, masks, steps) -> tuple[Any, Solution]:
         assert self.sharding is not None
@@ -156,7 +161,7 @@ class DEQ(eqx.Module):
         return certify(over(cell), z, x, batched=batched, fan_in=fan_in)
 
     def _solve(self, x, z0, masks, steps, *, batched: bool = True) -> tuple[Any, Solution]:
-        cell, predictor = paramax.unwrap((self.cell, self.predictor))
+        cell, predictor = self.cell, self.predictor
         over = jax.vmap if batched else lambda one: one
         read = lambda name: over(lambda masks, x: getattr(eqx.combine(masks, cell), name)(x))
         if hasattr(cell, "inject"):
