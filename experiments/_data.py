@@ -8,16 +8,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from _missing import not_installed
 from _tfds import records
 
 try:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 except ImportError as missing:
-    raise SystemExit(
-        f"The experiments expected the package {missing.name!r}, and it is not installed. Run "
-        "`pip install -e '.[experiments]'` in the repository's root."
-    ) from None
+    raise not_installed(missing) from None
 
 
 class Split(NamedTuple):

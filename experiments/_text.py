@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from _text_sources import Lines, Source, source
+from _text_sources import Lines, Source, digests_of, source
 from _tokenizers import Kind, Tokenizer, restore, train
 
 
@@ -169,7 +169,9 @@ def _read(folder: Path, settings: dict[str, Any], about: str) -> Corpus | None:
     """What is cached, if every byte of it is as it was written."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["settings"] != settings or meta["digests"] != _digests(folder):
+        if meta["settings"] != settings or meta["digests"] != digests_of(
+            folder, [folder / file for file in FILES]
+        ):
             return None
         words = int(meta["valid_words"])
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -190,16 +192,12 @@ def _write(folder: Path, settings: dict[str, Any], corpus: Corpus) -> None:
         np.save(made / "train.npy", corpus.train)
         np.save(made / "valid.npy", corpus.valid)
         (made / "tokenizer.json").write_text(corpus.tokenizer.to_json(), encoding="utf-8")
-        meta = {"settings": settings, "valid_words": corpus.valid_words, "digests": _digests(made)}
+        meta = {
+            "settings": settings,
+            "valid_words": corpus.valid_words,
+            "digests": digests_of(made, [made / file for file in FILES]),
+        }
         (made / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if folder.exists():  # damaged, or another process was as quick
             shutil.move(folder, Path(beside) / "old")
         made.rename(folder)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    digests = {}
-    for file in FILES:
-        with open(folder / file, "rb") as opened:
-            digests[file] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return digests

@@ -107,7 +107,7 @@ def _wikitext(name: str, data_dir: str | None) -> Source:
         files.append(found[0])
     train, valid = (lambda file=file: _lines([file]) for file in files)
     about = " and ".join(file.name for file in files)
-    return Source(train, valid, about, _digests(folder, files))
+    return Source(train, valid, about, digests_of(folder, files))
 
 
 def _folder(data_dir: str | None) -> Source:
@@ -140,7 +140,7 @@ def _folder(data_dir: str | None) -> Source:
             f"without valid or test in their names; there are none, and {len(found)} others. Point "
             "--data-dir at a folder that has some."
         )
-    digests = _digests(folder, train + valid)
+    digests = digests_of(folder, train + valid)
     number = f"{len(train)} training file{'s' if len(train) > 1 else ''}"
     if valid:
         names = ", ".join(file.name for file in valid)
@@ -180,8 +180,8 @@ def _lines(files: list[Path]) -> Iterator[str]:
             yield "\n"
 
 
-def _digests(folder: Path, files: list[Path]) -> dict[str, str]:
-    """Of the files as they are, compressed or not: a second for half a gigabyte."""
+def digests_of(folder: Path, files: list[Path]) -> dict[str, str]:
+    """SHA-256 of files as they are, compressed or not: a second for half a gigabyte."""
     digests = {}
     for file in files:
         with open(file, "rb") as opened:

@@ -3,13 +3,12 @@
 import os
 from typing import Any
 
+from _missing import not_installed
+
 try:
     import tensorflow_datasets as tfds
 except ImportError as missing:
-    raise SystemExit(
-        f"The experiments expected the package {missing.name!r}, and it is not installed. Run "
-        "`pip install -e '.[experiments]'` in the repository's root."
-    ) from None
+    raise not_installed(missing) from None
 
 
 def records(

@@ -12,16 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, final
 
 import numpy as np
+from _missing import not_installed
 from tqdm import tqdm
 
 try:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 except ImportError as missing:
-    raise SystemExit(
-        f"The experiments expected the package {missing.name!r}, and it is not installed. Run "
-        "`pip install -e '.[experiments]'` in the repository's root."
-    ) from None
+    raise not_installed(missing) from None
 
 Kind = Literal["bytes", "bpe", "words"]
 

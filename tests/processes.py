@@ -25,6 +25,26 @@ def start(script, *options, devices=8, cwd=None, **variables):
     return subprocess.Popen(command, cwd=cwd, env=environment | variables, **pipes)
 
 
+def runner(script, cache):
+    """`run(folder, *options, devices=1, **variables)` runs a script with --smoke to its end.
+
+    What is compiled is shared, through the folder `cache`: it is what takes most of the time."""
+    shared = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+
+    def run(folder, *options, devices=1, **variables):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        command = [sys.executable, str(script), "--smoke", *options]
+        environment = os.environ | shared | flags | variables
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+    return run
+
+
 def reach(process, folder, step):
     """Wait until the metrics of a step are written."""
     for _ in range(1200):

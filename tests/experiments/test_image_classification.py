@@ -5,8 +5,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import equinox as eqx
@@ -19,6 +17,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image
+from processes import runner
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
@@ -28,22 +27,7 @@ DEFAULT = ("implicit-resnet", "pc-linear-kind1", "pc-linear-kind2", "resnet")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Run the script in a folder, on so many simulated devices."""
-    cache = tmp_path_factory.mktemp("compiled")
-
-    def run(folder, *options, devices=1, **variables):
-        environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time is compilation
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        command = [sys.executable, str(SCRIPT), "--smoke", *options]
-        return subprocess.run(
-            command, cwd=folder, env=environment | variables, capture_output=True, text=True
-        )
-
-    return run
+    return runner(SCRIPT, tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="module")

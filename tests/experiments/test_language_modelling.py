@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -15,6 +13,7 @@ import pytest
 from _language import make_model
 from _language_config import Config, choose
 from _options import check_names
+from processes import runner
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "language_modelling.py"
 
@@ -23,20 +22,7 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "language_modelling.py"
 def run(tmp_path_factory):
     """Run the script in a folder, on so many simulated devices."""
     cache = tmp_path_factory.mktemp("compiled")
-
-    def run(folder, *options, devices=1):
-        environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time is compilation
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "XDG_CACHE_HOME": str(cache),
-        }
-        command = [sys.executable, str(SCRIPT), "--smoke", *options]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-    return run
+    return partial(runner(SCRIPT, cache), XDG_CACHE_HOME=str(cache))
 
 
 @pytest.fixture(scope="module")
