@@ -11,6 +11,7 @@ import numpy as np
 import optimistix
 from jaxtyping import Array, Int, PyTree
 
+from ._traced import Traced, trace
 from ._tree import Axes, is_traced, mesh_axes, vary
 from .adjoints import AbstractAdjoint
 
@@ -22,8 +23,13 @@ OptimistixSolver = (
 )
 
 
-def convert(fn: Callable, z0: PyTree, args: PyTree, has_aux: bool) -> Callable:
-    """`fn` as `(z, args) -> (z', aux)`, a pytree of all arrays it holds or closes over, checked."""
+def convert(
+    fn: Callable, z0: PyTree, args: PyTree, *others: PyTree, has_aux: bool = False
+) -> tuple[Traced, PyTree, list[Array], Axes]:
+    """`fn` as it reads now, as `(z, args) -> (z', aux)`, checked; z0; the arrays of args.
+
+    All of them vary over the mesh axes of any of them, or of the `others`.
+    """
 
     def call(z, args):
         out = fn(z, args)
@@ -35,8 +41,17 @@ def convert(fn: Callable, z0: PyTree, args: PyTree, has_aux: bool) -> Callable:
         fz, aux = out if has_aux else (out, None)
         return jax.tree.map(jnp.asarray, fz), aux
 
-    converted = eqx.filter_closure_convert(call, z0, args)
-    got, _ = converted.out_struct  # pyright: ignore[reportFunctionMemberAccess]
+    traced = trace(call, z0, args)
+    axes = mesh_axes(traced, z0, args, *others)
+    if axes:  # Then only what f closes over may still be constant over a mesh axis.
+        fn, z0, args = vary((fn, z0, args), axes)
+        traced = trace(call, z0, args)
+    check_output(traced.out_struct[0], z0)
+    return traced, z0, jax.tree.leaves(eqx.filter(args, eqx.is_array)), axes
+
+
+def check_output(got: PyTree, z0: PyTree) -> None:
+    """Shapes and dtypes that fn returns are those of `z0`."""
     show = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
     like = jax.eval_shape(lambda: z0)
     same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
@@ -48,19 +63,6 @@ def convert(fn: Callable, z0: PyTree, args: PyTree, has_aux: bool) -> Callable:
             f"{show(got)}; cast or reshape its output, start from another z0, or pass has_aux=True "
             f"if that is a pair (z', aux)."
         )
-    return converted
-
-
-def convert_varying(
-    fn: Callable, z: PyTree, args: PyTree, *others: PyTree
-) -> tuple[Callable, PyTree, PyTree, Axes]:
-    """`fn` converted, with z and args, all varying over the mesh axes of any of them."""
-    converted = convert(fn, z, args, has_aux=False)
-    axes = mesh_axes(converted, z, args, *others)
-    if axes:
-        fn, z, args = vary((fn, z, args), axes)
-        converted = convert(fn, z, args, has_aux=False)
-    return converted, z, args, axes
 
 
 def float_state(z0: PyTree) -> PyTree:

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from numbers import Integral
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._check import convert_varying, point
+from ._check import convert, point
+from ._program import run
 from ._step import evaluate
-from ._tree import cast, dot, max_abs, per_problem, two_norm, vary, widen
+from ._tree import Axes, cast, dot, max_abs, per_problem, two_norm, vary, widen
 from .adjoints._base import stop_gradient
 
 
@@ -68,12 +68,11 @@ def jacobian_frobenius(
     Simul. 19 (1990), for the signs.
     """
     _check_count("jacobian_frobenius", "samples", samples, 1)
-    return _frobenius(fn, point(z, batched), args, key, samples=samples, rank=int(batched))
+    fn, z, args, axes = convert(fn, point(z, batched), args, key)
+    return run(_frobenius, fn, z, args, key, int(samples), int(batched), axes)
 
 
-@eqx.filter_jit
-def _frobenius(fn, z, args, key, *, samples: int, rank: int):
-    fn, z, args, axes = convert_varying(fn, z, args, key)
+def _frobenius(fn, z, args, key, samples: int, rank: int, axes: Axes):
     _, vjp = jax.vjp(lambda z: evaluate(fn, z, args)[0], z)
 
     def sample(key):
@@ -130,12 +129,11 @@ def spectral_radius(
     for the diagnostic.
     """
     _check_count("spectral_radius", "max_steps", max_steps, 2)
-    return _radius(fn, point(z, batched), args, key, max_steps=max_steps, rank=int(batched))
+    fn, z, args, axes = convert(fn, point(z, batched), args, key)
+    return run(_radius, fn, z, args, key, int(max_steps), int(batched), axes)
 
 
-@eqx.filter_jit
-def _radius(fn, z, args, key, *, max_steps: int, rank: int):
-    fn, z, args, axes = convert_varying(fn, z, args, key)
+def _radius(fn, z, args, key, max_steps: int, rank: int, axes: Axes):
     fn, z, args = stop_gradient((fn, z, args))
     _, product = jax.linearize(lambda z: evaluate(fn, z, args)[0], z)
     unit = per_problem(_unit, rank)

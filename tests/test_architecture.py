@@ -12,6 +12,9 @@ ROOT = pathlib.Path(deqjax.__file__).parent
 ORDER = [
     "_number",
     "_tree",
+    "_compare",
+    "_traced",
+    "_program",
     "_solution",
     "_step",
     "_grid",
@@ -23,6 +26,7 @@ ORDER = [
     "_flat",
     "_sweep",
     "_linearise",
+    "_arrays",
     "adjoints",
     "_check",
     "_fixed_point",

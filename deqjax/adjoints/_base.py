@@ -227,20 +227,3 @@ def check_cotangent(name: str, z: PyTree, cotangent: PyTree) -> None:
             f"{name} expects a cotangent of the structure, shapes and dtypes of z, "
             f"{eqx.tree_pformat(z)}, got {eqx.tree_pformat(cotangent)}."
         )
-
-
-def arrays_of(fn: Callable, z: PyTree, args: PyTree) -> tuple[PyTree, Callable]:
-    """The inexact arrays of the pytree `fn`, and `call(own, z, args)`, a pytree of the hidden ones.
-
-    One of the two has none: it could not be said which of the cotangents is whose.
-    """
-    own, static = eqx.partition(fn, eqx.is_inexact_array)
-    whole = lambda own, z, args: eqx.combine(own, static)(z, args)
-    call = eqx.filter_closure_convert(whole, own, z, args)
-    if jax.tree.leaves(own) and jax.tree.leaves(eqx.filter(call, eqx.is_inexact_array)):
-        raise ValueError(
-            "implicit_vjp and reversible_vjp expect an fn that either holds its arrays (an Equinox "
-            "module) or closes over them, got one that does both; pass the arrays it closes over "
-            "through args."
-        )
-    return own, call

@@ -6,12 +6,13 @@ import jax
 import lineax
 from jaxtyping import PyTree
 
+from .._arrays import arrays_of
 from .._linear import LinearMap, by_iteration, by_lineax, judged
+from .._program import run
 from .._tree import lincomb
 from ..solvers import AbstractSolver, Reversible
 from ._base import (
     AbstractImplicitAdjoint,
-    arrays_of,
     check_cotangent,
     check_linear,
     strong,
@@ -167,26 +168,24 @@ def implicit_vjp(
     check_cotangent("implicit_vjp", z, cotangent)
     if max_steps < 1:
         raise ValueError(f"implicit_vjp expects max_steps of at least 1, got {max_steps}.")
-    return _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched)
+    own, form = arrays_of(fn, z, args)
+    d, stats = run(_implicit_vjp, own, z, cotangent, adjoint, max_steps, int(batched))
+    return form(d), stats
 
 
-@eqx.filter_jit
-def _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched):
-    own, call = arrays_of(fn, z, args)
-    hidden, body = eqx.partition(call, eqx.is_inexact_array)
-    moving, still = eqx.partition(args, eqx.is_inexact_array)
+def _implicit_vjp(own, z, cotangent, adjoint, max_steps, rank):
+    moving, still = eqx.partition(own, eqx.is_inexact_array)
 
-    def f(own, hidden, moving, z):
-        return eqx.combine(hidden, body)(own, z, eqx.combine(moving, still))
+    def f(moving, z):
+        at = eqx.combine(moving, still)
+        return at.call(at.own, z, at.args)
 
-    _, pull = jax.vjp(f, own, hidden, moving, z)
-    transposed = lambda v: lincomb(1, v, -1, pull(v)[3])
+    _, pull = jax.vjp(f, moving, z)
+    transposed = lambda v: lincomb(1, v, -1, pull(v)[1])
     # Not linearised beforehand: an f without a JVP will do for an adjoint that asks for none.
-    push = lambda v: jax.jvp(lambda z: f(own, hidden, moving, z), (z,), (v,))[1]
-    rank = int(batched)
+    push = lambda v: jax.jvp(lambda z: f(moving, z), (z,), (v,))[1]
     known = adjoint.known(lambda v: lincomb(1, v, -1, push(v)), z, rank)
     options = dict(transpose=True, max_steps=max_steps, rank=rank)
     y, stats = adjoint.solve(transposed, cotangent, known, **options)
     stats["solution"] = y
-    d_own, d_hidden, d_args, _ = pull(y)
-    return (d_own if jax.tree.leaves(own) else jax.tree.leaves(d_hidden), d_args), stats
+    return pull(y)[0], stats

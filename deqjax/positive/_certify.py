@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._bracket import Bracket, at_most, consistent, flat, narrow, relative_error, unflat
 from .._candidates import Candidates, candidates
-from .._check import convert_varying, point
+from .._check import convert, point
+from .._program import run
 from .._rounding import rounding
 from .._step import evaluate
-from .._tree import vary
+from .._tree import Axes, vary
 from ..adjoints._base import stop_gradient
 
 # What is tried, in steps and in t v beside them. First more of t v alone, for rounding: where d has
@@ -103,19 +103,18 @@ def certify(
     Plemmons, Nonnegative matrices in the mathematical sciences, 1994, theorem 2.1.11, for the
     spectral radius.
     """
-    return _certify(fn, point(z, batched), args, fan_in, rank=int(batched))
-
-
-@eqx.filter_jit
-def _certify(fn, z, args, fan_in, *, rank: int) -> Enclosure:
     with jax.default_matmul_precision("highest"):
-        converted, z, args, axes = convert_varying(*stop_gradient((fn, z, args)))
-        slack = rounding(converted, z, args, fan_in)
+        fn, z, args, axes = convert(*stop_gradient((fn, point(z, batched), args)))
+        return run(_certify, stop_gradient(fn), z, args, fan_in, int(batched), axes)
 
-        def f(x):
-            return flat(evaluate(converted, unflat(x, z), args)[0], rank)
 
-        return _enclose(f, flat(z, rank), z, slack, axes)
+def _certify(fn, z, args, fan_in, rank: int, axes: Axes) -> Enclosure:
+    slack = rounding(fn, z, args, fan_in)
+
+    def f(x):
+        return flat(evaluate(fn, unflat(x, z), args)[0], rank)
+
+    return _enclose(f, flat(z, rank), z, slack, axes)
 
 
 def _enclose(f: Callable, z, like: PyTree, slack: float, axes) -> Enclosure:
