@@ -26,7 +26,7 @@ _lock = threading.Lock()
 
 
 class _Rest:
-    """What a program returns beside arrays, taken by JAX for one thing that it does not look into."""
+    """What a program returns beside arrays: one thing to JAX, which does not look into it."""
 
     def __init__(self, tree: Any):
         self.tree = tree

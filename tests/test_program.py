@@ -48,7 +48,7 @@ ENTRIES = {
     "jacobian_frobenius": lambda fn: deqjax.jacobian_frobenius(fn, Z, X, key=KEY),
     "certify": lambda fn: deqjax.certify(fn, Z, X).upper,
     "check_hypotheses": lambda fn: (
-        deqjax.positive.check_hypotheses(fn, X, z=Z, key=KEY, samples=2).concave.where
+        deqjax.positive.check_hypotheses(fn, X, z=Z, key=KEY, samples=2).exists.violation
     ),
 }
 every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
@@ -259,6 +259,10 @@ def scanned(length, unroll=1):
 
 W = np.linspace(0.1, 0.9, 9, dtype=np.float32).reshape(3, 3)
 dot = lambda precision: lambda z: jnp.dot(W, z, precision=precision)
+through = lambda dtype: lambda z: z.astype(dtype).astype(z.dtype)
+either = lambda one, other: lambda z: jax.lax.cond(z[0] > 0, one, other, z)
+divided = lambda by: lambda z: jax.lax.fori_loop(0, 2, lambda _, c: c / by, z)
+noisy = lambda seed: lambda z: z + jax.random.normal(jax.random.key(seed), (3,))
 PAIRS = [
     (lambda z: 0.5 * z, lambda z: 0.25 * z),
     (lambda z: 0.0 * z, lambda z: -0.0 * z),
