@@ -48,7 +48,7 @@ ENTRIES = {
     "jacobian_frobenius": lambda fn: deqjax.jacobian_frobenius(fn, Z, X, key=KEY),
     "certify": lambda fn: deqjax.certify(fn, Z, X).upper,
     "check_hypotheses": lambda fn: (
-        deqjax.positive.check_hypotheses(fn, X, z=Z, key=KEY, samples=2).exists.violation
+        deqjax.positive.check_hypotheses(fn, X, z=Z, key=KEY, samples=2).exists.witness
     ),
 }
 every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
