@@ -99,6 +99,18 @@ def point(z: PyTree, batched: bool) -> PyTree:
     return z
 
 
+def point_like(z: PyTree, x: Array, batched: bool) -> Array:
+    """`z` as one array of the shape and dtype of x, the injected input of its cell."""
+    z = point(z, batched)
+    if not isinstance(z, jax.Array) or (z.shape, z.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"z is expected to be one array like the injected x, {x.dtype} of shape {x.shape}, got "
+            f"{eqx.tree_pformat(jax.eval_shape(lambda: z), struct_as_array=True)}; pass sol.value "
+            f"of a solve for this x, with batched=True if it is a batch."
+        )
+    return z
+
+
 def check_state(z0: PyTree, batched: bool, max_steps: Any) -> tuple[PyTree, int]:
     """`z0` as arrays, with a batch if there is to be one, and the ceiling on steps."""
     z0 = point(z0, batched)

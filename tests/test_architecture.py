@@ -38,6 +38,8 @@ ORDER = [
     "_candidates",
     "_certified",
     "positive",
+    "_thompson",
+    "_monotonicity",
     "_splitting",
     "_dense",
     "_language",
