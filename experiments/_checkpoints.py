@@ -129,7 +129,7 @@ class Checkpoints:
                 )
             if is_main():
                 _set_aside(self._run, str(step), fault or "a fault in another process")
-            self.aside += 1
+            self.aside = agree(self.aside + 1)  # once it is out of the way for all of them
             self._manager.reload()
         if agree(int(self.aside > 0 and not step)):
             raise SystemExit(
