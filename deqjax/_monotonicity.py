@@ -11,7 +11,6 @@ of `relu(W z + x)` on that ball brings most entries closer, and proves zeros to 
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import paramax
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float
 
 from ._bracket import Bracket, consistent, relative_error
 from ._check import point_like
+from ._program import run
 from ._tree import widen
 from .adjoints._base import stop_gradient
 from .positive import Enclosure
@@ -38,10 +38,9 @@ def certify(weight: Any, z: Any, x: Float[Array, "*b n"], batched: bool) -> Encl
     z = point_like(z, x, batched)
     with jax.default_matmul_precision("highest"):
         w, z, x = stop_gradient((paramax.unwrap(weight), z, x))
-        return _certify(w, z, x, margin, batched)
+        return run(_certify, w, z, x, margin, batched)
 
 
-@eqx.filter_jit
 def _certify(w, z, x, margin: float, batched: bool) -> Enclosure:
     one = lambda z, x: _enclose(z, x, w, margin)
     return (jax.vmap(one) if batched else one)(z, x)

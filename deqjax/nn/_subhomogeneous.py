@@ -12,6 +12,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._bracket import Bracket
 from .._check import point_like
+from .._program import run
 from .._rounding import rounding
 from .._thompson import enclose
 from .._tree import widen
@@ -91,11 +92,10 @@ class AbstractSubhomogeneous(AbstractPositiveCell):
         chapter 2.
         """
         cell, z, x = stop_gradient((self, point_like(z, x, batched), x))
-        return _certify(cell, z, x, fan_in, batched=batched)
+        return run(_certify, cell, z, x, fan_in, batched)
 
 
-@eqx.filter_jit
-def _certify(cell: AbstractSubhomogeneous, z, x, fan_in: int | None, *, batched: bool) -> Enclosure:
+def _certify(cell: AbstractSubhomogeneous, z, x, fan_in: int | None, batched: bool) -> Enclosure:
     cell = paramax.unwrap(cell)
     weight: Any = cell.weight
     nonnegative = jnp.all((weight >= 0) & jnp.isfinite(weight))
