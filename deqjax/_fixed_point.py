@@ -144,12 +144,13 @@ def prepare(
 
 @eqx.filter_jit
 def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solution:
+    fn = solver.around(fn)
     converted = convert(fn, z0, args, has_aux)
     axes = mesh_axes(converted, solver, z0, args, budget)
     if axes:  # Then only what f closes over may still be constant over a mesh axis.
         fn, solver, z0, args, budget = vary((fn, solver, z0, args, budget), axes)
         converted = convert(fn, z0, args, has_aux)
-    fn, solver = converted, solver.bound(converted, z0, args)
+    fn, solver = converted, solver.bound(converted, z0, args, budget.rank)
     inputs = (fn, solver, z0, args, budget)
     z, (num_steps, small, state) = adjoint.apply(iterate, residual, inputs, frozenset())
 
@@ -162,7 +163,8 @@ def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solu
     complete = jnp.where(untested, num_steps == requested, small)
     sol = _solution(z, fz, aux, complete, solver.in_range(), state.overflow, num_steps, budget)
     report = per_problem(lambda solver, *at: solver.report(*at), budget.rank)
-    sol.stats.update(report(solver, z, state.memory))
+    stats = report(solver, z, state.memory)
+    sol.stats.update(solver.finish(fn, z, args, stats, ~complete, budget.rank))
     return sol
 
 

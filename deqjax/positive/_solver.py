@@ -102,6 +102,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     fan_in: int | None = eqx.field(static=True, default=None)
     depth: int = eqx.field(static=True, default=5)
     slack: float | None = eqx.field(static=True, default=None)
+    counted: Array | None = eqx.field(init=False, default_factory=lambda: None)
 
     def __check_init__(self):
         if isinstance(self.depth, bool) or not isinstance(self.depth, Integral) or self.depth < 1:
@@ -114,10 +115,9 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         """See `AbstractCertifiedSolver`."""
         return memory.bracket, memory.phase == _ANSWER
 
-    def verdict(self, error, memory: _Memory):
-        """See `AbstractSolver`."""
-        hopeless = memory.failed >= _ATTEMPTS
-        return jnp.where(hopeless, jnp.nan, super().verdict(error, memory))
+    def limited(self, memory: _Memory):
+        """See `AbstractCertifiedSolver`."""
+        return memory.failed >= _ATTEMPTS
 
     def blank(self, z0) -> _Memory:
         """No bound but 0 and `upper`."""
@@ -136,16 +136,19 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
 
     def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
         """One step of the iteration, or one evaluation of an attempt."""
-        m, x, fx, slack = memory, flat(z, 0), flat(fz, 0), self.margin(z)
+        m, x, fx = memory, flat(z, 0), flat(fz, 0)
+        slack = jnp.asarray(self.margin(z), x.dtype)
+        countable = jnp.isfinite(slack)
         bracket, _, _ = narrow(m.bracket, x, fx, slack)
         iterating = m.phase == _ITERATE
         most = self.allowed(fx)
         gap = jnp.abs(fx - x)
         residual = jnp.max(gap / jnp.where(most > 0, most, 1))
         # What rounding is all that is left of cannot become less.
-        small = (residual <= m.trigger) | jnp.all(gap <= slack * fx)
+        least = jnp.where(countable, slack, jnp.finfo(x.dtype).eps)
+        small = (residual <= m.trigger) | jnp.all(gap <= least * fx)
         slow = iterating & (residual > _SLOW * m.last) & (m.secants.wait > _FAST // 2)
-        unbounded = ~jnp.all(jnp.isfinite(bracket.upper))
+        unbounded = ~jnp.all(jnp.isfinite(bracket.upper)) & countable
         climb = (slow | (m.phase == _CLIMB)) & unbounded
         arrived = (m.phase == _CLIMB) & ~unbounded
         attempt = iterating & small & ~climb
@@ -161,6 +164,8 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
             last=jnp.where(iterating, residual, m.last),
         )
         m = select(m.phase == _BELOW, self._learn(m, fx, width, slack), m)
+        # Where rounding has no bound no attempt can succeed.
+        m = m._replace(failed=jnp.where(attempt & ~countable, _ATTEMPTS, m.failed))
 
         target = jnp.where(climb, 2 * jnp.maximum(x, fx), ahead)
         target = jnp.where(attempt, m.centre + width, target)
@@ -185,7 +190,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         most = self.allowed(m.centre)
         return m.part * weight * jnp.min(jnp.where(weight > 0, most / weight, jnp.inf))
 
-    def _learn(self, m: _Memory, f_lower, width, slack: float) -> _Memory:
+    def _learn(self, m: _Memory, f_lower, width, slack) -> _Memory:
         """What an attempt teaches that has failed, from f at the two ends.
 
         Their half difference is J w, and `|f(c) - c| + rounding < w - J w` is what was missing.
