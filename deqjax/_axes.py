@@ -7,7 +7,7 @@ is not known here, or that mixes the entries of the axis, loses it: None.
 import math
 from typing import Any
 
-# Results have the shapes of their operands, but for scalars.
+# Results have the shapes of their operands, but for scalars and axes of length 1.
 _ELEMENTWISE = frozenset(
     "abs add add_any and atan cbrt clamp convert_element_type copy cos div eq erf exp exp2 expm1 "
     "ge gt integer_pow is_finite le log log1p logistic lt max min mul name ne neg not or pcast pow "
@@ -25,7 +25,7 @@ def after(eqn: Any, kind: str, i: int, axis: int | None) -> int | None:
         return None
     p, full = eqn.params, axis < len(out) and out[axis] == shape[axis]
     if kind in _ELEMENTWISE:
-        return axis if shape == out else None
+        return axis if full and len(shape) == len(out) else None
     if kind in _REDUCTIONS:
         return None if axis in p["axes"] else axis - sum(a < axis for a in p["axes"])
     if kind in _CUMULATIVE:

@@ -32,10 +32,12 @@ class Bracketing(AbstractCertifiedSolver):
     - `rtol`, `atol`, `norm`, `upper`, `fan_in`, `slack`: as in
         `deqjax.PositiveConcaveSolver`. Without `upper` the first u is found by doubling, from z0.
 
-    `sol.stats` as there; its `"lower"` and `"upper"` are of use after any number of steps.
+    `sol.stats` as there; its `"lower"` and `"upper"` are of use after any number of steps. It stops
+    early, `"rounding_limited"`, when neither end moves any more.
 
     **Cost:** one evaluation of f a step, two for the contraction by rho(J) that Picard's method has
-    in one; one for the answer, and four copies of z. `log2(max z* / f(0))` more to find u.
+    in one; one for the answer, and four copies of z. `log2(max z* / f(0))` more to find u. Where
+    the tolerance is not met, as there.
 
     **When not to use it:** where rho(J) is above about 0.9: `deqjax.PositiveConcaveSolver`. Else
     as there.

@@ -70,19 +70,28 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     - `upper`: a number that f never exceeds, the supremum of a bounded activation
         (`deqjax.positive.properties(activation).supremum`): a bound from the start, and where the
         iteration starts where z0 is 0 or above it. `None`, or infinity, starts at z0.
-    - `fan_in`: as in `deqjax.certify`; it has to be given in Optimistix's own front door.
-    - `slack`: the bound of the relative rounding of f itself, in the place of what is counted.
+    - `fan_in`: as in `deqjax.certify`; it has to be given in Optimistix's own front door, where f
+        comes with the matrix precision that it was traced with, and bounds are the solver's own.
+    - `slack`: the bound of the relative rounding of f itself, in the place of what is counted. As
+        with `fan_in`, arrays still have to be nonnegative.
     - `depth`: of Anderson's window, an int of at least 1.
 
     `sol.stats` has `"relative_error"`, a proved bound of `max_i |z_i - z*_i| / z*_i` for `z =
-    sol.value` (infinite if nothing is), and `"lower"` and `"upper"`, the bounds of z*. The result
+    sol.value` (infinite if nothing is), `"lower"` and `"upper"`, the bounds of z* in float32 or
+    wider, and `"rounding_limited"`: whether rounding is what is in the way. The result
     is `successful` only for what is certified (with both tolerances zero, for the steps taken). It
-    stops early, with `nonlinear_max_steps_reached`,
-    after eight attempts that failed, or three where rounding, times 1 / (1 - rho(J)), is seen to be
-    above the tolerance.
+    stops early, with `nonlinear_max_steps_reached` and `rounding_limited`, after eight attempts
+    that failed, or three where rounding, times 1 / (1 - rho(J)), is seen to be above the tolerance:
+    more steps do not help, a wider dtype does. Where the tolerance is not met, by rounding or
+    because steps ran out, the bounds are no worse than those of `deqjax.certify` of the value.
+
+    Where an array in f is negative, rounding has no bound (see `deqjax.certify`): the iteration
+    ends when its residual is half of the tolerance, unproved, and says `rounding_limited`.
 
     **Cost:** one evaluation of f a step, two an attempt, one for the answer, and `2 depth + 12`
-    copies of z. On ordinary problems the certificate costs three evaluations.
+    copies of z. On ordinary problems the certificate costs three evaluations. Where the tolerance
+    is not met, and the stats are used, that of `deqjax.certify` once, beyond `num_fn_evals`. Every
+    matrix product in f is asked for at the highest precision, on every platform.
 
     **When not to use it:** for an f that is not positive concave (nothing then holds), in half
     precision (sums of some hundred terms have no certain digit), or in the first steps of training,
