@@ -122,6 +122,7 @@ def solve(
         return run(_solve_optimistix, fn, solver, z0, args, adjoint, max_steps)
     solver, budget, requested = prepare(solver, z0, batched, max_steps, steps)
     budget = dataclasses.replace(budget, best=best)
+    fn = solver.around(fn)
     fn, z0, args, axes = convert(fn, z0, args, solver, budget, has_aux=has_aux)
     solver, budget = vary((solver, budget), axes)
     return run(_solve, fn, solver, z0, args, budget, requested, adjoint)
@@ -147,7 +148,7 @@ def prepare(
 
 
 def _solve(fn, solver, z0, args, budget, requested, adjoint) -> Solution:
-    solver = solver.bound(fn, z0, args)
+    solver = solver.bound(fn, z0, args, budget.rank)
     inputs = (fn, solver, z0, args, budget)
     z, (num_steps, small, state) = adjoint.apply(iterate, residual, inputs, frozenset())
 
@@ -160,7 +161,8 @@ def _solve(fn, solver, z0, args, budget, requested, adjoint) -> Solution:
     complete = jnp.where(untested, num_steps == requested, small)
     sol = _solution(z, fz, aux, complete, solver.in_range(), state.overflow, num_steps, budget)
     report = per_problem(lambda solver, *at: solver.report(*at), budget.rank)
-    sol.stats.update(report(solver, z, state.memory))
+    stats = report(solver, z, state.memory)
+    sol.stats.update(solver.finish(fn, z, args, stats, ~complete, budget.rank))
     return sol
 
 

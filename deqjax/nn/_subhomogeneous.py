@@ -106,11 +106,11 @@ def _certify(cell: AbstractSubhomogeneous, z, x, fan_in: int | None, batched: bo
     def one(z, x):
         u = lambda z, x: cell.product(z) + x
         above = lambda z, x: cell.activation(u(z, x) + flushed)
-        slack = 1.01 * rounding(lambda z, x: (above(z, x), None), z, x, fan_in)
+        slack = 1.01 * rounding(lambda z, x: (above(z, x), None), z, x, fan_in, "certify", rank=0)
         low, high = widen(cell.activation(u(z, x))), widen(above(z, x))
         eps = float(jnp.finfo(low.dtype).eps)
         valid = nonnegative & jnp.all((x >= 0) & jnp.isfinite(x) & (low >= float(info.tiny)))
-        image = Bracket(low * (1 - min(slack + 2 * eps, 1)), high * (1 + slack + 2 * eps))
+        image = Bracket(low * (1 - jnp.minimum(slack + 2 * eps, 1)), high * (1 + slack + 2 * eps))
         if cell.normalise:
             image = Bracket(
                 image.lower / jnp.max(image.upper) * (1 - eps),
