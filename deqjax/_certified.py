@@ -12,6 +12,7 @@ from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._bracket import Bracket, centre, consistent, flat, relative_error, unflat
+from ._number import check_real
 from ._rounding import of_one_sum, rounding
 from .solvers import AbstractSolver
 
@@ -40,6 +41,7 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def bound(self, fn: Callable, z0: PyTree, args: PyTree) -> "AbstractCertifiedSolver":
         """See `AbstractSolver`."""
+        self._check_real(z0)
         if self.slack is not None:
             return self
         name = type(self).__name__
@@ -73,9 +75,18 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def unbounded(self, z0: PyTree) -> Bracket:
         """0 and `upper`, or infinity."""
+        self._check_real(z0)
         x = flat(z0, 0)
         upper = jnp.inf if self.upper is None else self.upper
         return Bracket(jnp.zeros_like(x), jnp.full_like(x, upper))
+
+    def _check_real(self, z0: PyTree) -> None:
+        check_real(
+            type(self).__name__,
+            z0,
+            "its bounds need an order of the states. Use deqjax.Anderson(), which certifies "
+            "nothing, or real and imaginary parts as z.",
+        )
 
     def answer(self, bracket: Bracket, like: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
         """The centre of the bracket, as the state can hold it, and whether it meets the tolerances

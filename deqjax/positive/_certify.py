@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._bracket import Bracket, at_most, consistent, flat, narrow, relative_error, unflat
 from .._candidates import Candidates, candidates
 from .._check import convert_varying, point
+from .._number import check_real
 from .._rounding import rounding
 from .._step import evaluate
 from .._tree import vary
@@ -103,6 +104,7 @@ def certify(
     Plemmons, Nonnegative matrices in the mathematical sciences, 1994, theorem 2.1.11, for the
     spectral radius.
     """
+    check_real("certify", z, "bounds need an order. Certify the real and imaginary parts as z.")
     return _certify(fn, point(z, batched), args, fan_in, rank=int(batched))
 
 

@@ -12,7 +12,8 @@ import paramax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._check import convert, float_state
+from .._check import convert
+from .._number import check_real, float_state
 from .._tree import cast, unify, widen
 
 # Half of the points lie within these powers of ten of the size of f(0), half anywhere from there to
@@ -123,6 +124,7 @@ def check_hypotheses(
     if hasattr(unwrapped, "inject"):
         x = unwrapped.inject(x)
     z = float_state(x if z is None else z)
+    check_real("check_hypotheses", z, "pass real and imaginary parts as z.")
     # For what it refuses; what it returns would be compiled anew at each call.
     convert(unwrapped, z, x, False)
     return _check(unwrapped, z, x, key, samples=int(samples))
