@@ -7,7 +7,8 @@ import lineax
 from jaxtyping import PyTree
 
 from .._linear import LinearMap, by_iteration, by_lineax, judged
-from .._tree import lincomb
+from .._number import float_state
+from .._tree import as_real, conjugate, from_real, lincomb
 from ..solvers import AbstractSolver, Reversible
 from ._base import (
     AbstractImplicitAdjoint,
@@ -109,15 +110,15 @@ class ImplicitAdjoint(AbstractImplicitAdjoint):
         rank: int,
     ) -> tuple[PyTree, dict[str, Any]]:
         """See `deqjax.adjoints`."""
-        del known, transpose
+        del known
         solver = self.linear_solver
+        # In the view of b: of a tangent, or of a cotangent.
+        y0 = as_real(conjugate(self.y0) if transpose else self.y0)
         if isinstance(solver, lineax.AbstractLinearSolver):
-            y, stats = by_lineax(solver, matvec, b, self.y0)
+            y, stats = by_lineax(solver, matvec, b, y0)
         else:
             steps = max_steps if self.max_steps is None else self.max_steps
-            y, stats = by_iteration(
-                solver, matvec, b, self.y0, self.tol, max_steps=steps, rank=rank
-            )
+            y, stats = by_iteration(solver, matvec, b, y0, self.tol, max_steps=steps, rank=rank)
         return judged(y, stats, self.on_failure), stats
 
 
@@ -163,7 +164,7 @@ def implicit_vjp(
             f"got {adjoint!r}; the others solve no linear system of which there would be something "
             f"to tell."
         )
-    z, cotangent = strong(z), strong(cotangent)
+    z, cotangent = float_state(z), strong(cotangent)
     check_cotangent("implicit_vjp", z, cotangent)
     if max_steps < 1:
         raise ValueError(f"implicit_vjp expects max_steps of at least 1, got {max_steps}.")
@@ -176,17 +177,20 @@ def _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched):
     hidden, body = eqx.partition(call, eqx.is_inexact_array)
     moving, still = eqx.partition(args, eqx.is_inexact_array)
 
-    def f(own, hidden, moving, z):
-        return eqx.combine(hidden, body)(own, z, eqx.combine(moving, still))
+    # A function of real numbers, also where z is complex.
+    def f(own, hidden, moving, x):
+        fz = eqx.combine(hidden, body)(own, from_real(x, z), eqx.combine(moving, still))
+        return as_real(fz)
 
-    _, pull = jax.vjp(f, own, hidden, moving, z)
+    x = as_real(z)
+    _, pull = jax.vjp(f, own, hidden, moving, x)
     transposed = lambda v: lincomb(1, v, -1, pull(v)[3])
     # Not linearised beforehand: an f without a JVP will do for an adjoint that asks for none.
-    push = lambda v: jax.jvp(lambda z: f(own, hidden, moving, z), (z,), (v,))[1]
+    push = lambda v: jax.jvp(lambda x: f(own, hidden, moving, x), (x,), (v,))[1]
     rank = int(batched)
     known = adjoint.known(lambda v: lincomb(1, v, -1, push(v)), z, rank)
     options = dict(transpose=True, max_steps=max_steps, rank=rank)
-    y, stats = adjoint.solve(transposed, cotangent, known, **options)
-    stats["solution"] = y
+    y, stats = adjoint.solve(transposed, as_real(conjugate(cotangent)), known, **options)
+    stats["solution"] = conjugate(from_real(y, z))
     d_own, d_hidden, d_args, _ = pull(y)
     return (d_own if jax.tree.leaves(own) else jax.tree.leaves(d_hidden), d_args), stats
