@@ -22,6 +22,7 @@ from ._bracket import (
     unflat,
 )
 from ._enclosure import enclose
+from ._number import check_real
 from ._rounding import of_one_sum, rounding
 from ._step import evaluate
 from ._tree import mesh_axes, per_problem, select
@@ -62,6 +63,7 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def bound(self, fn: Callable, z0: PyTree, args: PyTree, rank: int) -> "AbstractCertifiedSolver":
         """See `AbstractSolver`."""
+        self._check_real(z0)
         given = (self.fan_in, type(self).__name__)
         fn, z0, args = stop_gradient((fn, z0, args))
         counted = rounding(fn, z0, args, *given, rank=rank, slack=self.slack)
@@ -96,9 +98,18 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def unbounded(self, z0: PyTree) -> Bracket:
         """0 and `upper`, or infinity."""
+        self._check_real(z0)
         x = flat(z0, 0)
         upper = jnp.inf if self.upper is None else self.upper
         return Bracket(jnp.zeros_like(x), jnp.full_like(x, upper))
+
+    def _check_real(self, z0: PyTree) -> None:
+        check_real(
+            type(self).__name__,
+            z0,
+            "its bounds need an order of the states. Use deqjax.Anderson(), which certifies "
+            "nothing, or real and imaginary parts as z.",
+        )
 
     def answer(self, bracket: Bracket, like: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
         """The centre of the bracket, as the state can hold it, and whether it meets the tolerances

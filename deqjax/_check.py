@@ -11,6 +11,7 @@ import numpy as np
 import optimistix
 from jaxtyping import Array, Int, PyTree
 
+from ._number import float_state
 from ._traced import Traced, trace
 from ._tree import Axes, is_traced, mesh_axes, vary
 from .adjoints import AbstractAdjoint
@@ -63,22 +64,6 @@ def check_output(got: PyTree, z0: PyTree) -> None:
             f"{show(got)}; cast or reshape its output, start from another z0, or pass has_aux=True "
             f"if that is a pair (z', aux)."
         )
-
-
-def float_state(z0: PyTree) -> PyTree:
-    """`z0` as strongly typed arrays of floating point."""
-    leaves = jax.tree.leaves(z0)
-    if not leaves:
-        raise ValueError(f"z0 is expected to hold at least one float array, got {z0!r}.")
-    for x in leaves:
-        dtype = jnp.result_type(x) if eqx.is_array_like(x) else type(x).__name__
-        if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"z0 is expected to be a pytree of real floating-point arrays, got a leaf of type "
-                f"{dtype}; cast it, for instance with jnp.asarray(z0, float). (nn.DEQ starts from "
-                f"zeros like x if it is given no z0.)"
-            )
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), z0)
 
 
 def check_batch(z0: PyTree) -> None:

@@ -39,12 +39,14 @@ def residual(z: PyTree, _: Any, inputs: tuple) -> PyTree:
 def scaled_error(solver: Any, z: PyTree, fz: PyTree) -> Inexact[Array, ""]:
     """`norm((f(z) - z) / (atol + rtol |f(z)|))`; infinite with both tolerances zero.
 
-    NaN if and only if f(z) - z is not finite: one pass over the state tells both.
+    Of complex entries the norm sees the moduli. NaN if and only if f(z) - z is not finite: one pass
+    over the state tells both.
     """
     rtol, atol = jnp.asarray(solver.rtol), jnp.asarray(solver.atol)
 
     def scaled(z, fz):
         gap, size = widen(fz) - widen(z), jnp.abs(widen(fz))
+        gap = jnp.abs(gap) if jnp.iscomplexobj(gap) else gap
         scale = atol.astype(size.dtype) + rtol.astype(size.dtype) * size
         ratio = jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, scale))
         return jnp.where(jnp.isfinite(gap), ratio, jnp.nan)

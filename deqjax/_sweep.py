@@ -16,6 +16,7 @@ from ._tape import Pair
 from ._tree import (
     add,
     cast,
+    conjugate,
     dot,
     lincomb,
     max_abs,
@@ -123,7 +124,7 @@ def sweep(
         gap = jnp.maximum(c.gap, jnp.where(live, gap, 0))
         gbeta = c.gbeta
         if beta_moves:
-            db = per_problem(lambda g, fy, x: dot(g, lincomb(1, fy, -1, x)), rank)
+            db = per_problem(lambda g, fy, x: dot(conjugate(g), lincomb(1, fy, -1, x)), rank)
             gbeta = gbeta + db(gz, fy, before)
         y, z, gy, gz, words, gbeta, gap = vary((*new, words, gbeta, gap), axes)
         return _Sweep(c.k - 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, gap)

@@ -11,6 +11,7 @@ from .._bracket import Bracket, Slack, flat, relative_error, unflat
 from .._candidates import Candidates
 from .._check import convert, point
 from .._enclosure import enclose
+from .._number import check_real
 from .._program import run
 from .._rounding import rounding
 from .._step import evaluate
@@ -109,6 +110,7 @@ def certify(
     Plemmons, Nonnegative matrices in the mathematical sciences, 1994, theorem 2.1.11, for the
     spectral radius.
     """
+    check_real("certify", z, "bounds need an order. Certify the real and imaginary parts as z.")
     with jax.default_matmul_precision("highest"):
         fn, z, args, axes = convert(*stop_gradient((fn, point(z, batched), args)))
         return run(_certify, stop_gradient(fn), z, args, fan_in, int(batched), axes)

@@ -11,7 +11,8 @@ import paramax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._check import convert, float_state
+from .._check import convert
+from .._number import check_real, float_state
 from .._program import run
 from .._tree import cast, unify, widen
 
@@ -123,6 +124,7 @@ def check_hypotheses(
     if hasattr(unwrapped, "inject"):
         x = unwrapped.inject(x)
     z = float_state(x if z is None else z)
+    check_real("check_hypotheses", z, "pass real and imaginary parts as z.")
     with jax.default_matmul_precision("highest"):
         fn, z, x, _ = convert(unwrapped, z, x)
         return run(_check, fn, z, x, key, int(samples))
