@@ -21,6 +21,7 @@ from ._tree import (
     lincomb,
     max_abs,
     mesh_axes,
+    opaque,
     per_problem,
     scale,
     select,
@@ -153,7 +154,7 @@ def judged(
 
     A problem whose cotangent is zero adds nothing to any other, wherever its reversal has ended.
     """
-    used = per_problem(lambda gz: max_abs(gz) != 0, flat.budget.rank)(gz)
+    used = per_problem(lambda gz: max_abs(gz) != 0, flat.budget.rank)(opaque(gz))
     wrong = used & ~(gap <= flat.tape.bound(flat.z0))
     if check == "off":
         return out

@@ -110,6 +110,13 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
+def opaque(tree: PyTree) -> PyTree:
+    """`tree`, the values of whose arrays XLA does not know while it compiles, even of constants."""
+    # Each by itself: one barrier would give all of them tangents, and asks for the same mesh axes.
+    hide = lambda x: jax.lax.optimization_barrier(x) if eqx.is_array(x) else x
+    return jax.tree.map(hide, tree)
+
+
 def mesh_axes(*trees: PyTree) -> Axes:
     """Names of the `jax.shard_map` mesh axes over which some leaf varies; empty outside one."""
 

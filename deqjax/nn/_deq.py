@@ -32,12 +32,6 @@ class _Mapped(eqx.Module):
         return jax.vmap(one)(self.masks, z, x)
 
 
-def _zeros_like(x: PyTree) -> PyTree:
-    # What XLA doesn't know to be zero: it would fold every test of z0 into a constant, entry by
-    # entry, and compile for half a minute where 2 million entries are one state.
-    return jax.lax.optimization_barrier(jax.tree.map(jnp.zeros_like, x))
-
-
 class DEQ(eqx.Module):
     """A deep equilibrium layer: `z = cell(z, x)`, solved for z.
 
@@ -182,7 +176,7 @@ class DEQ(eqx.Module):
         if hasattr(cell, "inject"):
             x = read("inject")(masks, x)
         if z0 is None:
-            z0 = _zeros_like(x) if predictor is None else over(predictor)(x)
+            z0 = jax.tree.map(jnp.zeros_like, x) if predictor is None else over(predictor)(x)
         sol = fixed_point(
             _Mapped(cell, masks) if batched else eqx.combine(masks, cell),
             self.solver,
