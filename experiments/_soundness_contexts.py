@@ -89,8 +89,9 @@ def _remat(p: Problem):
 
 def _branch(p: Problem):
     def loss(w, x, z0):
-        solve = lambda *a: solve(p, *a).value
-        value = jax.lax.cond(jnp.sum(z0) < 1e6, solve, lambda w, x, z0: z0, w, x, z0)
+        value = jax.lax.cond(
+            jnp.sum(z0) < 1e6, functools.partial(_value, p), lambda w, x, z0: z0, w, x, z0
+        )
         return dot(value, p.g[0])
 
     return of_first(jax.jit(jax.grad(loss, (0, 1, 2)))(*first_example(p)))
