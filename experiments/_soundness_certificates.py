@@ -153,9 +153,9 @@ def judged(truth: Reference, z: Any, held: np.ndarray, said: dict[str, Any], rto
     if rtol is not None:
         wrong["tolerance"] = held & ~(least <= np.asarray(rtol, LONG) * (1 + 1e-6))
     any_wrong = np.any(list(wrong.values()), 0) & truth.known
-    # The furthest off beside what was said of it.
-    over = np.where(any_wrong, least / np.maximum(claim, 1e-30), -1)
-    order = np.argsort(-over)[: min(_SHOWN, int(any_wrong.sum()))]
+    order = np.argsort(-np.where(any_wrong, np.nan_to_num(least), -1))[
+        : min(_SHOWN, int(any_wrong.sum()))
+    ]
     worst = [
         {
             "problem": int(j),

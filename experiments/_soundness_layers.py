@@ -136,7 +136,7 @@ def _kind(index: int, count: int, seed: int) -> Row:
         try:
             return about | {"refused": ""} | _certified(kind, count, np.random.default_rng(seeds))
         except ValueError as error:
-            nothing = dict(tried=0, held=0, unknown=0, false=0, worst=[])
+            nothing = dict(bound=None, tried=0, held=0, unknown=0, false=0, worst=[])
             return about | {"refused": str(error).split(";")[0]} | nothing
         finally:
             jax.clear_caches()
@@ -190,7 +190,9 @@ def judged(z: Any, solution: np.ndarray, known: np.ndarray, c: Any) -> Row:
     order = np.argsort(np.where(false, -miss.max(entries), np.inf))[: min(_SHOWN, false.sum())]
     worst = [{"problem": int(j), "outside by": float(miss[j].max()),
               "claimed": float(np.ravel(claim)[j])} for j in order]  # fmt: skip
+    of_held = np.ravel(claim)[held & np.isfinite(np.ravel(claim))].astype(float)
     return {
+        "bound": float(np.median(of_held)) if len(of_held) else None,
         "tried": int(known.sum()),
         "held": int(held.sum()),
         "unknown": int((~known).sum()),

@@ -136,10 +136,13 @@ def certificates_table(rows: list[Row]) -> str:
 
 
 def layers_table(rows: list[Row]) -> str:
-    table = [["cell", "dtype", "tried", "held", "no reference", "**false**", "refused"]]
+    head = ["cell", "dtype", "tried", "held", "no reference", "**false**"]
+    table = [[*head, "bound, median of those that held", "refused"]]
     for row in rows:
         counts = [f"{row[k]:,}" for k in ("tried", "held", "unknown", "false")]
-        table.append([row["kind"], row["dtype"], *counts, "in words" if row["refused"] else ""])
+        bound = "-" if row["bound"] is None else f"{row['bound']:.1e}"
+        refused = "in words" if row["refused"] else ""
+        table.append([row["kind"], row["dtype"], *counts, bound, refused])
     return f"{markdown(table)}\n\n{_counterexamples(rows, ('kind', 'dtype', 'seed'))}"
 
 
