@@ -14,13 +14,14 @@ UNIT = 2.0**-24
 
 
 def bound(fn, z, args=None, fan_in=None):
+    """At the precision that is asked for around f; any other would round the inputs too."""
     with jax.default_matmul_precision("highest"):
-        return float(rounding(convert(fn, z, args)[0], z, args, fan_in, "certify", rank=0))
+        return float(rounding(convert(fn, z, args)[0], z, args, fan_in))
 
 
 def units(fn, z, args=None, fan_in=None, unit=UNIT):
     total = bound(fn, z, args, fan_in)
-    return round(total / (1 + total) / unit, 3)  # it has been through float32
+    return round(total / (1 + total) / unit, 3)  # from float32
 
 
 def test_sums_count_their_terms():
@@ -160,3 +161,18 @@ def test_the_bound_is_above_what_happens(sigma):
     got = eqx.filter_jit(f)(small[0], small[1:])
     error = jnp.abs(got.astype(jnp.float64) / f(wide[0], wide[1:]) - 1)
     assert 0 < jnp.max(error) < most < 1e-5
+
+
+def test_precision_and_bodies():
+    z, w = jnp.ones(5), jnp.ones((5, 5))
+    # Of another precision than the highest, whatever the platform here is, inputs are rounded.
+    low = lambda z, w: jnp.matmul(w, z, precision="default")
+    assert units(low, z, w) == units(lambda z, w: w @ z, z, w) + 2.0**17
+    assert float(rounding(convert(lambda z, w: w @ z, z, w)[0], z, w, None)) > 2.0**-7
+    # An early result of a loop may be less exact than the last, and a later carry.
+    early = lambda z, w: jax.lax.scan(lambda c, a: (a, c), w @ z, w)[1][0]
+    assert units(early, z, w) == 5
+    # The body of a reduction is not that of a call.
+    folded = lambda z, _: jax.lax.reduce(z, np.float32(1), lambda a, b: a * b * a, (0,))
+    with pytest.raises(ValueError, match="'reduce', which is none"):
+        units(lambda z, _: z + folded(z, _), z)

@@ -93,7 +93,9 @@ def certify(
     stored; inputs that fn computes without z are taken as they come. Rounding is counted for
     numbers in the normal range of their dtype: an end is not proved where an entry of f is below
     2^40 times the smallest normal number (1e-26 in float32), and where f multiplies what is smaller
-    by as much again inside, nothing here sees it. Functions were measured on a CPU alone.
+    by as much again inside, nothing here sees it. Functions were measured on a CPU alone. Where f
+    compares what it has computed with a number other than 0, what decides should be what is
+    selected (`where(u > 1, 1, u)`), or a function of it: f is taken to be continuous there.
 
     **Cost:** three evaluations of f, up to nine where an end has to be tried again; 1 to 11 JVPs,
     3 on ordinary problems; and two JVPs more if `spectral_radius` is used. Four copies of z beside
