@@ -122,6 +122,7 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def allowed(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
         """The error at z that the tolerances allow, entry by entry."""
+        z = jnp.where(jnp.isfinite(z), z, 0)
         return jnp.asarray(self.atol, z.dtype) + jnp.asarray(self.rtol, z.dtype) * z
 
     def error(self, z: PyTree, fz: PyTree) -> Float[Array, ""]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Bool, PyTree
 
-from ._tree import as_real, max_abs, two_norm, widen
+from ._tree import as_real, max_abs, quotient, two_norm, widen
 
 RESULTS = optimistix.RESULTS
 Solution = optimistix.Solution
@@ -52,6 +52,4 @@ def relative_residual(z: PyTree, fz: PyTree) -> Array:
     unit = lambda x: widen(x) / scale.astype(widen(x).dtype)
     fz = jax.tree.map(unit, fz)
     gap = two_norm(jax.tree.map(lambda fz, z: fz - unit(z), fz, z))
-    size = two_norm(fz)
-    both_zero = (gap == 0) & (size == 0)
-    return jnp.where(both_zero, 0, gap / jnp.where(both_zero, 1, size))
+    return quotient(gap, two_norm(fz))

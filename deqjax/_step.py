@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
-from ._tree import opaque, per_problem, unify, widen
+from ._tree import opaque, per_problem, quotient, unify, widen
 
 Fn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
@@ -48,8 +48,7 @@ def scaled_error(solver: Any, z: PyTree, fz: PyTree) -> Inexact[Array, ""]:
         gap, size = widen(fz) - widen(z), jnp.abs(widen(fz))
         gap = jnp.abs(gap) if jnp.iscomplexobj(gap) else gap
         scale = atol.astype(size.dtype) + rtol.astype(size.dtype) * size
-        ratio = jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, scale))
-        return jnp.where(jnp.isfinite(gap), ratio, jnp.nan)
+        return jnp.where(jnp.isfinite(gap), quotient(gap, scale), jnp.nan)
 
     measurable = (rtol >= 0) & (atol >= 0) & (rtol + atol > 0)
     error = solver.norm(unify(jax.tree.map(scaled, z, fz)))

@@ -98,6 +98,13 @@ def two_norm(tree: PyTree) -> Inexact[Array, ""]:
     return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
 
 
+def quotient(a: Inexact[Array, "*s"], b: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
+    """`a / b` that never divides by 0: 0 where a is 0 too, infinite where b alone is."""
+    # A branch that is thrown away divides as well, and debuggers report that.
+    divided = a / jnp.where(b == 0, 1, b)
+    return jnp.where((b == 0) & (a != 0), jnp.inf, divided)
+
+
 def per_problem(fn: Callable, rank: int) -> Callable:
     """`fn` of one problem, mapped over `rank` leading axes of every array but scalars."""
     for _ in range(rank):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from .._check import convert
 from .._number import check_real, float_state
 from .._program import run
-from .._tree import cast, unify, widen
+from .._tree import cast, quotient, unify, widen
 
 # Half of the points lie within these powers of ten of the size of f(0), half anywhere from there to
 # as far above the largest fixed point.
@@ -190,7 +190,7 @@ def _sample(f, b, size, above, rounding, key) -> tuple[Float[Array, "4"], Float[
 
     def units(excess, size):
         # 0 / 0 is no violation; what is not finite is one.
-        units = jnp.where(excess <= 0, 0, excess / (rounding * size))
+        units = jnp.where(excess <= 0, 0, quotient(excess, rounding * size))
         return jnp.where(jnp.isnan(units), jnp.inf, units)
 
     sign = jnp.where((b > 0) & (fz > 0), 0, jnp.inf)
@@ -227,11 +227,11 @@ def _search(f, size) -> tuple[Float[Array, ""], Float[Array, " n"]]:
     def step(_, carry):
         u, best, witness = carry
         fu = f(u)
-        excess = jnp.max(widen(fu) / widen(u)) - 1
+        excess = jnp.max(quotient(widen(fu), widen(u))) - 1
         ok = jnp.all((u > 0) & jnp.isfinite(u) & jnp.isfinite(fu)) & (excess < best)
         best, witness = jnp.where(ok, excess, best), jnp.where(ok, u, witness)
         grown = 2 * jnp.maximum(fu, 0)
-        return grown * jnp.minimum(1, top / jnp.max(grown)), best, witness
+        return grown * jnp.minimum(1, quotient(top, jnp.max(grown))), best, witness
 
     start = size, jnp.asarray(jnp.inf, widen(size).dtype), size
     _, excess, u = jax.lax.fori_loop(0, _SEARCH_STEPS, step, start)

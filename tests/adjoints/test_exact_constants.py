@@ -83,3 +83,22 @@ def test_whatever_program_its_parameters_are_constants_of(name, program):
     jax.config.update("jax_disable_most_optimizations", True)  # faster, until the next test
     truth = jax.jit(lambda p, z0, g: jax.vjp(lambda *a: stored(f, *a), p, z0)[1](g))(p, z0, g)
     assert relative_error(out, truth) < 1e-4
+
+
+@pytest.mark.parametrize("z0", [jnp.zeros, jnp.ones])
+@pytest.mark.parametrize("over", ["batched", "vmap"])
+def test_a_start_that_is_constant_is_tested_at_run_time(z0, over):
+    """XLA would fold the tests entry by entry: for most of the compilation of a large state."""
+    shape = (3, 4) if over == "batched" else (4,)
+    options = dict(max_steps=4, adjoint=deqjax.ReversibleAdjoint(), batched=over == "batched")
+    f, solver = lambda z, x: x + jnp.cos(z), deqjax.Reversible(0.0, 0.0)
+    solve = lambda x, z0: deqjax.fixed_point(f, solver, z0, x, **options).value
+    solve = jax.vmap(solve, (0, None)) if over == "vmap" else solve
+
+    def reductions(loss, *args):
+        return jax.jit(jax.grad(loss)).lower(*args).compile().as_text().count(" reduce(")
+
+    x = jnp.ones((3, 4))
+    given = reductions(lambda x, z0: jnp.sum(solve(x, z0)), x, jnp.ones(shape))
+    made = reductions(lambda x: jnp.sum(solve(x, z0(shape))), x)
+    assert made == given
