@@ -18,6 +18,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ._tree import unify, widen
 
+# A bound of the relative rounding of f, of each problem or of all; infinite where there is none.
+Slack = float | Float[Array, "*b"]
+
 
 class Bracket(NamedTuple):
     """`lower <= z* <= upper`."""
@@ -41,8 +44,9 @@ def unflat(vector: Float[Array, "*b n"], like: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, back)
 
 
-def _margin(slack: float, dtype) -> float:
+def _margin(slack: Slack, dtype) -> Float[Array, "*b 1"]:
     # The products below round too.
+    slack = jnp.asarray(slack, dtype)[..., None]
     return 1.01 * slack + 2 * float(jnp.finfo(dtype).eps)
 
 
@@ -51,19 +55,19 @@ def _least(dtype) -> float:
     return float(jnp.finfo(dtype).tiny) * 2.0**40
 
 
-def at_most(fy: Float[Array, "*b n"], slack: float) -> Float[Array, "*b n"]:
+def at_most(fy: Float[Array, "*b n"], slack: Slack) -> Float[Array, "*b n"]:
     """What f(y) does not exceed, from its value in floating point."""
     return fy * (1 + _margin(slack, fy.dtype)) + jnp.finfo(fy.dtype).tiny
 
 
-def at_least(fy: Float[Array, "*b n"], slack: float) -> Float[Array, "*b n"]:
+def at_least(fy: Float[Array, "*b n"], slack: Slack) -> Float[Array, "*b n"]:
     """What f(y) does not fall below; a function of nonnegative numbers is nonnegative."""
     tiny = jnp.finfo(fy.dtype).tiny
-    return jnp.maximum(fy * (1 - min(_margin(slack, fy.dtype), 1)) - tiny, 0)
+    return jnp.maximum(fy * (1 - jnp.minimum(_margin(slack, fy.dtype), 1)) - tiny, 0)
 
 
 def narrow(
-    bracket: Bracket, y: Float[Array, "*b n"], fy: Float[Array, "*b n"], slack: float
+    bracket: Bracket, y: Float[Array, "*b n"], fy: Float[Array, "*b n"], slack: Slack
 ) -> tuple[Bracket, Bool[Array, "*b"], Bool[Array, "*b"]]:
     """The bracket with what `f(y)` proves, and whether y is an upper and a lower point."""
     high, low = at_most(fy, slack), at_least(fy, slack)
@@ -98,6 +102,11 @@ def relative_error(z: Float[Array, "*b n"], bracket: Bracket) -> Float[Array, "*
     # A subtraction and a division.
     worst = worst * (1 + 4 * jnp.finfo(worst.dtype).eps)
     return jnp.where(known & ~jnp.isnan(worst), worst, jnp.inf)
+
+
+def intersection(one: Bracket, other: Bracket) -> Bracket:
+    """What both prove."""
+    return Bracket(jnp.maximum(one.lower, other.lower), jnp.minimum(one.upper, other.upper))
 
 
 def centre(bracket: Bracket) -> Float[Array, "*b n"]:

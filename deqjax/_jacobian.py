@@ -4,14 +4,25 @@ from collections.abc import Callable
 from numbers import Integral
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._check import convert_varying, point
+from ._check import convert, point
+from ._program import run
 from ._step import evaluate
-from ._tree import cast, dot, max_abs, per_problem, two_norm, vary, widen
+from ._tree import (
+    Axes,
+    as_real,
+    cast,
+    dot,
+    from_real,
+    max_abs,
+    per_problem,
+    two_norm,
+    vary,
+    widen,
+)
 from .adjoints._base import stop_gradient
 
 
@@ -68,13 +79,13 @@ def jacobian_frobenius(
     Simul. 19 (1990), for the signs.
     """
     _check_count("jacobian_frobenius", "samples", samples, 1)
-    return _frobenius(fn, point(z, batched), args, key, samples=samples, rank=int(batched))
+    fn, z, args, axes = convert(fn, point(z, batched), args, key)
+    return run(_frobenius, fn, z, args, key, int(samples), int(batched), axes)
 
 
-@eqx.filter_jit
-def _frobenius(fn, z, args, key, *, samples: int, rank: int):
-    fn, z, args, axes = convert_varying(fn, z, args, key)
-    _, vjp = jax.vjp(lambda z: evaluate(fn, z, args)[0], z)
+def _frobenius(fn, z, args, key, samples: int, rank: int, axes: Axes):
+    f, z = _over_reals(fn, z, args)
+    _, vjp = jax.vjp(f, z)
 
     def sample(key):
         # Signs, not normals: with A = J J^T the variance of v^T A v is 2 (||A||_F^2 - sum A_ii^2),
@@ -130,20 +141,25 @@ def spectral_radius(
     for the diagnostic.
     """
     _check_count("spectral_radius", "max_steps", max_steps, 2)
-    return _radius(fn, point(z, batched), args, key, max_steps=max_steps, rank=int(batched))
+    fn, z, args, axes = convert(fn, point(z, batched), args, key)
+    return run(_radius, fn, z, args, key, int(max_steps), int(batched), axes)
 
 
-@eqx.filter_jit
-def _radius(fn, z, args, key, *, max_steps: int, rank: int):
-    fn, z, args, axes = convert_varying(fn, z, args, key)
+def _radius(fn, z, args, key, max_steps: int, rank: int, axes: Axes):
     fn, z, args = stop_gradient((fn, z, args))
-    _, product = jax.linearize(lambda z: evaluate(fn, z, args)[0], z)
+    f, z = _over_reals(fn, z, args)
+    _, product = jax.linearize(f, z)
     unit = per_problem(_unit, rank)
     v, _ = unit(vary(_draw(jax.random.normal, key, z, rank), axes))
     v = jax.lax.fori_loop(0, max_steps - 2, lambda _, v: unit(product(v))[0], v)
     u, s = unit(product(v))
     w, t = unit(product(u))
     return per_problem(_fit, rank)(v, u, w, s, t)
+
+
+def _over_reals(fn: Callable, z: PyTree, args: PyTree) -> tuple[Callable, PyTree]:
+    """f as a function of real numbers, the parts of what is complex."""
+    return lambda x: as_real(evaluate(fn, from_real(x, z), args)[0]), as_real(z)
 
 
 def _fit(v: PyTree, u: PyTree, w: PyTree, s: Array, t: Array) -> SpectralRadius:

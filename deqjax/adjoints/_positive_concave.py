@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PyTree
 
 from .._linear import AbstractMeasure, LinearMap, Residual, by_iteration, judged, slack
+from .._number import check_real
 from .._solution import relative_residual
 from .._tree import add, lincomb, per_problem, select, unify, widen
 from ._base import AbstractImplicitAdjoint, check_linear
@@ -181,6 +182,7 @@ class PositiveConcaveAdjoint(AbstractImplicitAdjoint):
 
     def known(self, matvec: LinearMap, z: PyTree, rank: int) -> Contraction:
         """A weight, by power steps from z, and its rate."""
+        check_real("PositiveConcaveAdjoint", z, "use deqjax.ImplicitAdjoint(), which has no bound.")
 
         def step(w):
             image = lincomb(1, w, -1, matvec(w))

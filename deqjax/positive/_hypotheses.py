@@ -5,14 +5,15 @@ from collections.abc import Callable
 from numbers import Integral
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import paramax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._check import convert, float_state
+from .._check import convert
+from .._number import check_real, float_state
+from .._program import run
 from .._tree import cast, unify, widen
 
 # Half of the points lie within these powers of ten of the size of f(0), half anywhere from there to
@@ -123,29 +124,28 @@ def check_hypotheses(
     if hasattr(unwrapped, "inject"):
         x = unwrapped.inject(x)
     z = float_state(x if z is None else z)
-    # For what it refuses; what it returns would be compiled anew at each call.
-    convert(unwrapped, z, x, False)
-    return _check(unwrapped, z, x, key, samples=int(samples))
+    check_real("check_hypotheses", z, "pass real and imaginary parts as z.")
+    with jax.default_matmul_precision("highest"):
+        fn, z, x, _ = convert(unwrapped, z, x)
+        return run(_check, fn, z, x, key, int(samples))
 
 
-@eqx.filter_jit
-def _check(cell, like, x, key, *, samples: int) -> Hypotheses:
+def _check(fn, like, x, key, samples: int) -> Hypotheses:
     flat, unravel = ravel_pytree(unify(like))
     back = lambda v: cast(unravel(v), like)
     n, dtype = flat.size, flat.dtype
-    f = lambda v: ravel_pytree(unify(cell(back(v), x)))[0].astype(dtype)
+    f = lambda v: ravel_pytree(unify(fn(back(v), x)[0]))[0].astype(dtype)
     # A sum of n terms is off by about sqrt(n) roundings of itself, and by n at worst; 8 for sigma.
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(like))
     rounding = 2 * (8 + math.sqrt(n)) * eps
 
-    with jax.default_matmul_precision("highest"):
-        b, top = _scales(f, flat)
-        largest = jnp.max(b)
-        size = jnp.where(largest > 0, jnp.maximum(b, 1e-3 * largest), 1)
-        above = jnp.maximum(jnp.log10(jnp.maximum(top / jnp.max(widen(size)), 1)), 0)
-        sample = lambda key: _sample(f, b, size, above, rounding, key)
-        found, points = jax.vmap(sample)(jax.random.split(key, samples))
-        excess, u = _search(f, size)
+    b, top = _scales(f, flat)
+    largest = jnp.max(b)
+    size = jnp.where(largest > 0, jnp.maximum(b, 1e-3 * largest), 1)
+    above = jnp.maximum(jnp.log10(jnp.maximum(top / jnp.max(widen(size)), 1)), 0)
+    sample = lambda key: _sample(f, b, size, above, rounding, key)
+    found, points = jax.vmap(sample)(jax.random.split(key, samples))
+    excess, u = _search(f, size)
     worst = jnp.argmax(found, axis=0)
     violation = jnp.max(found, axis=0)
     seen = lambda i: Finding(violation[i] <= _BAND, violation[i], back(points[worst[i], i]))

@@ -4,6 +4,7 @@ import dataclasses
 
 import equinox as eqx
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optimistix
@@ -73,10 +74,52 @@ def test_float32_says_what_it_cannot_prove():
     p = concave("tanh", 1.0, 1e-4, n=80)
     check(solve(p, PositiveConcaveSolver(rtol=1e-2, upper=1.0)), p, 1e-2)
     sol = solve(p, PositiveConcaveSolver(rtol=1e-4, upper=1.0), max_steps=256)
+    assert np.all(sol.stats["rounding_limited"])
+    no_worse(sol, p)
     assert np.all(sol.result == deqjax.RESULTS.nonlinear_max_steps_reached)
     assert np.all(sol.stats["num_steps"] < 256)  # gave up
     assert np.all(relative(sol.value, p.solution) <= np.asarray(sol.stats["relative_error"]))
     assert np.max(relative(sol.value, p.solution)) < 1e-3
+
+
+def no_worse(sol, p):
+    """All that is said is true, and no less than a certificate says of the same value."""
+    bound = np.asarray(sol.stats["relative_error"])
+    assert np.all(relative(sol.value, p.solution) <= bound)
+    lower, upper = (np.asarray(sol.stats[k], np.float64) for k in ("lower", "upper"))
+    assert np.all(lower <= p.solution) and np.all(p.solution <= upper)
+    c = deqjax.certify(p.fn, sol.value, p.args, batched=True)
+    # To the rounding of two programs.
+    assert np.all(c.holds) and np.all(bound <= np.asarray(c.relative_error) * (1 + 1e-3))
+    assert np.all(lower >= c.lower * (1 - 1e-6)) and np.all(upper <= c.upper * (1 + 1e-6))
+
+
+@solvers
+@pytest.mark.parametrize("upper", [None, 1.0])
+def test_more_than_float32_can_prove(method, upper):
+    """Rounding, not steps, is in the way: it stops, says so, and gives what can be proved."""
+    p = concave("tanh", 1.0, 0.3)
+    sol = solve(p, method(rtol=1e-7, upper=upper))
+    assert np.all(sol.result == deqjax.RESULTS.nonlinear_max_steps_reached)
+    assert np.all(sol.stats["rounding_limited"]) and np.all(sol.stats["num_steps"] < 60)
+    no_worse(sol, p)
+    assert np.all(sol.stats["relative_error"] < 1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+@solvers
+def test_products_are_of_the_highest_precision_on_every_platform(method, platform):
+    """Lowered on a CPU, whose own products are exact anyway."""
+    fn = lambda z, a: jnp.tanh(z @ a[0] + a[1])
+
+    def loss(w, x):
+        sol = deqjax.fixed_point(fn, method(upper=1.0), 0 * x, (w, x), batched=True)
+        return jnp.sum(sol.value) + jnp.sum(sol.stats["relative_error"])
+
+    w, x = jax.ShapeDtypeStruct((3, 3), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    text = jax.export.export(jax.jit(jax.grad(loss)), platforms=[platform])(w, x).mlir_module()
+    products = [x for x in text.splitlines() if "stablehlo.dot_general" in x and "3x3xf32" in x]
+    assert len(products) > 3 and all("[HIGHEST, HIGHEST]" in x for x in products)
 
 
 @solvers
@@ -86,7 +129,9 @@ def test_steps_that_run_out(method):
     assert np.all(sol.result == deqjax.RESULTS.nonlinear_max_steps_reached)
     assert np.all(relative(sol.value, p.solution) <= np.asarray(sol.stats["relative_error"]))
     free = solve(p, method(), max_steps=1)
-    assert np.all(np.isinf(free.stats["relative_error"])) and np.all(np.isfinite(free.value))
+    assert np.all(free.result == deqjax.RESULTS.nonlinear_max_steps_reached)
+    assert not np.any(free.stats["rounding_limited"])
+    no_worse(free, p)
     steps = jnp.array([2, 200, 300, 0])
     mixed = solve(p, method(upper=1.0), steps=steps)
     assert np.all(mixed.stats["num_steps"] <= steps)
