@@ -105,18 +105,23 @@ def _kinds(names: list[str], each: int, two: bool, seed: int) -> list[Row]:
     said = {k: np.asarray(v, float) for k, v in stats.items()}
     return [
         {"kind": name, "seed": [seed, 4, kind(name), k], "known": bool(doubt[i] < _DOUBT)}
-        | judged(np.asarray(y[i]), right[i], {k: float(v[i]) for k, v in said.items()}, true[i])
+        | judged(
+            *(np.split(np.asarray(v[i]), [CUT] if two else []) for v in (y, right)),
+            {k: float(v[i]) for k, v in said.items()},
+            true[i],
+        )  # fmt: skip
         for i, (name, k) in enumerate(every)
     ]
 
 
-def judged(y: np.ndarray, right: np.ndarray, said: dict[str, float], true: float) -> Row:
-    """The error beside the one estimated; a gradient that is not finite says nothing false.
+def judged(y: list, right: list, said: dict[str, float], true: float) -> Row:
+    """The error of the worst leaf beside the one estimated.
 
-    The largest of a leaf, each relative to its own size, is what the estimate is of.
+    A gradient that is not finite says nothing false.
     """
-    error = float(np.sum(np.abs(y - right)) / np.sum(np.abs(right)))
-    finite = bool(np.all(np.isfinite(y)))
+    relative = lambda a, b: float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
+    error = max(map(relative, y, right))
+    finite = all(bool(np.all(np.isfinite(leaf))) for leaf in y)
     estimate = said["error_estimate"]
     return {
         "finite": finite,
