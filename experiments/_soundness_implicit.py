@@ -103,15 +103,13 @@ def _kinds(names: list[str], each: int, two: bool, seed: int) -> list[Row]:
     y, stats = jax.jit(jax.vmap(_leafwise if two else _whole))(js, gs)
     right, doubt, true = _solved(js, gs)
     said = {k: np.asarray(v, float) for k, v in stats.items()}
-    return [
-        {"kind": name, "seed": [seed, 4, kind(name), k], "known": bool(doubt[i] < _DOUBT)}
-        | judged(
-            *(np.split(np.asarray(v[i]), [CUT] if two else []) for v in (y, right)),
-            {k: float(v[i]) for k, v in said.items()},
-            true[i],
-        )  # fmt: skip
-        for i, (name, k) in enumerate(every)
-    ]
+    rows = []
+    for i, (name, k) in enumerate(every):
+        leaves = [np.split(np.asarray(v[i]), [CUT] if two else []) for v in (y, right)]
+        found = judged(*leaves, {key: float(v[i]) for key, v in said.items()}, true[i])
+        about = {"kind": name, "seed": [seed, 4, kind(name), k], "known": bool(doubt[i] < _DOUBT)}
+        rows.append(about | found)
+    return rows
 
 
 def judged(y: list, right: list, said: dict[str, float], true: float) -> Row:

@@ -22,7 +22,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from _flags import Count, Positive, Seed, Size, read
+from _flags import Count, Positive, Seed, Whole, read
 
 Section = Literal["certificates", "layers", "reversal", "implicit", "programs"]
 SECTIONS: tuple[Section, ...] = ("certificates", "layers", "reversal", "implicit", "programs")
@@ -52,7 +52,7 @@ class Config:
     """After which the calls of an entry point end."""
     some: Count | None = None
     """So many families, cells and kinds alone, in float32; None: all."""
-    workers: Size = 2
+    workers: Whole = 2
     """Processes; 0: this one does it all."""
     seed: Seed = 0
     """Of everything."""
