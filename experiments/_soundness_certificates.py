@@ -141,6 +141,7 @@ def judged(truth: Reference, z: Any, held: np.ndarray, said: dict[str, Any], rto
     """
     solution, doubt = truth.z, truth.doubt
     error = np.abs(np.asarray(z, LONG) / solution - 1)
+    error = np.where(np.isnan(error), np.inf, error)  # of which only infinity is a bound
     lower, upper = (np.asarray(said[k], LONG) for k in ("lower", "upper"))
     claim = np.asarray(said["relative error"], LONG)
     asked = held if rtol is None else np.ones_like(held)
@@ -153,9 +154,7 @@ def judged(truth: Reference, z: Any, held: np.ndarray, said: dict[str, Any], rto
     if rtol is not None:
         wrong["tolerance"] = held & ~(least <= np.asarray(rtol, LONG) * (1 + 1e-6))
     any_wrong = np.any(list(wrong.values()), 0) & truth.known
-    order = np.argsort(-np.where(any_wrong, np.nan_to_num(least), -1))[
-        : min(_SHOWN, int(any_wrong.sum()))
-    ]
+    furthest = np.argsort(-np.where(any_wrong, least, -1))
     worst = [
         {
             "problem": int(j),
@@ -164,7 +163,7 @@ def judged(truth: Reference, z: Any, held: np.ndarray, said: dict[str, Any], rto
             "true error": float(error[j].max()),
             "held": bool(held[j]),
         }
-        for j in order
+        for j in furthest[: min(_SHOWN, int(any_wrong.sum()))]
     ]
     return {
         "tried": int(truth.known.sum()),

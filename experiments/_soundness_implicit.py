@@ -103,20 +103,23 @@ def _kinds(names: list[str], each: int, two: bool, seed: int) -> list[Row]:
     y, stats = jax.jit(jax.vmap(_leafwise if two else _whole))(js, gs)
     right, doubt, true = _solved(js, gs)
     said = {k: np.asarray(v, float) for k, v in stats.items()}
-    return [
-        {"kind": name, "seed": [seed, 4, kind(name), k], "known": bool(doubt[i] < _DOUBT)}
-        | judged(np.asarray(y[i]), right[i], {k: float(v[i]) for k, v in said.items()}, true[i])
-        for i, (name, k) in enumerate(every)
-    ]
+    rows = []
+    for i, (name, k) in enumerate(every):
+        leaves = [np.split(np.asarray(v[i]), [CUT] if two else []) for v in (y, right)]
+        found = judged(*leaves, {key: float(v[i]) for key, v in said.items()}, true[i])
+        about = {"kind": name, "seed": [seed, 4, kind(name), k], "known": bool(doubt[i] < _DOUBT)}
+        rows.append(about | found)
+    return rows
 
 
-def judged(y: np.ndarray, right: np.ndarray, said: dict[str, float], true: float) -> Row:
-    """The error beside the one estimated; a gradient that is not finite says nothing false.
+def judged(y: list, right: list, said: dict[str, float], true: float) -> Row:
+    """The error of the worst leaf beside the one estimated.
 
-    The largest of a leaf, each relative to its own size, is what the estimate is of.
+    A gradient that is not finite says nothing false.
     """
-    error = float(np.sum(np.abs(y - right)) / np.sum(np.abs(right)))
-    finite = bool(np.all(np.isfinite(y)))
+    relative = lambda a, b: float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
+    error = max(map(relative, y, right))
+    finite = all(bool(np.all(np.isfinite(leaf))) for leaf in y)
     estimate = said["error_estimate"]
     return {
         "finite": finite,

@@ -22,12 +22,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from _missing import not_installed
-
-try:
-    import tyro
-except ImportError as missing:
-    raise not_installed(missing) from None
+from _flags import Count, Positive, Seed, Whole, read
 
 Section = Literal["certificates", "layers", "reversal", "implicit", "programs"]
 SECTIONS: tuple[Section, ...] = ("certificates", "layers", "reversal", "implicit", "programs")
@@ -39,27 +34,27 @@ class Config:
 
     sections: tuple[Section, ...] = SECTIONS
     """What to try."""
-    certificates: int = 120
+    certificates: Count = 120
     """Certificates of each of 54 families, in each of two dtypes."""
-    solves: int = 40
+    solves: Count = 40
     """Certified solves of each, by each of two solvers."""
-    normalised: int = 504
+    normalised: Count = 504
     """Cells that divide by their largest entry."""
-    others: int = 40
+    others: Count = 40
     """Cells of each other kind with a theorem of its own."""
-    programs: int = 300
+    programs: Count = 300
     """Programs of exact reversal."""
-    jacobians: int = 204
+    jacobians: Count = 204
     """J of which an implicit gradient is taken, of six kinds."""
-    calls: int = 2_000
+    calls: Count = 2_000
     """Eager calls of each entry point."""
-    seconds: float = 60.0
+    seconds: Positive = 60.0
     """After which the calls of an entry point end."""
-    some: int | None = None
+    some: Count | None = None
     """So many families, cells and kinds alone, in float32; None: all."""
-    workers: int = 2
+    workers: Whole = 2
     """Processes; 0: this one does it all."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything."""
     out: Path | None = None
     """The folder of the results; None: runs/soundness, smoke runs beside it."""
@@ -81,7 +76,7 @@ SMOKE: dict[str, Any] = {
 }
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
-    tyro.cli(Config)
+    read(Config)
 
 # For programs on two devices; where it is set already there may be more of them.
 if "device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -125,4 +120,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(read(Config))

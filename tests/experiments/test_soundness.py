@@ -104,6 +104,6 @@ def test_lost_and_wrong_gradients_are_counted(module):
     assert reversal._error([(1.1 * np.ones(3),), None, None], truth) > 0.09
     assert reversal._error([(np.full(3, np.nan),), None, None], truth) == math.inf
     y, said = np.array([1.0, 2.0]), {"error_estimate": 0.01, "residual": 0.0, "condition": 1.0}
-    assert not implicit.judged(1.05 * y, y, said, 1.0)["false"]
-    assert implicit.judged(1.2 * y, y, said, 1.0)["false"]
-    assert not implicit.judged(np.nan * y, y, said, 1.0)["false"]
+    assert not implicit.judged([1.05 * y], [y], said, 1.0)["false"]
+    assert implicit.judged([y, 1e-9 * 1.2 * y], [y, 1e-9 * y], said, 1.0)["false"]
+    assert not implicit.judged([np.nan * y], [y], said, 1.0)["false"]
