@@ -23,6 +23,9 @@ from .._tree import dot, mesh_axes, scale, vary
 AbstractAdjoint = optimistix.AbstractAdjoint
 LinearSolve = Callable[[LinearMap, PyTree], PyTree]
 
+# The default ceiling of `deqjax.fixed_point`, and the least of a backward solve.
+_CEILING = 256
+
 
 class Problem(NamedTuple):
     """What an adjoint knows of the solve that it differentiates."""
@@ -48,6 +51,11 @@ def unpack(inputs: tuple) -> Problem:
         f"Expected the 5 inputs of deqjax or the 9 of Optimistix 0.1, got {len(inputs)}; "
         f"install optimistix>=0.1,<0.2."
     )
+
+
+def ceiling(problem: Problem) -> int:
+    """Steps of the backward solve: a warm start shortens the forward one, and not this."""
+    return max(problem.max_steps or 0, _CEILING)
 
 
 def stop_gradient(tree: PyTree) -> PyTree:
@@ -137,7 +145,7 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
         known: PyTree,
         *,
         transpose: bool,
-        max_steps: int | None,
+        max_steps: int,
         rank: int,
     ) -> tuple[PyTree, dict[str, Any]]:
         """`y` with `matvec(y) = b`, where `matvec` is `I - J` or its transpose; and its stats."""
@@ -147,7 +155,7 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
         del extras
         matvec, b = at.equation()
         known = stop_gradient(self.known(matvec, at.z, problem.rank))
-        options = {"max_steps": problem.max_steps, "rank": problem.rank}
+        options = {"max_steps": ceiling(problem), "rank": problem.rank}
 
         def by(transpose: bool) -> LinearSolve:
             return lambda matvec, b: self.solve(matvec, b, known, transpose=transpose, **options)[0]

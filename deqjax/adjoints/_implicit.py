@@ -105,14 +105,14 @@ class ImplicitAdjoint(AbstractImplicitAdjoint):
         known: PyTree = None,
         *,
         transpose: bool = False,
-        max_steps: int | None,
+        max_steps: int,
         rank: int,
     ) -> tuple[PyTree, dict[str, Any]]:
         """See `deqjax.adjoints`."""
         del known, transpose
         solver = self.linear_solver
         if isinstance(solver, lineax.AbstractLinearSolver):
-            y, stats = by_lineax(solver, matvec, b, self.y0)
+            y, stats = by_lineax(solver, matvec, b, self.y0, self.tol, rank=rank)
         else:
             steps = max_steps if self.max_steps is None else self.max_steps
             y, stats = by_iteration(

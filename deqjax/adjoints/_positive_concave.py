@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PyTree
 
-from .._linear import AbstractMeasure, LinearMap, Residual, by_iteration, judged, slack
+from .._linear import LinearMap, by_iteration, judged
+from .._residual import AbstractMeasure, Residual, slack
 from .._solution import relative_residual
 from .._tree import add, lincomb, per_problem, select, unify, widen
 from ._base import AbstractImplicitAdjoint, check_linear
@@ -106,11 +107,11 @@ class _Certificate(AbstractMeasure):
         plain = self.residual.error(y, fy)
         return jnp.where(self.holds, (relative / self.target).astype(plain.dtype), plain)
 
-    def accepts(self, error, y):
+    def accepts(self, error, growth, inverse):
         """See `AbstractMeasure`."""
         target = self.target.astype(error.dtype)
         good = error * target <= slack(target)
-        return jnp.where(self.holds, good, self.residual.accepts(error, y))
+        return jnp.where(self.holds, good, self.residual.accepts(error, growth, inverse))
 
     def report(self, error):
         """See `AbstractMeasure`."""
@@ -200,7 +201,7 @@ class PositiveConcaveAdjoint(AbstractImplicitAdjoint):
         known: Contraction,
         *,
         transpose: bool,
-        max_steps: int | None,
+        max_steps: int,
         rank: int,
     ) -> tuple[PyTree, dict[str, Any]]:
         """See `deqjax.adjoints`."""
