@@ -10,7 +10,7 @@ import optimistix
 from jaxtyping import Array, Float, Inexact, Int, PyTree
 
 from ._secant import combine, products
-from ._tree import lincomb, select, two_norm
+from ._tree import lincomb, two_norm
 from .solvers import AbstractSolver
 
 

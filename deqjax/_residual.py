@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Inexact, PyTree
 
 from ._solution import relative_residual
-from ._tree import mesh_axes, two_norm, unify, vary, widen
+from ._tree import max_abs, mesh_axes, two_norm, unify, vary, widen
 
 # The ratio of y to b above which a tenth of b in the residual is too much: 1 / (1 - rho) at 0.9999.
 _SINGULAR = 1e4
@@ -94,8 +94,8 @@ def residual_of(b: PyTree, tol: Any, coupled: Array | None, *, finest: bool = Tr
     tols = usual if tol is None else [_at_least(tol, x) for x in least]
     rounding = None
     if coupled is not None:
-        unit = np.asarray(usual)
-        rounding = coupled * jnp.asarray(np.maximum(unit[:, None], unit), coupled.dtype)
+        unit = jnp.asarray(np.maximum.outer(usual, usual), coupled.dtype)
+        rounding = coupled * jnp.broadcast_to(unit, coupled.shape)
     eps = max(float(jnp.finfo(widen(x).dtype).eps) for x in jax.tree.leaves(b))
     return Residual(tuple(tols), rounding, eps)
 
@@ -128,11 +128,11 @@ def coupling(
         image = jax.tree.map(lambda x: jnp.square(widen(x)), matvec(probe))
         total = [jnp.sum(x, range(rank, x.ndim)) for x in jax.tree.leaves(image)]
         out = jnp.sqrt(jnp.stack(unify(total), -1))
+        out = out / jnp.sqrt(jnp.asarray(sizes, out.dtype)[j])
         return jnp.where(jnp.arange(len(leaves)) == j, 0, out)
 
     def measured():
-        columns = jax.lax.map(one, jnp.arange(len(leaves)))
-        return jnp.moveaxis(columns, 0, -1) / jnp.sqrt(jnp.asarray(sizes, columns.dtype))
+        return jnp.moveaxis(jax.lax.map(one, jnp.arange(len(leaves))), 0, -1)
 
     if wanted is True:
         return measured()
@@ -155,13 +155,13 @@ def units(y: PyTree, coupled: Array | None) -> PyTree:
     """For each leaf a power of two near its size, in which steps are compared between leaves."""
     if coupled is None:
         return None
-    size = _norms(y)
+    size = _stack([max_abs(x) for x in jax.tree.leaves(y)])
     for _ in range(3):
         size = jnp.maximum(size, _PART * (coupled.astype(size.dtype) @ size))
     known = (size > 0) & jnp.isfinite(size)
     unit = jnp.where(known, jnp.exp2(jnp.round(jnp.log2(jnp.where(known, size, 1)))), 1)
     leaves, treedef = jax.tree.flatten(y)
-    return jax.tree.unflatten(treedef, [u.astype(x.dtype) for u, x in zip(unit, leaves)])
+    return jax.tree.unflatten(treedef, [unit[i].astype(x.dtype) for i, x in enumerate(leaves)])
 
 
 def _unit(x: Array) -> float:

@@ -23,9 +23,6 @@ from .._tree import dot, mesh_axes, scale, vary
 AbstractAdjoint = optimistix.AbstractAdjoint
 LinearSolve = Callable[[LinearMap, PyTree], PyTree]
 
-# The default ceiling of `deqjax.fixed_point`, and the least of a backward solve.
-_CEILING = 256
-
 
 class Problem(NamedTuple):
     """What an adjoint knows of the solve that it differentiates."""
@@ -37,6 +34,11 @@ class Problem(NamedTuple):
     max_steps: int | None
     rank: int
     rest: tuple  # the other inputs, in their places
+
+    @property
+    def ceiling(self) -> int:
+        """Steps of the backward solve, which a warm start of the forward one does not shorten."""
+        return max(self.max_steps or 0, 256)
 
 
 def unpack(inputs: tuple) -> Problem:
@@ -51,11 +53,6 @@ def unpack(inputs: tuple) -> Problem:
         f"Expected the 5 inputs of deqjax or the 9 of Optimistix 0.1, got {len(inputs)}; "
         f"install optimistix>=0.1,<0.2."
     )
-
-
-def ceiling(problem: Problem) -> int:
-    """Steps of the backward solve: a warm start shortens the forward one, and not this."""
-    return max(problem.max_steps or 0, _CEILING)
 
 
 def stop_gradient(tree: PyTree) -> PyTree:
@@ -155,7 +152,7 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
         del extras
         matvec, b = at.equation()
         known = stop_gradient(self.known(matvec, at.z, problem.rank))
-        options = {"max_steps": ceiling(problem), "rank": problem.rank}
+        options = {"max_steps": problem.ceiling, "rank": problem.rank}
 
         def by(transpose: bool) -> LinearSolve:
             return lambda matvec, b: self.solve(matvec, b, known, transpose=transpose, **options)[0]
@@ -206,12 +203,8 @@ def check_damped(adjoint: Any) -> None:
 
 def check_linear(adjoint: Any) -> None:
     """Raises `ValueError` unless the fields of an adjoint that solves a linear system are right."""
-    name, how, tol, steps = (
-        type(adjoint).__name__,
-        adjoint.on_failure,
-        adjoint.tol,
-        adjoint.max_steps,
-    )
+    name, how = type(adjoint).__name__, adjoint.on_failure
+    tol, steps = adjoint.tol, adjoint.max_steps
     if how not in ("nan", "keep", "raise"):
         raise ValueError(
             f'{name} expects on_failure="nan", "keep" or "raise", got {how!r}; choose one of the '

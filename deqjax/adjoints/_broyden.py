@@ -11,7 +11,6 @@ from ._base import (
     AbstractFixedPointAdjoint,
     Linearisation,
     Problem,
-    ceiling,
     check_linear,
     solved,
     stop_gradient,
@@ -60,7 +59,7 @@ class BroydenAdjoint(AbstractFixedPointAdjoint):
                 f"deqjax.ImplicitAdjoint() with this solver."
             )
         secants: Secants = stop_gradient(extras[2].memory)
-        steps = ceiling(problem) if self.max_steps is None else self.max_steps
+        steps = problem.ceiling if self.max_steps is None else self.max_steps
 
         def solve(transpose: bool):
             first = per_problem(lambda m, b: inverse(m, b, transpose=transpose), problem.rank)
