@@ -1,14 +1,14 @@
 """`A y = b` by products with `A = I - J` or its transpose alone: an implicit gradient."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
 import optimistix
-from jaxtyping import Array, Bool, Inexact, PyTree
+from jaxtyping import Array, Inexact, PyTree
 
 from ._iterate import Budget, iterate, lax_while
 from ._krylov import Krylov, inverse_bound
@@ -20,20 +20,11 @@ from ._residual import (
     residual_of,
     units,
 )
-from ._solution import RESULTS, relative_residual
+from ._solution import RESULTS
 from ._tree import add, cast, lincomb, max_abs, mesh_axes, per_problem, select, unify, widen
-from .solvers import AbstractSolver, FixedPointIteration
+from .solvers import AbstractSolver
 
 LinearMap = Callable[[PyTree], PyTree]
-
-# Above this rate a Krylov method needs fewer products than the series, by a half and more.
-_STALLED = 0.7
-
-
-class _Memory(NamedTuple):
-    inner: PyTree
-    residual: Inexact[Array, ""]
-    stalled: Bool[Array, ""]
 
 
 class _Linear(AbstractSolver):
@@ -45,37 +36,26 @@ class _Linear(AbstractSolver):
     rtol: float | Inexact[Array, ""] = 0.0
     atol: float | Inexact[Array, ""] = 0.0
     norm: Callable[[PyTree], Any] = optimistix.max_norm
-    # Whether to stop where residuals shrink too slowly.
-    impatient: bool = eqx.field(static=True, default=False)
 
     def error(self, z, fz):
         return self.measure.error(z, fz)
 
+    def seen(self, z: PyTree) -> PyTree:
+        """z as the method sees it."""
+        return z if self.unit is None else jax.tree.map(jnp.divide, z, self.unit)
+
     def blank(self, z0):
-        unknown = jnp.asarray(jnp.inf, max_abs(z0).dtype)
-        return _Memory(self.inner.blank(z0), unknown, jnp.asarray(False))
+        return self.inner.blank(z0)
 
     def mix(self, z, fz, memory):
-        if self.unit is None:
-            z_next, inner = self.inner.mix(z, fz, memory.inner)
-        else:
-            seen = lambda z: jax.tree.map(jnp.divide, z, self.unit)
-            z_next, inner = self.inner.mix(seen(z), seen(fz), memory.inner)
-            z_next = jax.tree.map(jnp.multiply, z_next, self.unit)
-        if not self.impatient:
-            return z_next, memory._replace(inner=inner)
-        now = relative_residual(z, fz).astype(memory.residual.dtype)
-        return z_next, _Memory(inner, now, now > _STALLED * memory.residual)
-
-    def overflow(self, memory):
-        return memory.stalled
+        z, memory = self.inner.mix(self.seen(z), self.seen(fz), memory)
+        return z if self.unit is None else jax.tree.map(jnp.multiply, z, self.unit), memory
 
     def recovers(self, memory):
-        return self.inner.recovers(memory.inner)
+        return self.inner.recovers(memory)
 
     def keep(self, go, live, new, old):
-        rest = super().keep(go, live, new._replace(inner=None), old._replace(inner=None))
-        return rest._replace(inner=self.inner.keep(go, live, new.inner, old.inner))
+        return self.inner.keep(go, live, new, old)
 
 
 def by_iteration(
@@ -111,42 +91,24 @@ def by_iteration(
         product = matvec(cast(y, b))
         return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, product, unit), None
 
-    def run(inner, y, limit, coupled, impatient=False):
-        measure = sharper(residual_of(b, tol, coupled))
-        units_ = None if coupled is None or impatient else per_problem(units, rank)(y, coupled)
-        budget = Budget(max_steps, limit, rank, fixed=False)
-        method = _Linear(inner, measure, units_, impatient=impatient)
-        return measure, iterate((fn, method, y, unit, budget, lax_while))
-
+    coupled = coupling(matvec, b, rank)
+    measure = sharper(residual_of(b, tol, coupled))
+    unit_ = None if coupled is None else per_problem(units, rank)(start, coupled)
+    method = _Linear(Krylov() if solver is None else solver, measure, unit_)
     limit = jnp.asarray(max_steps, jnp.int32)
-    if solver is None:
-        _, (y, (num_steps, small, state)) = run(
-            FixedPointIteration(), start, limit, None, impatient=True
-        )
-        # Those that are done, or beyond help, are not evaluated again.
-        limit = jnp.where(small | ~state.overflow, -1, max_steps - num_steps)
-        coupled = coupling(matvec, b, rank, jnp.any(limit >= 0))
-        measure, (y, (more, _, after)) = run(Krylov(), y, limit, coupled)
-        num_steps, error = num_steps + more, jnp.where(limit < 0, state.error, after.error)
-        inverse = per_problem(inverse_bound, rank)(after.memory.inner)
-    else:
-        coupled = coupling(matvec, b, rank)
-        measure, (y, (num_steps, _, state)) = run(solver, start, limit, coupled)
-        error = state.error
-        inverse = jnp.ones_like(error)
+    budget = Budget(max_steps, limit, rank, fixed=False)
+    y, (num_steps, _, state) = iterate((fn, method, start, unit, budget, lax_while))
 
-    def outcome(measure, error, y, b, coupled, limit, inverse):
-        grown = growth(y, b, None)
-        if coupled is not None:
-            grown = jnp.where(limit < 0, grown, growth(y, b, coupled))
-        good = measure.accepts(error, grown, inverse)
+    def outcome(measure, error, y, b, coupled, window):
+        inverse = inverse_bound(window) if solver is None else jnp.ones_like(error)
+        good = measure.accepts(error, growth(y, b, coupled), inverse)
         code = RESULTS.where(good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
         return measure.report(error) | {"result": code}
 
     restore = lambda y, s, b: jax.tree.map(
         lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b
     )
-    stats = per_problem(outcome, rank)(measure, error, y, unit, coupled, limit, inverse)
+    stats = per_problem(outcome, rank)(measure, state.error, y, unit, coupled, state.memory)
     return per_problem(restore, rank)(y, size, b), {"num_steps": num_steps} | stats
 
 

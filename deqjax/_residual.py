@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Inexact, PyTree
 
 from ._solution import relative_residual
-from ._tree import max_abs, mesh_axes, two_norm, unify, vary, widen
+from ._tree import lincomb, max_abs, mesh_axes, two_norm, unify, vary, widen
 
 # The ratio of y to b above which a tenth of b in the residual is too much: 1 / (1 - rho) at 0.9999.
 _SINGULAR = 1e4
@@ -56,20 +56,26 @@ class Residual(AbstractMeasure):
     rounding: Inexact[Array, "... l l"] | None
     eps: float = eqx.field(static=True)
 
+    def limits(self, dtype: Any) -> Inexact[Array, " l"]:
+        """The tolerances, as an array."""
+        return jnp.stack([jnp.asarray(t, dtype) for t in self.tol])
+
     def error(self, y, fy):
         """See `AbstractMeasure`."""
+        if self.rounding is None:
+            left, size = two_norm(lincomb(1, fy, -1, y)), two_norm(fy)
+            none = (left == 0) & (size == 0)
+            return jnp.where(none, 0, left / jnp.where(none, 1, size)) / self.limits(left.dtype)[0]
         pairs = zip(jax.tree.leaves(y), jax.tree.leaves(fy), strict=True)
         left = _stack([relative_residual(*pair) for pair in pairs])
-        tol = _stack([jnp.asarray(t, left.dtype) for t in self.tol])
-        if self.rounding is not None:
-            size = _norms(fy).astype(left.dtype)
-            floor = self.rounding.astype(left.dtype) @ size / tol
-            left = left * jnp.where(floor > 0, size / jnp.where(floor > 0, size + floor, 1), 1)
+        tol, size = self.limits(left.dtype), _norms(fy).astype(left.dtype)
+        floor = self.rounding.astype(left.dtype) @ size / tol
+        left = left * jnp.where(floor > 0, size / jnp.where(floor > 0, size + floor, 1), 1)
         return jnp.max(left / tol)
 
     def accepts(self, error, growth, inverse):
         """See `AbstractMeasure`."""
-        tol = _stack([jnp.asarray(t, error.dtype) for t in self.tol])
+        tol = self.limits(error.dtype)
         good = error <= jnp.min(slack(tol) / tol)
         left = jnp.maximum(error * jnp.max(tol), self.eps)
         # A singular system has no solution, and yet a small residual beside a y large enough.
@@ -106,12 +112,12 @@ def slack(tolerance: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
 
 
 def coupling(
-    matvec: Callable[[PyTree], PyTree], b: PyTree, rank: int, wanted: Any = True
+    matvec: Callable[[PyTree], PyTree], b: PyTree, rank: int
 ) -> Inexact[Array, "... l l"] | None:
     """How large leaf j of y makes leaf i of `y - matvec(y)`, whatever cancels; 0 for i = j.
 
     By one product per leaf, with signs that look random: its norm is then about that of the block
-    of `I - matvec`, entry by entry. None where there is one leaf; 0 where it is not `wanted`.
+    of `I - matvec`, entry by entry. None where there is one leaf.
     """
     leaves, treedef = jax.tree.flatten(b)
     if len(leaves) == 1:
@@ -131,14 +137,7 @@ def coupling(
         out = out / jnp.sqrt(jnp.asarray(sizes, out.dtype)[j])
         return jnp.where(jnp.arange(len(leaves)) == j, 0, out)
 
-    def measured():
-        return jnp.moveaxis(jax.lax.map(one, jnp.arange(len(leaves))), 0, -1)
-
-    if wanted is True:
-        return measured()
-    like = jax.eval_shape(measured)
-    nothing = lambda: vary(jnp.zeros(like.shape, like.dtype), mesh_axes(b, matvec))
-    return jax.lax.cond(wanted, measured, nothing)
+    return jnp.moveaxis(jax.lax.map(one, jnp.arange(len(leaves))), 0, -1)
 
 
 def growth(y: PyTree, b: PyTree, coupled: Array | None) -> Inexact[Array, ""]:
