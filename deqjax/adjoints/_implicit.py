@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -6,6 +7,7 @@ import jax
 import lineax
 from jaxtyping import PyTree
 
+from .._condition import error_estimate, one_norm_of_inverse
 from .._linear import LinearMap, by_iteration, by_lineax, judged
 from .._tree import lincomb
 from ..solvers import AbstractSolver, Reversible
@@ -130,6 +132,7 @@ def implicit_vjp(
     adjoint: AbstractImplicitAdjoint = ImplicitAdjoint(),
     max_steps: int = 256,
     batched: bool = False,
+    condition: bool = False,
 ) -> tuple[tuple[PyTree, PyTree], dict[str, Any]]:
     """The backward pass of an implicit adjoint as a plain function, with its outcome.
 
@@ -167,11 +170,11 @@ def implicit_vjp(
     check_cotangent("implicit_vjp", z, cotangent)
     if max_steps < 1:
         raise ValueError(f"implicit_vjp expects max_steps of at least 1, got {max_steps}.")
-    return _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched)
+    return _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched, condition)
 
 
 @eqx.filter_jit
-def _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched):
+def _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched, condition):
     own, call = arrays_of(fn, z, args)
     hidden, body = eqx.partition(call, eqx.is_inexact_array)
     moving, still = eqx.partition(args, eqx.is_inexact_array)
@@ -184,9 +187,20 @@ def _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched):
     # Not linearised beforehand: an f without a JVP will do for an adjoint that asks for none.
     push = lambda v: jax.jvp(lambda z: f(own, hidden, moving, z), (z,), (v,))[1]
     rank = int(batched)
-    known = adjoint.known(lambda v: lincomb(1, v, -1, push(v)), z, rank)
-    options = dict(transpose=True, max_steps=max_steps, rank=rank)
-    y, stats = adjoint.solve(transposed, cotangent, known, **options)
+    plain = lambda v: lincomb(1, v, -1, push(v))
+    known = adjoint.known(plain, z, rank)
+    options = dict(max_steps=max_steps, rank=rank)
+    y, stats = adjoint.solve(transposed, cotangent, known, transpose=True, **options)
     stats["solution"] = y
+    if condition:
+        cold = {"y0": None} if isinstance(adjoint, ImplicitAdjoint) else {}
+        free = dataclasses.replace(adjoint, on_failure="keep", **cold)
+
+        def solve(b, transpose):
+            matvec = transposed if transpose else plain
+            return free.solve(matvec, b, known, transpose=transpose, **options)
+
+        stats["condition"] = one_norm_of_inverse(solve, plain, z, rank)
+        stats["error_estimate"] = error_estimate(solve, transposed, y, cotangent, rank)
     d_own, d_hidden, d_args, _ = pull(y)
     return (d_own if jax.tree.leaves(own) else jax.tree.leaves(d_hidden), d_args), stats
