@@ -54,9 +54,27 @@ class Krylov(AbstractSolver):
 
     def mix(self, z: PyTree, fz: PyTree, memory: Window) -> tuple[PyTree, Window]:
         """One step."""
-        size = two_norm(lincomb(1, fz, -1, z)) / two_norm(fz)
-        slow = memory.slow | (size > _SLOW * memory.size)
-        return _if_slow(z, fz, memory._replace(size=size, slow=slow))
+        m, g = memory, lincomb(1, fz, -1, z)
+        size = two_norm(g) / two_norm(fz)
+        slow = m.slow | (size > _SLOW * m.size)
+        v = lincomb(1, fz, -1, m.f)
+        y = lincomb(1, v, -1, lincomb(1, z, -1, m.z))
+        norm = two_norm(y)
+        # The first iterate has none before it, and a frozen problem meets the same one again.
+        new = (m.count >= 0) & (norm > 0) & jnp.isfinite(norm)
+        k = jnp.maximum(m.count, 0) % _DEPTH
+
+        def put(rows, x):
+            def leaf(rows, x):
+                x = jnp.where(new, x / norm.astype(x.dtype), rows[k])
+                return jax.lax.dynamic_update_index_in_dim(rows, x, k, 0)
+
+            return jax.tree.map(leaf, rows, x)
+
+        count = jnp.where(slow, jnp.maximum(m.count, 0) + new.astype(m.count.dtype), m.count)
+        ys, vs = put(m.y, y), put(m.v, v)
+        ahead, gram = _if_slow(slow, fz, g, ys, vs, m.gram, k, count)
+        return ahead, Window(z, fz, ys, vs, gram, count, size, slow)
 
     def keep(self, go, live, new: Window, old: Window) -> Window:
         """All of it: at the same z nothing is written."""
@@ -65,42 +83,34 @@ class Krylov(AbstractSolver):
 
 
 @custom_vmap
-def _if_slow(z: PyTree, fz: PyTree, m: Window) -> tuple[PyTree, Window]:
-    """The window is not touched before it is of use, which would cost more than a cheap f."""
-    return jax.lax.cond(m.slow, _accelerated, lambda z, fz, m: (fz, m), z, fz, m)
+def _if_slow(slow, fz, g, ys, vs, gram, k, count) -> tuple[PyTree, Array]:
+    """f(z), or where accelerated steps lead, and the Gram matrix.
+
+    The window is not read before it is of use, which would cost more than a cheap f; nor handed
+    through a branch, which would copy it.
+    """
+    args = slow, fz, g, ys, vs, gram, k, count
+    return jax.lax.cond(slow, _accelerated, _plain, *args)
 
 
 @_if_slow.def_vmap
 def _(size, batched, *args):
     spread = lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape))
-    z, fz, m = jax.tree.map(spread, args, tuple(batched))
-    some = jnp.any(m.slow)
-    out = jax.lax.cond(some, jax.vmap(_accelerated), lambda z, fz, m: (fz, m), z, fz, m)
+    args = jax.tree.map(spread, args, tuple(batched))
+    out = jax.lax.cond(jnp.any(args[0]), jax.vmap(_accelerated), _plain, *args)
     return out, jax.tree.map(lambda _: True, out)
 
 
-def _accelerated(z: PyTree, fz: PyTree, m: Window) -> tuple[PyTree, Window]:
-    v = lincomb(1, fz, -1, m.f)
-    y = lincomb(1, v, -1, lincomb(1, z, -1, m.z))
-    norm = two_norm(y)
-    # The first iterate has none before it, and a frozen problem meets the same one again.
-    new = (m.count >= 0) & (norm > 0) & jnp.isfinite(norm)
-    k = jnp.maximum(m.count, 0) % _DEPTH
+def _plain(slow, fz, g, ys, vs, gram, k, count):
+    del slow, g, ys, vs, k, count
+    return fz, gram
 
-    def put(rows, x):
-        def leaf(rows, x):
-            x = jnp.where(new, x / norm.astype(x.dtype), rows[k])
-            return jax.lax.dynamic_update_index_in_dim(rows, x, k, 0)
 
-        return jax.tree.map(leaf, rows, x)
-
-    ys, vs = put(m.y, y), put(m.v, v)
+def _accelerated(slow, fz, g, ys, vs, gram, k, count):
     column = products(ys, jax.tree.map(lambda rows: rows[k], ys))
-    gram = m.gram.at[k].set(column).at[:, k].set(column)
-    count = jnp.where(m.slow, jnp.maximum(m.count, 0) + new.astype(m.count.dtype), m.count)
-    c = _eliminated(gram, count, products(ys, lincomb(1, fz, -1, z))[:, None])[:, 0]
-    ahead = select(m.slow, lincomb(1, fz, -1, combine(c, vs)), fz)
-    return ahead, m._replace(z=z, f=fz, y=ys, v=vs, gram=gram, count=count)
+    gram = gram.at[k].set(column).at[:, k].set(column)
+    c = _eliminated(gram, count, products(ys, g)[:, None])[:, 0]
+    return select(slow, lincomb(1, fz, -1, combine(c, vs)), fz), gram
 
 
 def inverse_bound(m: Window) -> Inexact[Array, ""]:

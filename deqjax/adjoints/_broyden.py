@@ -27,7 +27,8 @@ class BroydenAdjoint(AbstractFixedPointAdjoint):
 
     **Arguments:**
 
-    - `tol`: a float above 0, the relative residual `||g + J^T y - y||_2 / ||g + J^T y||_2`.
+    - `tol`: a float above 0, the relative residual `||g + J^T y - y||_2 / ||g + J^T y||_2`, of
+        every leaf by itself.
     - `max_steps`, `on_failure`: as in `deqjax.ImplicitAdjoint`.
 
     **Cost:** one evaluation of `f` with its linearisation, two VJPs, one of which is the check; the
