@@ -35,6 +35,11 @@ class Problem(NamedTuple):
     rank: int
     rest: tuple  # the other inputs, in their places
 
+    @property
+    def ceiling(self) -> int:
+        """Steps of the backward solve, which a warm start of the forward one does not shorten."""
+        return max(self.max_steps or 0, 256)
+
 
 def unpack(inputs: tuple) -> Problem:
     """Reads the positional inputs of either front door; Optimistix's layout is private."""
@@ -140,7 +145,7 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
         known: PyTree,
         *,
         transpose: bool,
-        max_steps: int | None,
+        max_steps: int,
         rank: int,
     ) -> tuple[PyTree, dict[str, Any]]:
         """`y` with `matvec(y) = b`, where `matvec` is `I - J` or its transpose; and its stats."""
@@ -150,7 +155,7 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
         del extras
         matvec, b = at.equation()
         known = stop_gradient(self.known(matvec, at.z, problem.rank))
-        options = {"max_steps": problem.max_steps, "rank": problem.rank}
+        options = {"max_steps": problem.ceiling, "rank": problem.rank}
 
         def by(transpose: bool) -> LinearSolve:
             return lambda matvec, b: self.solve(matvec, b, known, transpose=transpose, **options)[0]
@@ -201,12 +206,8 @@ def check_damped(adjoint: Any) -> None:
 
 def check_linear(adjoint: Any) -> None:
     """Raises `ValueError` unless the fields of an adjoint that solves a linear system are right."""
-    name, how, tol, steps = (
-        type(adjoint).__name__,
-        adjoint.on_failure,
-        adjoint.tol,
-        adjoint.max_steps,
-    )
+    name, how = type(adjoint).__name__, adjoint.on_failure
+    tol, steps = adjoint.tol, adjoint.max_steps
     if how not in ("nan", "keep", "raise"):
         raise ValueError(
             f'{name} expects on_failure="nan", "keep" or "raise", got {how!r}; choose one of the '

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PyTree
 
-from .._linear import AbstractMeasure, LinearMap, Residual, by_iteration, judged, slack
+from .._linear import LinearMap, by_iteration, judged
 from .._number import check_real
+from .._residual import AbstractMeasure, Residual, slack
 from .._solution import relative_residual
 from .._tree import add, lincomb, per_problem, quotient, select, unify, widen
 from ._base import AbstractImplicitAdjoint, check_linear
@@ -108,11 +109,11 @@ class _Certificate(AbstractMeasure):
         plain = self.residual.error(y, fy)
         return jnp.where(self.holds, (relative / self.target).astype(plain.dtype), plain)
 
-    def accepts(self, error, y):
+    def accepts(self, error, growth, inverse):
         """See `AbstractMeasure`."""
         target = self.target.astype(error.dtype)
         good = error * target <= slack(target)
-        return jnp.where(self.holds, good, self.residual.accepts(error, y))
+        return jnp.where(self.holds, good, self.residual.accepts(error, growth, inverse))
 
     def report(self, error):
         """See `AbstractMeasure`."""
@@ -154,7 +155,7 @@ class PositiveConcaveAdjoint(AbstractImplicitAdjoint):
     is not in it; nor, in float64, all of the rounding of slopes that are nearly 0 (some 65 eps).
 
     **Cost:** one evaluation of `f` with its linearisation, three JVPs, one Jacobian product a step
-    and, for the stats, another; five copies of `z`, and 40 where Anderson's method is at work. With
+    and, for the stats, another; 52 copies of `z`. With
     `W >= 0` dense and random, 7 products at rho(J) = 0.996 where the series takes 944.
 
     **When not to use it:** with an f that is not positive concave. A J with negative entries can
@@ -203,7 +204,7 @@ class PositiveConcaveAdjoint(AbstractImplicitAdjoint):
         known: Contraction,
         *,
         transpose: bool,
-        max_steps: int | None,
+        max_steps: int,
         rank: int,
     ) -> tuple[PyTree, dict[str, Any]]:
         """See `deqjax.adjoints`."""

@@ -30,7 +30,9 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
 
     **When not to use it:** at a converged fixed point `deqjax.ImplicitAdjoint` gives its derivative
     at O(1) memory; of the steps of `deqjax.Reversible`, `deqjax.ReversibleAdjoint` gives the same
-    gradient with two states kept and one evaluation of f fewer a step.
+    gradient with two states kept and one evaluation of f fewer a step. The derivative of the steps
+    of `deqjax.Anderson` and `deqjax.Broyden` lags the value, far more than that of Picard steps: in
+    float64 it was 5.9e-3 off where the value was right to 1e-6.
 
     **Raises:** `ValueError` for `checkpoints < 1`, with no `max_steps` (Optimistix allows
     `None`), or with `deqjax.Anderson` or `deqjax.Broyden` and a state narrower than float64, in
