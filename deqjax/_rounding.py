@@ -51,9 +51,9 @@ def rounding(
     z: PyTree,
     args: PyTree,
     fan_in: int | None,
-    name: str,
+    name: str = "certify",
     *,
-    rank: int,
+    rank: int = 0,
     slack: float | None = None,
 ) -> Float[Array, "*b"]:
     """A bound of `|f^(z) - f(z)| / f(z)` of each problem, entry by entry, for z >= 0.
