@@ -15,6 +15,7 @@ ORDER = [
     "_solution",
     "_step",
     "_grid",
+    "_window",
     "_secant",
     "solvers",
     "_tape",
