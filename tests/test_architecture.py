@@ -18,6 +18,7 @@ ORDER = [
     "_solution",
     "_step",
     "_grid",
+    "_window",
     "_secant",
     "solvers",
     "_tape",
