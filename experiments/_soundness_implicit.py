@@ -105,8 +105,9 @@ def _kinds(names: list[str], each: int, two: bool, seed: int) -> list[Row]:
     said = {k: np.asarray(v, float) for k, v in stats.items()}
     rows = []
     for i, (name, k) in enumerate(every):
-        leaves = [np.split(np.asarray(v[i]), [CUT] if two else []) for v in (y, right)]
-        found = judged(*leaves, {key: float(v[i]) for key, v in said.items()}, true[i])
+        cut = lambda v: np.split(np.asarray(v), [CUT] if two else [])
+        stat = {key: float(v[i]) for key, v in said.items()}
+        found = judged(cut(y[i]), cut(right[i]), stat, true[i])
         about = {"kind": name, "seed": [seed, 4, kind(name), k], "known": bool(doubt[i] < _DOUBT)}
         rows.append(about | found)
     return rows
