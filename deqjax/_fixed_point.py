@@ -49,7 +49,8 @@ def fixed_point(
         and dtypes of `z`.
     - `solver`: a deqjax solver, or any Optimistix one (`optimistix.Newton(rtol=..., atol=...)`).
         With `rtol=0, atol=0` a deqjax solver takes exactly `max_steps` (or `steps`) steps.
-    - `z0`: the initial iterate, any pytree of float arrays.
+    - `z0`: the initial iterate, any pytree of float arrays, real or complex; integers are promoted.
+        Derivatives of complex numbers follow JAX's convention, whether f is holomorphic or not.
     - `args`: passed on to `fn`; any pytree.
     - `has_aux`: whether `fn` returns `(z', aux)`.
     - `batched`: axis 0 of every leaf of z is a batch of independent problems. `fn` sees the whole

@@ -56,7 +56,8 @@ def jacobian_frobenius(
 
     - `fn`, `args`, `batched`: as in `deqjax.fixed_point`; problems do not see each other.
     - `z`: where, a pytree of float arrays; `jax.lax.stop_gradient` of it if the penalty is not to
-        move the solution.
+        move the solution. If some are complex, J is that of real and imaginary parts: of a
+        holomorphic f it has twice the squared norm of the complex one.
     - `key`: for v; another one each training step. Problem i of a batch draws from
         `jax.random.fold_in(key, i)`, whatever the size of the batch.
     - `samples`: how many v to average over. The variance falls as 1 / samples; over a batch and
@@ -116,7 +117,7 @@ def spectral_radius(
     **Arguments:**
 
     - `fn`, `args`, `batched`: as in `deqjax.fixed_point`; problems do not see each other.
-    - `z`: where, a pytree of float arrays.
+    - `z`: where, a pytree of float arrays, real or complex: J is that of their parts.
     - `key`: for the first v; drawn as in `deqjax.jacobian_frobenius`.
     - `max_steps`: products with J, an int of at least 2.
 

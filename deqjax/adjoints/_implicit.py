@@ -158,7 +158,8 @@ def implicit_vjp(
 
     **Arguments:**
 
-    - `fn`, `z`, `args`: `fn(z, args)` is approximately `z`, a pytree of float arrays.
+    - `fn`, `z`, `args`: `fn(z, args)` is approximately `z`, a pytree of float arrays, real or
+        complex.
     - `cotangent`: of the structure, shapes and dtypes of `z`.
     - `adjoint`: a `deqjax.ImplicitAdjoint` or a `deqjax.PositiveConcaveAdjoint`; with
         `on_failure="keep"` the outcome is reported and nothing else.
