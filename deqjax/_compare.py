@@ -23,8 +23,18 @@ from ._tree import is_traced
 _LARGEST = 1024
 # A derivative rule may call its own function; its rule is looked into so many times.
 _DEEPEST = 2
-# Whose functions and objects read nothing that changes.
-_LIBRARIES = ("jax", "jaxlib", "equinox", "lineax", "optimistix", "deqjax")
+# Whose functions, objects and modules read nothing that changes.
+_LIBRARIES = (
+    "builtins",
+    "math",
+    "numpy",
+    "jax",
+    "jaxlib",
+    "equinox",
+    "lineax",
+    "optimistix",
+    "deqjax",
+)
 
 
 class Fleeting(Exception):
@@ -69,8 +79,8 @@ def jaxpr_key(jaxpr: Jaxpr, rules: tuple) -> Hashable:
 
 def _context(eqn: Any) -> Hashable:
     """The settings under which an equation was traced, the mesh for instance."""
-    names = [s for s in type(eqn.ctx).__slots__ if not s.startswith("_")]
-    return tuple(static_key(getattr(eqn.ctx, s, None)) for s in names)
+    names = [s for s in getattr(type(eqn.ctx), "__slots__", ()) if not s.startswith("_")]
+    return tuple(static_key(getattr(eqn.ctx, s, None)) for s in names) or static_key(eqn.ctx)
 
 
 def _param(x: Any, rules: tuple) -> Hashable:
@@ -78,11 +88,7 @@ def _param(x: Any, rules: tuple) -> Hashable:
         return "closed", jaxpr_key(x.jaxpr, rules), tuple(map(_value, x.consts))
     if isinstance(x, Jaxpr):
         return "open", jaxpr_key(x, rules)
-    if isinstance(x, tuple | list):
-        return type(x), *(_param(y, rules) for y in x)
-    if isinstance(x, dict):
-        return dict, *((k, _param(x[k], rules)) for k in sorted(x))
-    return static_key(x)
+    return static_key(x, lambda y: _param(y, rules))
 
 
 def _rule(jaxpr: Jaxpr, eqn: Any, rules: tuple) -> Hashable:
@@ -92,20 +98,19 @@ def _rule(jaxpr: Jaxpr, eqn: Any, rules: tuple) -> Hashable:
     # A rule may call its own function (that of `jax.nn.relu` does), which has the same rule.
     if rules.count(this) == _DEEPEST:
         return "again", rules.index(this)
-    # Arrays of the function or of its rule would be kept by both.
-    if eqn.params["num_consts"] or eqn.params["symbolic_zeros"] or len(rules) > 2 * _DEEPEST:
+    # Arrays of the function or of its rule would be kept by both; a rule that is told which
+    # tangents are zero is another one for each answer.
+    closes = eqn.params.get("num_consts", 0) or eqn.params.get("symbolic_zeros", True)
+    if closes or len(rules) > 2 * _DEEPEST:
         raise Fleeting
-    inputs = [v.aval for v in eqn.invars]
-    like = lambda avals: [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals if _moves(a)]
-    rule = _RULES[eqn.primitive.name]
-    seeds = inputs if rule is _pushed else [v.aval for v in eqn.outvars]
-    still = [None if _moves(a) else np.zeros(a.shape, a.dtype) for a in inputs]
-
-    def f(*moving):
-        left = iter(moving)
-        return alone(jaxpr, eqn)(*(next(left) if x is None else x for x in still))
-
-    derivative = jax.make_jaxpr(ft.partial(rule, f))(like(inputs), like(seeds))
+    inputs, outputs = ([v.aval for v in vs] for vs in (eqn.invars, eqn.outvars))
+    rule, f = _RULES[eqn.primitive.name], alone(jaxpr, eqn)
+    seeds = [a for a in (inputs if rule is _pushed else outputs) if _moves(a)]
+    like = lambda avals: [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+    try:
+        derivative = jax.make_jaxpr(ft.partial(rule, f))(like(inputs), like(seeds))
+    except Exception as error:  # a rule that raises, of a function that may never be differentiated
+        raise Fleeting from error
     return this, jaxpr_key(derivative.jaxpr, (*rules, this)), tuple(map(_value, derivative.consts))
 
 
@@ -113,15 +118,21 @@ def _moves(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
+def _seeded(xs: list, seeds: list) -> list:
+    """`seeds` for those of `xs` that have a tangent, and what stands for one for the others."""
+    left = iter(seeds)
+    return [next(left) if _moves(x) else np.zeros(x.shape, jax.dtypes.float0) for x in xs]
+
+
 def _pushed(f: Callable, primals: list, tangents: list) -> PyTree:
-    return jax.jvp(f, tuple(primals), tuple(tangents))
+    out, moved = jax.jvp(f, primals, _seeded(primals, tangents))
+    return out, [t for x, t in zip(out, moved, strict=True) if _moves(x)]
 
 
 def _pulled(f: Callable, primals: list, cotangents: list) -> PyTree:
     out, pull = jax.vjp(f, *primals)
-    left = iter(cotangents)
-    zero = lambda x: np.zeros(x.shape, jax.dtypes.float0)
-    return out, pull([next(left) if _moves(x) else zero(x) for x in out])
+    back = pull(_seeded(out, cotangents))
+    return out, [g for x, g in zip(primals, back, strict=True) if _moves(x)]
 
 
 _RULES = {"custom_jvp_call": _pushed, "custom_vjp_call": _pulled}
@@ -134,41 +145,60 @@ def _value(x: Any) -> Hashable:
     return "value", x.dtype, x.shape, x.tobytes()
 
 
-def static_key(x: Any) -> Hashable:
-    """What is compared of something that is no array of the inputs; raises `Fleeting`."""
+def static_key(x: Any, part: Callable | None = None) -> Hashable:
+    """What is compared of something that is no array of the inputs, `part` by part."""
+    part = part or static_key
+    if isinstance(x, tuple | list):
+        return type(x), *map(part, x)
+    if isinstance(x, dict):
+        return dict, *((k, part(x[k])) for k in sorted(x))
     if isinstance(x, float | complex):
         return type(x), repr(x)  # 0.0 is not -0.0, and NaN is NaN
     if eqx.is_array(x):
         return _value(x)
     if isinstance(x, types.FunctionType):
         return _function(x, 0)
+    if not isinstance(x, Hashable) or _changes(x):
+        raise Fleeting
     slots = [s for c in type(x).__mro__ for s in getattr(c, "__slots__", ())]
     parts = (*getattr(x, "__dict__", {}).values(), *(getattr(x, s, None) for s in slots))
-    own = type(x).__module__.partition(".")[0] in _LIBRARIES
-    changes = callable(x) and not isinstance(x, type) and not own
-    changes |= any("<locals>" in getattr(y, "__qualname__", "") for y in parts)  # a new callback
-    if changes or not isinstance(x, Hashable) or isinstance(x, types.MethodType | ft.partial):
+    # A callback, for instance: it would be kept, and what it reads with it.
+    if not isinstance(x, type) and any(map(_changes, parts)):
         raise Fleeting
     return type(x), x
 
 
+def _changes(x: Any) -> bool:
+    """Whether this may be called, and read what it did not read before."""
+    if isinstance(x, types.FunctionType):
+        return not _of_library(x) or "<locals>" in x.__qualname__
+    if isinstance(x, types.MethodType | ft.partial):
+        return True
+    return callable(x) and not isinstance(x, type) and not _of_library(type(x))
+
+
+def _of_library(x: Any) -> bool:
+    """Of a module, or of a function or class in one."""
+    name = x.__name__ if isinstance(x, types.ModuleType) else x.__module__ or ""
+    return name.partition(".")[0] in _LIBRARIES
+
+
 def _function(fn: types.FunctionType, depth: int) -> Hashable:
-    """The code of a function that reads nothing but its arguments, modules, and such functions."""
-    if fn.__module__.partition(".")[0] in _LIBRARIES and "<locals>" not in fn.__qualname__:
+    """The code of a function that reads nothing but its arguments, libraries, and its like."""
+    if not _changes(fn):
         return fn
     if fn.__closure__ or depth > 4:
         raise Fleeting
-    reads = []
-    codes = [fn.__code__]
+    reads, codes = [], [fn.__code__]
     for code in codes:
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
         for name in code.co_names:
             x = fn.__globals__.get(name)
             if isinstance(x, types.FunctionType):
                 reads.append((name, _function(x, depth + 1)))
-            elif x is None or isinstance(x, types.ModuleType):
+            elif x is None or (isinstance(x, types.ModuleType) and _of_library(x)):
                 reads.append((name, x))
             else:
                 raise Fleeting
-    defaults = _param([fn.__defaults__, fn.__kwdefaults__], ())
+    defaults = static_key([fn.__defaults__, fn.__kwdefaults__])
     return fn.__code__, defaults, tuple(reads)

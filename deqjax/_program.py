@@ -6,18 +6,17 @@ ever, and so is its program. Here a function is traced at each call, and `deqjax
 compares what it does.
 """
 
+import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 
 from ._compare import Fleeting, static_key
 from ._traced import Traced
-from ._tree import is_traced
 
 # A program holds some dozens of memory maps, of which Linux gives a process 65,530.
 _MOST = 64
@@ -40,7 +39,8 @@ class _Out(eqx.Module):
 def run(engine: Callable, *inputs: Any) -> Any:
     """`engine(*inputs)`, jitted: arrays are arguments of the program, all else is in its key.
 
-    Functions have to come as `Traced`. Inside another program there is nothing to be looked up.
+    Functions have to come as `Traced`. Inside another program the same is found, which is then
+    traced and lowered once for all its uses.
     """
     leaves, treedef = jax.tree.flatten(inputs)
     dynamic = [x for x in leaves if eqx.is_array(x)]
@@ -51,7 +51,7 @@ def run(engine: Callable, *inputs: Any) -> Any:
 
 
 def _program(engine: Callable, inputs: tuple, static: list, treedef: Any) -> Callable:
-    key = None if staged() else _key(engine, inputs, static, treedef)
+    key = _key(engine, inputs, static, treedef)
     if key is None:
         return _compiled(engine, static, treedef)
     with _lock:
@@ -70,20 +70,29 @@ def _compiled(engine: Callable, static: list, treedef: Any) -> Callable:
         arrays, rest = eqx.partition(out, eqx.is_array)
         return _Out(arrays, _Rest(rest))
 
+    call.__name__ = engine.__name__.lstrip("_")  # which a profile shows
     return jax.jit(call)
 
 
 def _key(engine: Callable, inputs: tuple, static: list, treedef: Any) -> Hashable | None:
-    is_function = lambda x: isinstance(x, Traced)
-    functions = filter(is_function, jax.tree.leaves(inputs, is_leaf=is_function))
-    if any(fn.body.key is None for fn in functions):
-        return None
     try:
-        return engine, treedef, tuple(map(static_key, static))
+        fields = tuple(map(static_key, _fields(inputs)))
+        return engine, treedef, fields, tuple(map(static_key, static))
     except Fleeting:
         return None
 
 
-def staged() -> bool:
-    """Whether what is computed now becomes part of another program."""
-    return is_traced(jax.lax.iota(jnp.int32, 1))
+def _fields(x: Any) -> Iterator[Any]:
+    """The static fields of all modules in a tree, which `treedef` would compare by `==`."""
+    if isinstance(x, Traced):
+        if x.body.key is None:
+            raise Fleeting
+    elif isinstance(x, eqx.Module):
+        for field in dataclasses.fields(x):
+            value = getattr(x, field.name, None)
+            yield from [value] if field.metadata.get("static", False) else _fields(value)
+    elif isinstance(x, list | tuple):
+        for y in x:
+            yield from _fields(y)
+    elif isinstance(x, dict):
+        yield from _fields([*x.values()])
