@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._tree import unify, widen
+from ._tree import quotient, unify, widen
 
 # A bound of the relative rounding of f, of each problem or of all; infinite where there is none.
 Slack = float | Float[Array, "*b"]
@@ -94,8 +94,8 @@ def relative_error(z: Float[Array, "*b n"], bracket: Bracket) -> Float[Array, "*
     """The largest `|z_i - t_i| / t_i` over t in the bracket: it is taken at one of its ends."""
 
     def at(end):
-        gap = jnp.abs(z - end)
-        return jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, end))
+        end = jnp.where(jnp.isfinite(end), end, 1)
+        return quotient(jnp.abs(z - end), end)
 
     worst = jnp.max(jnp.maximum(at(bracket.lower), at(bracket.upper)), -1)
     known = jnp.all(jnp.isfinite(bracket.upper), -1) & consistent(bracket)

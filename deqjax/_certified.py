@@ -23,6 +23,7 @@ from ._bracket import (
 )
 from ._enclosure import enclose
 from ._equations import calls, trace
+from ._number import check_real
 from ._rounding import of_one_sum, rounding
 from ._step import evaluate
 from ._tree import mesh_axes, per_problem, select
@@ -63,6 +64,7 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def bound(self, fn: Callable, z0: PyTree, args: PyTree, rank: int) -> "AbstractCertifiedSolver":
         """See `AbstractSolver`."""
+        self._check_real(z0)
         given = (self.fan_in, type(self).__name__)
         fn, z0, args = stop_gradient((fn, z0, args))
         counted = rounding(fn, z0, args, *given, rank=rank, slack=self.slack)
@@ -97,9 +99,18 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def unbounded(self, z0: PyTree) -> Bracket:
         """0 and `upper`, or infinity."""
+        self._check_real(z0)
         x = flat(z0, 0)
         upper = jnp.inf if self.upper is None else self.upper
         return Bracket(jnp.zeros_like(x), jnp.full_like(x, upper))
+
+    def _check_real(self, z0: PyTree) -> None:
+        check_real(
+            type(self).__name__,
+            z0,
+            "its bounds need an order of the states. Use deqjax.Anderson(), which certifies "
+            "nothing, or real and imaginary parts as z.",
+        )
 
     def answer(self, bracket: Bracket, like: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
         """The centre of the bracket, as the state can hold it, and whether it meets the tolerances
@@ -112,6 +123,7 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def allowed(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
         """The error at z that the tolerances allow, entry by entry."""
+        z = jnp.where(jnp.isfinite(z), z, 0)
         return jnp.asarray(self.atol, z.dtype) + jnp.asarray(self.rtol, z.dtype) * z
 
     def error(self, z: PyTree, fz: PyTree) -> Float[Array, ""]:

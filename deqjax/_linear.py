@@ -1,82 +1,30 @@
 """`A y = b` by products with `A = I - J` or its transpose alone: an implicit gradient."""
 
-import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
 import optimistix
-from jaxtyping import Array, Bool, Inexact, PyTree
+from jaxtyping import Array, Inexact, PyTree
 
 from ._iterate import Budget, iterate, lax_while
-from ._solution import RESULTS, relative_residual
-from ._tree import cast, max_abs, mesh_axes, per_problem, select, unify, widen
-from .solvers import AbstractSolver, Anderson, FixedPointIteration
+from ._krylov import Krylov, inverse_bound
+from ._residual import (
+    AbstractMeasure,
+    Residual,
+    coupling,
+    growth,
+    residual_of,
+    units,
+)
+from ._solution import RESULTS
+from ._tree import add, cast, lincomb, max_abs, mesh_axes, per_problem, select, unify, widen
+from .solvers import AbstractSolver
 
 LinearMap = Callable[[PyTree], PyTree]
-
-# Above this rate Anderson's method needs fewer products than the series, by a half and more.
-_STALLED = 0.7
-# Two copies of y a row: the products of sixteen steps at rho = 0.999 are worth them.
-_ANDERSON = Anderson(depth=16)
-# The ratio of y to b above which a tenth of b in the residual is too much: 1 / (1 - rho) at 0.9999.
-_SINGULAR = 1e4
-
-
-class _Memory(NamedTuple):
-    inner: PyTree
-    residual: Inexact[Array, ""]
-    stalled: Bool[Array, ""]
-
-
-class AbstractMeasure(eqx.Module):
-    """What is asked of a `y` of one problem; its arrays may hold one value per problem."""
-
-    @abc.abstractmethod
-    def error(self, y: PyTree, fy: PyTree) -> Inexact[Array, "..."]:
-        """Below 1 where y will do, by `fy = b + (I - A) y`; NaN where that is not finite."""
-
-    @abc.abstractmethod
-    def accepts(self, error: Inexact[Array, ""], y: PyTree) -> Bool[Array, ""]:
-        """Whether the best y is a success, though perhaps not all that was asked for."""
-
-    @abc.abstractmethod
-    def report(self, error: Inexact[Array, ""]) -> dict[str, Any]:
-        """What the error means, for the stats."""
-
-
-class Residual(AbstractMeasure):
-    """The relative residual, held to `tol`."""
-
-    tol: float | Inexact[Array, ""]
-    eps: float = eqx.field(static=True)  # of the dtype that y is summed in
-    least: float = eqx.field(static=True)  # a residual that products can reach
-
-    def error(self, y, fy):
-        """See `AbstractMeasure`."""
-        size = relative_residual(y, fy)
-        return size / jnp.asarray(self.tol, size.dtype)
-
-    def accepts(self, error, y):
-        """See `AbstractMeasure`."""
-        tolerance = jnp.asarray(self.tol, error.dtype)
-        good = error * tolerance <= jnp.maximum(slack(tolerance), self.least)
-        # A singular system has no solution, and yet a small residual beside a y large enough.
-        growth = max_abs(y).astype(error.dtype)
-        left = jnp.maximum(error * tolerance, self.eps) * growth
-        return good & ((growth < _SINGULAR) | (left < 0.1))
-
-    def report(self, error):
-        """See `AbstractMeasure`."""
-        return {"residual": error * jnp.asarray(self.tol, error.dtype)}
-
-
-def slack(tolerance: Inexact[Array, ""]) -> Inexact[Array, ""]:
-    """What is accepted in the place of `tolerance`; ten times a loose one would be no answer."""
-    return jnp.maximum(tolerance, jnp.minimum(10 * tolerance, 0.1))
 
 
 class _Linear(AbstractSolver):
@@ -84,34 +32,30 @@ class _Linear(AbstractSolver):
 
     inner: AbstractSolver
     measure: AbstractMeasure
+    unit: PyTree  # of each leaf, in which the method sees it; None: 1
     rtol: float | Inexact[Array, ""] = 0.0
     atol: float | Inexact[Array, ""] = 0.0
     norm: Callable[[PyTree], Any] = optimistix.max_norm
-    # Whether to stop where residuals shrink too slowly.
-    impatient: bool = eqx.field(static=True, default=False)
 
     def error(self, z, fz):
         return self.measure.error(z, fz)
 
+    def seen(self, z: PyTree) -> PyTree:
+        """z as the method sees it."""
+        return z if self.unit is None else jax.tree.map(jnp.divide, z, self.unit)
+
     def blank(self, z0):
-        unknown = jnp.asarray(jnp.inf, max_abs(z0).dtype)
-        return _Memory(self.inner.blank(z0), unknown, jnp.asarray(False))
+        return self.inner.blank(z0)
 
     def mix(self, z, fz, memory):
-        z_next, inner = self.inner.mix(z, fz, memory.inner)
-        now = relative_residual(z, fz).astype(memory.residual.dtype)
-        stalled = now > _STALLED * memory.residual if self.impatient else memory.stalled
-        return z_next, _Memory(inner, now, stalled)
-
-    def overflow(self, memory):
-        return memory.stalled
+        z, memory = self.inner.mix(self.seen(z), self.seen(fz), memory)
+        return z if self.unit is None else jax.tree.map(jnp.multiply, z, self.unit), memory
 
     def recovers(self, memory):
-        return self.inner.recovers(memory.inner)
+        return self.inner.recovers(memory)
 
     def keep(self, go, live, new, old):
-        rest = super().keep(go, live, new._replace(inner=None), old._replace(inner=None))
-        return rest._replace(inner=self.inner.keep(go, live, new.inner, old.inner))
+        return self.inner.keep(go, live, new, old)
 
 
 def by_iteration(
@@ -121,20 +65,16 @@ def by_iteration(
     y0: PyTree,
     tol: Any,
     *,
-    max_steps: int | None,
+    max_steps: int,
     rank: int,
     sharper: Callable[[Residual], AbstractMeasure] = lambda residual: residual,
 ) -> tuple[PyTree, dict[str, Any]]:
     """Iterates `y <- b + (I - A) y`, each problem of a batch until its own tolerance.
 
-    `solver=None` sums the Neumann series, and goes on with Anderson's method where that stalls.
+    `solver=None` sums the Neumann series, and goes on with a Krylov method where that stalls.
     `sharper` makes a measure that can tell more than the relative residual from that one.
     """
     wide = jax.tree.map(widen, b)
-    eps = lambda tree: max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
-    if tol is None:
-        tol = max(10 * eps(wide), 2 * eps(b)) if solver is None else solver.rtol
-    measure = sharper(Residual(tol, eps(wide), 4 * eps(b)))
     # The equation is linear: its size is taken out, so that no square overflows.
     size = per_problem(max_abs, rank)(b)
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
@@ -151,40 +91,37 @@ def by_iteration(
         product = matvec(cast(y, b))
         return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, product, unit), None
 
-    ceiling = 256 if max_steps is None else max_steps
+    coupled = coupling(matvec, b, rank)
+    measure = sharper(residual_of(b, tol, coupled))
+    unit_ = None if coupled is None else per_problem(units, rank)(start, coupled)
+    method = _Linear(Krylov() if solver is None else solver, measure, unit_)
+    limit = jnp.asarray(max_steps, jnp.int32)
+    budget = Budget(max_steps, limit, rank, fixed=False)
+    y, (num_steps, _, state) = iterate((fn, method, start, unit, budget, lax_while))
 
-    def run(inner, y, limit, impatient=False):
-        budget = Budget(ceiling, limit, rank, fixed=False)
-        method = _Linear(inner=inner, measure=measure, impatient=impatient)
-        return iterate((fn, method, y, unit, budget, lax_while))
-
-    limit = jnp.asarray(ceiling, jnp.int32)
-    if solver is None:
-        y, (num_steps, small, state) = run(FixedPointIteration(), start, limit, impatient=True)
-        # Those that are done, or beyond help, are not evaluated again.
-        limit = jnp.where(small | ~state.overflow, -1, ceiling - num_steps)
-        y, (more, _, after) = run(_ANDERSON, y, limit)
-        num_steps, error = num_steps + more, jnp.where(limit < 0, state.error, after.error)
-    else:
-        y, (num_steps, _, state) = run(solver, start, limit)
-        error = state.error
-
-    def outcome(measure, error, y):
-        good = measure.accepts(error, y)
+    def outcome(measure, error, y, b, coupled, window):
+        inverse = inverse_bound(window) if solver is None else jnp.ones_like(error)
+        good = measure.accepts(error, growth(y, b, coupled), inverse)
         code = RESULTS.where(good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
         return measure.report(error) | {"result": code}
 
     restore = lambda y, s, b: jax.tree.map(
         lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b
     )
-    stats = {"num_steps": num_steps} | per_problem(outcome, rank)(measure, error, y)
-    return per_problem(restore, rank)(y, size, b), stats
+    stats = per_problem(outcome, rank)(measure, state.error, y, unit, coupled, state.memory)
+    return per_problem(restore, rank)(y, size, b), {"num_steps": num_steps} | stats
 
 
 def by_lineax(
-    linear_solver: lineax.AbstractLinearSolver, matvec: LinearMap, b: PyTree, y0: PyTree
+    linear_solver: lineax.AbstractLinearSolver,
+    matvec: LinearMap,
+    b: PyTree,
+    y0: PyTree,
+    tol: Any,
+    *,
+    rank: int,
 ) -> tuple[PyTree, dict[str, Any]]:
-    """Hands the equation to Lineax, a batch as one system, without its run-time errors."""
+    """Hands the equation to Lineax, a batch as one system, and judges each problem of it."""
     axes = mesh_axes(b)
     if axes:
         raise ValueError(
@@ -196,10 +133,22 @@ def by_lineax(
     options = {} if y0 is None else {"y0": cast(y0, unify(b))}
     sol = lineax.linear_solve(operator, unify(b), linear_solver, options=options, throw=False)
     y = cast(sol.value, b)
-    residual = relative_residual(matvec(y), b)
-    num_steps = jnp.asarray(sol.stats.get("num_steps", 1), jnp.int32)
-    result = RESULTS.promote(sol.result)
-    return y, {"num_steps": num_steps, "residual": residual, "result": result}
+    coupled = coupling(matvec, b, rank)
+    # What was asked of Lineax, and no less than products can reach.
+    asked = getattr(linear_solver, "rtol", None) if tol is None else tol
+    measure = residual_of(b, asked, coupled, finest=False)
+    said = RESULTS.promote(sol.result)
+    said = RESULTS.where(said == RESULTS.successful, RESULTS.singular, said)
+
+    def outcome(measure, y, left, b, coupled):
+        y, left, b = (jax.tree.map(widen, x) for x in (y, left, b))
+        error = measure.error(y, add(y, lincomb(1, b, -1, left)))
+        good = measure.accepts(error, growth(y, b, coupled), jnp.ones_like(error))
+        return measure.report(error) | {"result": RESULTS.where(good, RESULTS.successful, said)}
+
+    stats = per_problem(outcome, rank)(measure, y, matvec(y), b, coupled)
+    steps = jnp.asarray(sol.stats.get("num_steps", 1), jnp.int32)
+    return y, {"num_steps": jnp.broadcast_to(steps, stats["residual"].shape)} | stats
 
 
 def judged(y: PyTree, stats: dict[str, Any], on_failure: str) -> PyTree:
@@ -208,6 +157,11 @@ def judged(y: PyTree, stats: dict[str, Any], on_failure: str) -> PyTree:
     if on_failure == "nan":
         return select(failed, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), y), y)
     if on_failure == "raise":
-        message = "The linear solve of the implicit function theorem failed."
+        message = (
+            "The linear solve of the implicit function theorem failed: I - J is singular or nearly "
+            "so, or the steps did not suffice. Where f conserves a quantity (J has columns that "
+            "sum to 1: probabilities, mass), normalise z inside f; elsewhere raise max_steps, or "
+            "see what deqjax.implicit_vjp reports."
+        )
         return eqx.error_if(y, jnp.any(failed), message)
     return y

@@ -16,7 +16,7 @@ UNIT = 2.0**-24
 def bound(fn, z, args=None, fan_in=None):
     """At the precision that is asked for around f; any other would round the inputs too."""
     with jax.default_matmul_precision("highest"):
-        return float(rounding(convert(fn, z, args, has_aux=False), z, args, fan_in))
+        return float(rounding(convert(fn, z, args)[0], z, args, fan_in))
 
 
 def units(fn, z, args=None, fan_in=None, unit=UNIT):
@@ -168,7 +168,7 @@ def test_precision_and_bodies():
     # Of another precision than the highest, whatever the platform here is, inputs are rounded.
     low = lambda z, w: jnp.matmul(w, z, precision="default")
     np.testing.assert_allclose(units(low, z, w), 5 + 2**17, rtol=1e-6)
-    assert float(rounding(convert(lambda z, w: w @ z, z, w, False), z, w, None)) > 2.0**-7
+    assert float(rounding(convert(lambda z, w: w @ z, z, w)[0], z, w, None)) > 2.0**-7
     # An early result of a loop may be less exact than the last, and a later carry.
     early = lambda z, w: jax.lax.scan(lambda c, a: (a, c), w @ z, w)[1][0]
     assert units(early, z, w) == 5

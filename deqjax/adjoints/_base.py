@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 
 from .._iterate import lax_while
 from .._linear import LinearMap
-from .._tree import dot, mesh_axes, scale, vary
+from .._tree import as_real, dot, from_real, mesh_axes, scale, vary
 
 AbstractAdjoint = optimistix.AbstractAdjoint
 LinearSolve = Callable[[LinearMap, PyTree], PyTree]
@@ -34,6 +34,11 @@ class Problem(NamedTuple):
     max_steps: int | None
     rank: int
     rest: tuple  # the other inputs, in their places
+
+    @property
+    def ceiling(self) -> int:
+        """Steps of the backward solve, which a warm start of the forward one does not shorten."""
+        return max(self.max_steps or 0, 256)
 
 
 def unpack(inputs: tuple) -> Problem:
@@ -115,11 +120,14 @@ class Linearisation(NamedTuple):
 def solved(
     matvec: LinearMap, b: PyTree, solve: LinearSolve, transpose_solve: LinearSolve
 ) -> PyTree:
-    """The solution of `matvec(y) = b`, by `solve(matvec, b)`."""
+    """The solution of `matvec(y) = b`, by `solve(matvec, b)`, which sees real leaves alone."""
+    over_reals = lambda y: as_real(matvec(from_real(y, b)))
     # custom_linear_solve expects of the leaves of b that all have a tangent or none. In a
     # second derivative some have: a barrier gives the others zeros, forwards and transposed.
     whole = jax.lax.optimization_barrier
-    return whole(jax.lax.custom_linear_solve(matvec, whole(b), solve, transpose_solve))
+    right = whole(as_real(b))
+    y = jax.lax.custom_linear_solve(over_reals, right, solve, transpose_solve)
+    return from_real(whole(y), b)
 
 
 class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
@@ -137,7 +145,7 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
         known: PyTree,
         *,
         transpose: bool,
-        max_steps: int | None,
+        max_steps: int,
         rank: int,
     ) -> tuple[PyTree, dict[str, Any]]:
         """`y` with `matvec(y) = b`, where `matvec` is `I - J` or its transpose; and its stats."""
@@ -147,7 +155,7 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
         del extras
         matvec, b = at.equation()
         known = stop_gradient(self.known(matvec, at.z, problem.rank))
-        options = {"max_steps": problem.max_steps, "rank": problem.rank}
+        options = {"max_steps": problem.ceiling, "rank": problem.rank}
 
         def by(transpose: bool) -> LinearSolve:
             return lambda matvec, b: self.solve(matvec, b, known, transpose=transpose, **options)[0]
@@ -198,12 +206,8 @@ def check_damped(adjoint: Any) -> None:
 
 def check_linear(adjoint: Any) -> None:
     """Raises `ValueError` unless the fields of an adjoint that solves a linear system are right."""
-    name, how, tol, steps = (
-        type(adjoint).__name__,
-        adjoint.on_failure,
-        adjoint.tol,
-        adjoint.max_steps,
-    )
+    name, how = type(adjoint).__name__, adjoint.on_failure
+    tol, steps = adjoint.tol, adjoint.max_steps
     if how not in ("nan", "keep", "raise"):
         raise ValueError(
             f'{name} expects on_failure="nan", "keep" or "raise", got {how!r}; choose one of the '
@@ -227,20 +231,3 @@ def check_cotangent(name: str, z: PyTree, cotangent: PyTree) -> None:
             f"{name} expects a cotangent of the structure, shapes and dtypes of z, "
             f"{eqx.tree_pformat(z)}, got {eqx.tree_pformat(cotangent)}."
         )
-
-
-def arrays_of(fn: Callable, z: PyTree, args: PyTree) -> tuple[PyTree, Callable]:
-    """The inexact arrays of the pytree `fn`, and `call(own, z, args)`, a pytree of the hidden ones.
-
-    One of the two has none: it could not be said which of the cotangents is whose.
-    """
-    own, static = eqx.partition(fn, eqx.is_inexact_array)
-    whole = lambda own, z, args: eqx.combine(own, static)(z, args)
-    call = eqx.filter_closure_convert(whole, own, z, args)
-    if jax.tree.leaves(own) and jax.tree.leaves(eqx.filter(call, eqx.is_inexact_array)):
-        raise ValueError(
-            "implicit_vjp and reversible_vjp expect an fn that either holds its arrays (an Equinox "
-            "module) or closes over them, got one that does both; pass the arrays it closes over "
-            "through args."
-        )
-    return own, call

@@ -27,7 +27,8 @@ class BroydenAdjoint(AbstractFixedPointAdjoint):
 
     **Arguments:**
 
-    - `tol`: a float above 0, the relative residual `||g + J^T y - y||_2 / ||g + J^T y||_2`.
+    - `tol`: a float above 0, the relative residual `||g + J^T y - y||_2 / ||g + J^T y||_2`, of
+        every leaf by itself.
     - `max_steps`, `on_failure`: as in `deqjax.ImplicitAdjoint`.
 
     **Cost:** one evaluation of `f` with its linearisation, two VJPs, one of which is the check; the
@@ -59,7 +60,7 @@ class BroydenAdjoint(AbstractFixedPointAdjoint):
                 f"deqjax.ImplicitAdjoint() with this solver."
             )
         secants: Secants = stop_gradient(extras[2].memory)
-        steps = problem.max_steps if self.max_steps is None else self.max_steps
+        steps = problem.ceiling if self.max_steps is None else self.max_steps
 
         def solve(transpose: bool):
             first = per_problem(lambda m, b: inverse(m, b, transpose=transpose), problem.rank)

@@ -3,17 +3,19 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._bracket import Bracket, Slack, flat, relative_error, unflat
 from .._candidates import Candidates
-from .._check import convert_varying, point
+from .._check import convert, point
 from .._enclosure import enclose
+from .._number import check_real
+from .._program import run
 from .._rounding import rounding
 from .._step import evaluate
+from .._tree import Axes
 from ..adjoints._base import stop_gradient
 
 # In eps, ten times u |s'(u) - sigma'(u)| of XLA's derivatives s' on a CPU where sigma saturates:
@@ -110,24 +112,24 @@ def certify(
     Plemmons, Nonnegative matrices in the mathematical sciences, 1994, theorem 2.1.11, for the
     spectral radius.
     """
-    return _certify(fn, point(z, batched), args, fan_in, rank=int(batched))
-
-
-@eqx.filter_jit
-def _certify(fn, z, args, fan_in, *, rank: int) -> Enclosure:
+    check_real("certify", z, "bounds need an order. Certify the real and imaginary parts as z.")
     with jax.default_matmul_precision("highest"):
-        converted, z, args, axes = convert_varying(*stop_gradient((fn, z, args)))
-        slack = rounding(converted, z, args, fan_in, "certify", rank=rank)
+        fn, z, args, axes = convert(*stop_gradient((fn, point(z, batched), args)))
+        return run(_certify, stop_gradient(fn), z, args, fan_in, int(batched), axes)
 
-        def f(x):
-            return flat(evaluate(converted, unflat(x, z), args)[0], rank)
 
-        at = flat(z, rank)
-        bracket, holds, found = enclose(f, at, z, slack, axes)
-        error = jnp.where(holds, relative_error(at, bracket), jnp.inf)
-        radius = _radius(f, found, bracket, slack)
-        lower, upper = (_wide(x, z) for x in bracket)
-        return Enclosure(lower, upper, error, radius, found.steps, holds)
+def _certify(fn, z, args, fan_in, rank: int, axes: Axes) -> Enclosure:
+    slack = rounding(fn, z, args, fan_in, "certify", rank=rank)
+
+    def f(x):
+        return flat(evaluate(fn, unflat(x, z), args)[0], rank)
+
+    at = flat(z, rank)
+    bracket, holds, found = enclose(f, at, z, slack, axes)
+    error = jnp.where(holds, relative_error(at, bracket), jnp.inf)
+    radius = _radius(f, found, bracket, slack)
+    lower, upper = (_wide(x, z) for x in bracket)
+    return Enclosure(lower, upper, error, radius, found.steps, holds)
 
 
 def _radius(f: Callable, found: Candidates, bracket: Bracket, slack: Slack):

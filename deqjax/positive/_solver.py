@@ -14,7 +14,7 @@ from .. import _secant
 from .._bracket import Bracket, at_most, consistent, flat, narrow, unflat
 from .._certified import AbstractCertifiedSolver
 from .._secant import Secants
-from .._tree import select
+from .._tree import quotient, select
 
 # Above this ratio of residuals Picard iteration gives way to Anderson's method: at 0.7 a digit
 # takes six more evaluations, about what the acceleration needs to come into its stride.
@@ -138,9 +138,9 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         count = jnp.asarray(0, jnp.int32)
         trigger = jnp.asarray(_FIRST, zero.dtype)
         unknown = jnp.asarray(jnp.inf, zero.dtype)
-        one = jnp.ones_like(unknown)
+        one, ones = jnp.ones_like(unknown), jnp.ones_like(zero)
         return _Memory(
-            secants, bracket, count, zero, zero, zero, zero, trigger, unknown, one, count
+            secants, bracket, count, zero, ones, ones, zero, trigger, unknown, one, count
         )
 
     def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
@@ -197,7 +197,9 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         """Half of the bracket to be tried: its centre is off by no more than that."""
         weight = jnp.where(m.failed == 0, m.centre, m.weight)
         most = self.allowed(m.centre)
-        return m.part * weight * jnp.min(jnp.where(weight > 0, most / weight, jnp.inf))
+        ratio = jnp.where(weight > 0, most / jnp.where(weight > 0, weight, 1), jnp.inf)
+        least = jnp.min(ratio)
+        return m.part * weight * jnp.where(jnp.isfinite(least), least, 0)
 
     def _learn(self, m: _Memory, f_lower, width, slack) -> _Memory:
         """What an attempt teaches that has failed, from f at the two ends.
@@ -211,13 +213,14 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         over = lambda x: jnp.max(jnp.where(room > 0, x / jnp.where(room > 0, room, 1), jnp.inf))
         # Where f bends too much within the width, no small residual helps; rounding asks for width.
         bent = ~jnp.all(room > 0)
-        finest = jnp.clip(_ROUNDINGS * slack / jnp.asarray(self.rtol, width.dtype), 0, 1)
+        finest = quotient(_ROUNDINGS * slack, jnp.asarray(self.rtol, width.dtype))
+        finest = jnp.clip(finest, 0, 1)
         narrower = jnp.maximum(m.part / 4, jnp.minimum(finest, m.part))
         # Rounding alone is more than there is room for, by a weight that has been mended.
         hopeless = (over(margin) > 1) & ~bent & (m.failed > 0)
         return m._replace(
             weight=jnp.maximum(product, _FLOOR * m.part * self.allowed(m.centre)),
-            trigger=m.last * jnp.clip(1 / over(left + margin), _MOST, _LEAST),
+            trigger=m.last / jnp.clip(over(left + margin), 1 / _LEAST, 1 / _MOST),
             part=jnp.where(bent, narrower, m.part),
             failed=m.failed + jnp.where(hopeless, 3, 1),
         )

@@ -87,7 +87,7 @@ def counted(f, z, args=None, rank=0, fan_in=None):
     @jax.jit
     @jax.default_matmul_precision("highest")
     def run(z, args):
-        return rounding(convert(f, z, args, False), z, args, fan_in, "certify", rank=rank)
+        return rounding(convert(f, z, args)[0], z, args, fan_in, "certify", rank=rank)
 
     return run(z, args)
 

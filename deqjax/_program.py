@@ -1,0 +1,89 @@
+"""Compiled programs of eager calls, found by what was traced.
+
+`jax.jit` with the user's function as a static argument compares functions by `==`: a bound method
+or a function that reads a global is then run as it was at its first call, its arrays are kept for
+ever, and so is its program. Here a function is traced at each call, and `deqjax._traced.Traced`
+compares what it does.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ._compare import Fleeting, static_key
+from ._traced import Traced
+from ._tree import is_traced
+
+# A program holds some dozens of memory maps, of which Linux gives a process 65,530.
+_MOST = 64
+_programs: OrderedDict[Hashable, Callable] = OrderedDict()
+_lock = threading.Lock()
+
+
+class _Rest:
+    """What a program returns beside arrays: one thing to JAX, which does not look into it."""
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+
+
+class _Out(eqx.Module):
+    arrays: Any
+    rest: _Rest = eqx.field(static=True)
+
+
+def run(engine: Callable, *inputs: Any) -> Any:
+    """`engine(*inputs)`, jitted: arrays are arguments of the program, all else is in its key.
+
+    Functions have to come as `Traced`. Inside another program there is nothing to be looked up.
+    """
+    leaves, treedef = jax.tree.flatten(inputs)
+    dynamic = [x for x in leaves if eqx.is_array(x)]
+    static = [None if eqx.is_array(x) else x for x in leaves]
+    # A list of arrays and nothing else: JAX's caches keep the structure of what they have seen.
+    out = _program(engine, inputs, static, treedef)(dynamic)
+    return eqx.combine(out.arrays, out.rest.tree)
+
+
+def _program(engine: Callable, inputs: tuple, static: list, treedef: Any) -> Callable:
+    key = None if staged() else _key(engine, inputs, static, treedef)
+    if key is None:
+        return _compiled(engine, static, treedef)
+    with _lock:
+        program = _programs.pop(key, None) or _compiled(engine, static, treedef)
+        _programs[key] = program  # the last one used is the last to go
+        if len(_programs) > _MOST:
+            _programs.popitem(last=False)
+    return program
+
+
+def _compiled(engine: Callable, static: list, treedef: Any) -> Callable:
+    def call(dynamic):
+        left = iter(dynamic)
+        leaves = [next(left) if x is None else x for x in static]
+        out = engine(*jax.tree.unflatten(treedef, leaves))
+        arrays, rest = eqx.partition(out, eqx.is_array)
+        return _Out(arrays, _Rest(rest))
+
+    return jax.jit(call)
+
+
+def _key(engine: Callable, inputs: tuple, static: list, treedef: Any) -> Hashable | None:
+    is_function = lambda x: isinstance(x, Traced)
+    functions = filter(is_function, jax.tree.leaves(inputs, is_leaf=is_function))
+    if any(fn.body.key is None for fn in functions):
+        return None
+    try:
+        return engine, treedef, tuple(map(static_key, static))
+    except Fleeting:
+        return None
+
+
+def staged() -> bool:
+    """Whether what is computed now becomes part of another program."""
+    return is_traced(jax.lax.iota(jnp.int32, 1))
