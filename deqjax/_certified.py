@@ -22,6 +22,7 @@ from ._bracket import (
     unflat,
 )
 from ._enclosure import enclose
+from ._equations import calls, trace
 from ._number import check_real
 from ._rounding import of_one_sum, rounding
 from ._step import evaluate
@@ -155,7 +156,9 @@ class AbstractCertifiedSolver(AbstractSolver):
             proved, holds, _ = enclose(f, at, z, slack, axes)
             return select(failed & holds, intersection(bracket, proved), bracket)
 
-        bracket = jax.lax.cond(jnp.any(failed), better, lambda bracket: bracket, bracket)
+        # Of a jax.custom_vjp function JAX forms no product with J; there is no certificate either.
+        if not calls(trace(fn, z, args).jaxpr, "custom_vjp_call"):
+            bracket = jax.lax.cond(jnp.any(failed), better, lambda bracket: bracket, bracket)
         return {**stats, **per_problem(_bounds, rank)(z, bracket)}
 
 

@@ -38,6 +38,16 @@ def body(eqn: Any) -> ClosedJaxpr | None:
     return found if len(found.jaxpr.invars) == len(eqn.invars) else None
 
 
+def calls(jaxpr: Jaxpr, name: str) -> bool:
+    """Whether an operation whose name begins so is anywhere in it."""
+    if any(eqn.primitive.name.startswith(name) for eqn in jaxpr.eqns):
+        return True
+    is_body = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
+    params = [jax.tree.leaves([*eqn.params.values()], is_leaf=is_body) for eqn in jaxpr.eqns]
+    bodies = [x for found in params for x in found if is_body(x)]
+    return any(calls(x.jaxpr if isinstance(x, ClosedJaxpr) else x, name) for x in bodies)
+
+
 def scan_parts(eqn: Any) -> Scan:
     """By the axis that the rows have lost in the body."""
     inside = eqn.params["jaxpr"]

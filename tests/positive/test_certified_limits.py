@@ -88,3 +88,17 @@ def test_steps_that_run_out(method):
     mixed = solve(p, method(upper=1.0), steps=steps)
     assert np.all(mixed.stats["num_steps"] <= steps)
     np.testing.assert_array_equal(mixed.result == SUCCESS, [False, True, True, False])
+
+
+def test_a_function_without_forward_mode_is_still_solved():
+    """It has no certificate of another kind than the solver's own."""
+    sigma = jax.custom_vjp(jnp.tanh)
+    sigma.defvjp(lambda u: (jnp.tanh(u), u), lambda u, g: (g / jnp.square(jnp.cosh(u)),))
+    fn = lambda z, x: sigma(z / 2 + x)
+    solve = lambda x: deqjax.fixed_point(fn, Bracketing(), jnp.zeros(2), x)
+    sol, plain = solve(jnp.ones(2)), jnp.float32(0.89521927)
+    assert sol.result == SUCCESS and sol.stats["relative_error"] <= 1e-4
+    np.testing.assert_allclose(sol.value, plain, rtol=1e-4)
+    slope = (1 - plain**2) / (1 - (1 - plain**2) / 2)
+    got = jax.grad(lambda x: jnp.sum(solve(x).value))(jnp.ones(2))
+    np.testing.assert_allclose(got, slope, rtol=1e-3)
