@@ -21,7 +21,7 @@ class Own(NamedTuple):
     args: list[Array]
 
 
-def arrays_of(fn: Callable, z: PyTree, args: PyTree) -> tuple[Own, Callable]:
+def arrays_of(name: str, fn: Callable, z: PyTree, args: PyTree) -> tuple[Own, Callable]:
     """The arrays that `fn` has, and what puts their cotangents in the form of `fn` and `args`."""
     own, static = eqx.partition(fn, eqx.is_inexact_array)
     whole = lambda own, z, args: eqx.combine(own, static)(z, args)
@@ -30,9 +30,8 @@ def arrays_of(fn: Callable, z: PyTree, args: PyTree) -> tuple[Own, Callable]:
     arrays, args_tree = jax.tree.flatten(eqx.filter(args, eqx.is_array))
     if own and any(map(eqx.is_inexact_array, call.consts)):
         raise ValueError(
-            "implicit_vjp and reversible_vjp expect an fn that either holds its arrays (an Equinox "
-            "module) or closes over them, got one that does both; pass the arrays it closes over "
-            "through args."
+            f"{name} expects an fn that either holds its arrays (an Equinox module) or closes over "
+            f"them, got one that does both; pass the arrays it closes over, or makes, through args."
         )
 
     def form(d: Own) -> tuple[PyTree, PyTree]:

@@ -4,9 +4,11 @@ Every equation, parameter, literal and abstract value is in it. What cannot be c
 keep more alive than the user does, raises `Fleeting`.
 """
 
+import dataclasses
+import dis
 import functools as ft
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -24,16 +26,9 @@ _LARGEST = 1024
 # A derivative rule may call its own function; its rule is looked into so many times.
 _DEEPEST = 2
 # Whose functions, objects and modules read nothing that changes.
-_LIBRARIES = (
-    "builtins",
-    "math",
-    "numpy",
-    "jax",
-    "jaxlib",
-    "equinox",
-    "lineax",
-    "optimistix",
-    "deqjax",
+_LIBRARIES = frozenset(
+    "builtins collections deqjax equinox jax jaxlib lineax math ml_dtypes numpy optimistix "
+    "paramax".split()
 )
 
 
@@ -158,7 +153,8 @@ def static_key(x: Any, part: Callable | None = None) -> Hashable:
         return _value(x)
     if isinstance(x, types.FunctionType):
         return _function(x, 0)
-    if not isinstance(x, Hashable) or _changes(x):
+    of_library = x if isinstance(x, type | types.ModuleType) else type(x)
+    if not isinstance(x, Hashable) or _changes(x) or not _of_library(of_library):
         raise Fleeting
     slots = [s for c in type(x).__mro__ for s in getattr(c, "__slots__", ())]
     parts = (*getattr(x, "__dict__", {}).values(), *(getattr(x, s, None) for s in slots))
@@ -166,6 +162,24 @@ def static_key(x: Any, part: Callable | None = None) -> Hashable:
     if not isinstance(x, type) and any(map(_changes, parts)):
         raise Fleeting
     return type(x), x
+
+
+def static_fields(x: Any) -> Iterator[Any]:
+    """The static fields of all modules in a tree, which JAX compares by `==`."""
+    if isinstance(x, eqx.Module):
+        if callable(x) and not _of_library(type(x)):
+            raise Fleeting
+        for field in dataclasses.fields(x):
+            value = getattr(x, field.name, None)
+            static = field.metadata.get("static", False)
+            yield from [value] if static else static_fields(value)
+    elif isinstance(x, list | tuple):
+        for y in x:
+            yield from static_fields(y)
+    elif isinstance(x, dict):
+        yield from static_fields([*x.values()])
+    elif isinstance(x, ft.partial):
+        raise Fleeting
 
 
 def _changes(x: Any) -> bool:
@@ -179,7 +193,10 @@ def _changes(x: Any) -> bool:
 
 def _of_library(x: Any) -> bool:
     """Of a module, or of a function or class in one."""
-    name = x.__name__ if isinstance(x, types.ModuleType) else x.__module__ or ""
+    if isinstance(x, types.FunctionType):  # whose __module__ may be copied from another
+        name = x.__globals__["__name__"]
+    else:
+        name = x.__name__ if isinstance(x, types.ModuleType) else x.__module__
     return name.partition(".")[0] in _LIBRARIES
 
 
@@ -192,6 +209,8 @@ def _function(fn: types.FunctionType, depth: int) -> Hashable:
     reads, codes = [], [fn.__code__]
     for code in codes:
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        if any(i.opname == "IMPORT_NAME" for i in dis.get_instructions(code)):
+            raise Fleeting
         for name in code.co_names:
             x = fn.__globals__.get(name)
             if isinstance(x, types.FunctionType):

@@ -82,16 +82,21 @@ def fixed_point(
         left its range), each with one entry per problem; and `"max_steps"`.
 
     **Cost:** `num_steps + 1` evaluations of `f`. With a tolerance the last one is made again,
-    outside the loop, if a residual, a result or an aux is used.
+    outside the loop, if a residual, a result or an aux is used. Outside a `jax.jit` also one trace
+    of `fn` a call, some milliseconds more for each function in it that has a derivative rule.
+
+    `fn` is read at each such call: what it closes over, a global, or the state of a bound method is
+    what it is now. A program is compiled for what `fn` does, not for the object: a new lambda of
+    the same body compiles nothing, and arrays that it closes over are arguments of the program.
+    Another Python number in it or in `args` is another program, of which the last 64 are kept; and
+    none is kept, so that each call compiles, where what is called cannot be compared: a norm or a
+    linear solver's norm of your own that is more than its arguments and library functions, a
+    callback, a derivative rule that closes over arrays or asks which tangents are zero.
 
     Inside `jax.shard_map`, `fn` may not communicate between devices, which stop at different steps.
-    `fn` is traced at each call outside a `jax.jit`: what it closes over, a global or the state of
-    a bound method is what it is now. A program is compiled for what `fn` does, not for the object:
-    a new lambda of the same body compiles nothing, arrays that it closes over are arguments, and
-    another Python number in it or in `args` is another program.
 
     **Raises:** `ValueError` when traced, if `fn` changes the structure, a shape or a dtype of z, if
-    z0 is not of floating point, for `max_steps < 1`, a solver field out of its range, a solver and
+    z0 holds booleans or no numbers, for `max_steps < 1`, a solver field out of its range, a solver and
     an adjoint that do not go together, batch axes of unequal length, `steps` out of place, or an
     Optimistix solver inside `jax.shard_map`.
     """

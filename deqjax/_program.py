@@ -6,16 +6,15 @@ ever, and so is its program. Here a function is traced at each call, and `deqjax
 compares what it does.
 """
 
-import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import equinox as eqx
 import jax
 
-from ._compare import Fleeting, static_key
+from ._compare import Fleeting, static_fields, static_key
 from ._traced import Traced
 
 # A program holds some dozens of memory maps, of which Linux gives a process 65,530.
@@ -75,24 +74,12 @@ def _compiled(engine: Callable, static: list, treedef: Any) -> Callable:
 
 
 def _key(engine: Callable, inputs: tuple, static: list, treedef: Any) -> Hashable | None:
+    is_function = lambda x: isinstance(x, Traced)
+    functions = filter(is_function, jax.tree.leaves(inputs, is_leaf=is_function))
+    if any(fn.body.key is None for fn in functions):
+        return None
     try:
-        fields = tuple(map(static_key, _fields(inputs)))
+        fields = tuple(map(static_key, static_fields(inputs)))
         return engine, treedef, fields, tuple(map(static_key, static))
     except Fleeting:
         return None
-
-
-def _fields(x: Any) -> Iterator[Any]:
-    """The static fields of all modules in a tree, which `treedef` would compare by `==`."""
-    if isinstance(x, Traced):
-        if x.body.key is None:
-            raise Fleeting
-    elif isinstance(x, eqx.Module):
-        for field in dataclasses.fields(x):
-            value = getattr(x, field.name, None)
-            yield from [value] if field.metadata.get("static", False) else _fields(value)
-    elif isinstance(x, list | tuple):
-        for y in x:
-            yield from _fields(y)
-    elif isinstance(x, dict):
-        yield from _fields([*x.values()])

@@ -65,7 +65,7 @@ def reversible_vjp(
     check_cotangent("reversible_vjp", z0, cotangent)
     adjoint.check_solver(solver)
     prepared, budget, _ = prepare(solver, z0, batched, max_steps, steps)
-    own, form = arrays_of(fn, z0, args)
+    own, form = arrays_of("reversible_vjp", fn, z0, args)
     check_output(own.call.out_struct, z0)
     d, d_z0, stats = run(_reversible_vjp, own, prepared, z0, cotangent, budget, adjoint)
     return (*form(d), d_z0), stats

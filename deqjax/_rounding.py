@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, Float, PyTree
 
 from ._equations import SWITCHES, body, constants, is_softplus, refusal, scan_parts, terms, trace
@@ -59,7 +59,9 @@ def rounding(
     """A bound of `|f^(z) - f(z)| / f(z)` of each problem, entry by entry, for z >= 0.
 
     Of what depends on z, each sum counts its terms and each function its units in the last place.
-    Infinite where an array in f has not the sign that this needs. `fn` is as `convert` returns it;
+    Infinite where an array in f has not the sign that this needs, and where a number passes through
+    a dtype of fewer exponents than the widest leaf has: digits vanish there that no one misses.
+    `fn` is as `convert` returns it;
     `slack`, or a `fan_in` (the number of terms of one sum, followed by one addition and one
     function) takes the place of what is counted, but not of the signs of arrays.
 
@@ -67,9 +69,13 @@ def rounding(
     """
     jaxpr = trace(fn, z, args)
     counted = slack is None and fan_in is None
-    if slack is None:
+    if slack is not None:
+        slack = _relative(slack)
+    else:
         slack = count(jaxpr, name) if fan_in is None else of_one_sum(z, fan_in, name)
     leaves = unify([widen(x) for x in jax.tree.leaves(z)])
+    if not _as_small(jaxpr.jaxpr, leaves[0].dtype):
+        slack = math.inf
     good = signs(jaxpr, leaves[0].shape[:rank], name, strict=counted)
     return jnp.where(good, jnp.asarray(slack, leaves[0].dtype), jnp.inf)
 
@@ -89,6 +95,21 @@ def of_one_sum(z: PyTree, fan_in: int, name: str) -> float:
         )
     unit = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(z))
     return _relative((fan_in + 1 + 8) * unit)
+
+
+def _as_small(jaxpr: Jaxpr, dtype: Any) -> bool:
+    """Whether all floats in it can be as small as those of `dtype`, without losing digits."""
+    aval = lambda v: getattr(v.aval, "dtype", None)
+    dtypes = [aval(v) for v in (*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars))]
+    floats = [d for d in dtypes if d is not None and jnp.issubdtype(d, jnp.floating)]
+    tiny = float(jnp.finfo(dtype).tiny)
+    return all(float(jnp.finfo(d).tiny) <= tiny for d in floats) and all(
+        _as_small(p.jaxpr if isinstance(p, ClosedJaxpr) else p, dtype)
+        for eqn in jaxpr.eqns
+        for param in eqn.params.values()
+        for p in (param if isinstance(param, tuple | list) else (param,))
+        if isinstance(p, Jaxpr | ClosedJaxpr)
+    )
 
 
 def _relative(total: float) -> float:
@@ -139,7 +160,8 @@ class _Walk:
         unit = float(jnp.finfo(eqn.outvars[0].aval.dtype).eps) / 2
         length = terms(eqn)
         if kind in ("mul", "div"):
-            return total + unit
+            # XLA divides by multiplying with a rounded reciprocal, of a square root by rsqrt.
+            return total + (3 if kind == "div" else 1) * unit
         if kind in _MATRIX:
             fast = unit >= 2.0**-24 and not _highest(eqn)
             return total + (length or 1) * unit + _cast(eqn) + fast * _FAST_PRODUCTS

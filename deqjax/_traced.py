@@ -14,7 +14,7 @@ import jax.core
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, PyTree
 
-from ._compare import Fleeting, alone, jaxpr_key, static_key
+from ._compare import Fleeting, alone, jaxpr_key, static_fields, static_key
 
 
 class Body:
@@ -26,9 +26,10 @@ class Body:
     @ft.cached_property
     def key(self) -> Hashable:
         """What equality compares; None for what is equal to itself alone."""
-        leaves, treedef = jax.tree.flatten(self.out_static)
+        static, treedef = jax.tree.flatten(self.out_static)
         try:
-            return jaxpr_key(self.jaxpr, ()), self.out_tree, tuple(map(static_key, leaves)), treedef
+            static = tuple(map(static_key, (*static, *static_fields(self.out_static))))
+            return jaxpr_key(self.jaxpr, ()), self.out_tree, treedef, static
         except Fleeting:
             return None
 

@@ -31,7 +31,7 @@ class Range:
     def expected(self, number: float) -> str | None:
         """What is expected instead of this number; None if it is in the range."""
         if not number >= self.low:
-            return f"of at least {self.low:,.12g}"
+            return "above 0" if self.low == _SMALL else f"of at least {self.low:,.12g}"
         if not number <= self.high:
             return f"of at most {self.high:,.12g}"
         if number in self.but:

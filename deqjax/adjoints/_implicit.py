@@ -202,7 +202,7 @@ def implicit_vjp(
     check_cotangent("implicit_vjp", z, cotangent)
     if max_steps < 1:
         raise ValueError(f"implicit_vjp expects max_steps of at least 1, got {max_steps}.")
-    own, form = arrays_of(fn, z, args)
+    own, form = arrays_of("implicit_vjp", fn, z, args)
     inputs = (own, z, cotangent, adjoint, max_steps, int(batched), condition)
     d, stats = run(_implicit_vjp, *inputs)
     return form(d), stats

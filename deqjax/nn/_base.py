@@ -97,13 +97,7 @@ def certify_concave(
 ) -> Enclosure:
     """`deqjax.certify` of a positive concave cell on one example, or on a batch."""
     cell = paramax.unwrap(cell)
-    # A module, not `jax.vmap(cell)`: that is another function, compiled anew, at each call.
-    fn = eqx.Partial(_over_batch, cell) if batched else cell
-    return certify(fn, z, x, batched=batched, fan_in=fan_in)
-
-
-def _over_batch(cell: Callable, z: PyTree, x: PyTree) -> PyTree:
-    return jax.vmap(cell)(z, x)
+    return certify(jax.vmap(cell) if batched else cell, z, x, batched=batched, fan_in=fan_in)
 
 
 def nonnegative_weight(
