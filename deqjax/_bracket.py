@@ -16,7 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._tree import unify, widen
+from ._tree import quotient, unify, widen
+
+# A bound of the relative rounding of f, of each problem or of all; infinite where there is none.
+Slack = float | Float[Array, "*b"]
 
 
 class Bracket(NamedTuple):
@@ -41,8 +44,9 @@ def unflat(vector: Float[Array, "*b n"], like: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, back)
 
 
-def _margin(slack: float, dtype) -> float:
+def _margin(slack: Slack, dtype) -> Float[Array, "*b 1"]:
     # The products below round too.
+    slack = jnp.asarray(slack, dtype)[..., None]
     return 1.01 * slack + 2 * float(jnp.finfo(dtype).eps)
 
 
@@ -51,19 +55,19 @@ def _least(dtype) -> float:
     return float(jnp.finfo(dtype).tiny) * 2.0**40
 
 
-def at_most(fy: Float[Array, "*b n"], slack: float) -> Float[Array, "*b n"]:
+def at_most(fy: Float[Array, "*b n"], slack: Slack) -> Float[Array, "*b n"]:
     """What f(y) does not exceed, from its value in floating point."""
     return fy * (1 + _margin(slack, fy.dtype)) + jnp.finfo(fy.dtype).tiny
 
 
-def at_least(fy: Float[Array, "*b n"], slack: float) -> Float[Array, "*b n"]:
+def at_least(fy: Float[Array, "*b n"], slack: Slack) -> Float[Array, "*b n"]:
     """What f(y) does not fall below; a function of nonnegative numbers is nonnegative."""
     tiny = jnp.finfo(fy.dtype).tiny
-    return jnp.maximum(fy * (1 - min(_margin(slack, fy.dtype), 1)) - tiny, 0)
+    return jnp.maximum(fy * (1 - jnp.minimum(_margin(slack, fy.dtype), 1)) - tiny, 0)
 
 
 def narrow(
-    bracket: Bracket, y: Float[Array, "*b n"], fy: Float[Array, "*b n"], slack: float
+    bracket: Bracket, y: Float[Array, "*b n"], fy: Float[Array, "*b n"], slack: Slack
 ) -> tuple[Bracket, Bool[Array, "*b"], Bool[Array, "*b"]]:
     """The bracket with what `f(y)` proves, and whether y is an upper and a lower point."""
     high, low = at_most(fy, slack), at_least(fy, slack)
@@ -90,14 +94,19 @@ def relative_error(z: Float[Array, "*b n"], bracket: Bracket) -> Float[Array, "*
     """The largest `|z_i - t_i| / t_i` over t in the bracket: it is taken at one of its ends."""
 
     def at(end):
-        gap = jnp.abs(z - end)
-        return jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, end))
+        end = jnp.where(jnp.isfinite(end), end, 1)
+        return quotient(jnp.abs(z - end), end)
 
     worst = jnp.max(jnp.maximum(at(bracket.lower), at(bracket.upper)), -1)
     known = jnp.all(jnp.isfinite(bracket.upper), -1) & consistent(bracket)
     # A subtraction and a division.
     worst = worst * (1 + 4 * jnp.finfo(worst.dtype).eps)
     return jnp.where(known & ~jnp.isnan(worst), worst, jnp.inf)
+
+
+def intersection(one: Bracket, other: Bracket) -> Bracket:
+    """What both prove."""
+    return Bracket(jnp.maximum(one.lower, other.lower), jnp.minimum(one.upper, other.upper))
 
 
 def centre(bracket: Bracket) -> Float[Array, "*b n"]:

@@ -1,18 +1,33 @@
 """What the solvers share that end where they can prove how near the fixed point is."""
 
 import abc
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._bracket import Bracket, centre, consistent, flat, relative_error, unflat
+from ._bracket import (
+    Bracket,
+    Slack,
+    centre,
+    consistent,
+    flat,
+    intersection,
+    relative_error,
+    unflat,
+)
+from ._enclosure import enclose
+from ._equations import calls, trace
+from ._number import check_real
 from ._rounding import of_one_sum, rounding
+from ._step import evaluate
+from ._tree import mesh_axes, per_problem, select
+from .adjoints._base import stop_gradient
 from .solvers import AbstractSolver
 
 
@@ -22,6 +37,7 @@ class AbstractCertifiedSolver(AbstractSolver):
     upper: AbstractVar[float | None]
     fan_in: AbstractVar[int | None]
     slack: AbstractVar[float | None]  # the bound of rounding itself; read off f where it is None
+    counted: AbstractVar[Array | None]  # what `bound` makes of these and of f
 
     def __check_init__(self):
         self.check()
@@ -38,22 +54,26 @@ class AbstractCertifiedSolver(AbstractSolver):
     def proved(self, memory: Any) -> tuple[Bracket, Bool[Array, ""]]:
         """The bracket in the memory, and whether z is the centre of one narrow enough."""
 
-    def bound(self, fn: Callable, z0: PyTree, args: PyTree) -> "AbstractCertifiedSolver":
-        """See `AbstractSolver`."""
-        if self.slack is not None:
-            return self
-        name = type(self).__name__
-        slack = rounding(fn, z0, args, self.fan_in, name)
-        if slack >= 2.0**-7 and jax.default_backend() != "cpu":
-            raise ValueError(
-                f"{name} expects matrix products of full precision, got an fn whose products round "
-                f"their inputs, by {slack:.1e} in all. Solve under "
-                f'jax.default_matmul_precision("highest"), or pass slack= the bound you know.'
-            )
-        return dataclasses.replace(self, slack=slack)
+    @abc.abstractmethod
+    def limited(self, memory: Any) -> Bool[Array, ""]:
+        """Whether there is no going on, for rounding."""
 
-    def margin(self, z: PyTree) -> float:
-        """The slack; Optimistix's own front door shows a solver no f to read it off."""
+    def around(self, fn: Callable) -> Callable:
+        """See `AbstractSolver`: full products, which are what is counted, on every platform."""
+        return _Precise(fn)
+
+    def bound(self, fn: Callable, z0: PyTree, args: PyTree, rank: int) -> "AbstractCertifiedSolver":
+        """See `AbstractSolver`."""
+        self._check_real(z0)
+        given = (self.fan_in, type(self).__name__)
+        fn, z0, args = stop_gradient((fn, z0, args))
+        counted = rounding(fn, z0, args, *given, rank=rank, slack=self.slack)
+        return eqx.tree_at(lambda s: s.counted, self, counted, is_leaf=lambda x: x is None)
+
+    def margin(self, z: PyTree) -> Slack:
+        """What was counted; Optimistix's own front door has no f to count in before its loop."""
+        if self.counted is not None:
+            return self.counted
         if self.slack is not None:
             return self.slack
         if self.fan_in is None:
@@ -64,6 +84,12 @@ class AbstractCertifiedSolver(AbstractSolver):
             )
         return of_one_sum(z, self.fan_in, type(self).__name__)
 
+    def step(self, fn, y, args, options, state, tags):
+        """Optimistix: as in `AbstractSolver`, with the signs of the arrays in f looked at."""
+        self.margin(y)
+        whole = self.bound(fn, y, args, 0)
+        return super(AbstractCertifiedSolver, whole).step(fn, y, args, options, state, tags)
+
     def start(self, z0: PyTree) -> PyTree:
         """See `AbstractSolver`: `upper` where z0 is not between 0 and that."""
         if self.upper is None or math.isinf(self.upper):
@@ -73,9 +99,18 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def unbounded(self, z0: PyTree) -> Bracket:
         """0 and `upper`, or infinity."""
+        self._check_real(z0)
         x = flat(z0, 0)
         upper = jnp.inf if self.upper is None else self.upper
         return Bracket(jnp.zeros_like(x), jnp.full_like(x, upper))
+
+    def _check_real(self, z0: PyTree) -> None:
+        check_real(
+            type(self).__name__,
+            z0,
+            "its bounds need an order of the states. Use deqjax.Anderson(), which certifies "
+            "nothing, or real and imaginary parts as z.",
+        )
 
     def answer(self, bracket: Bracket, like: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
         """The centre of the bracket, as the state can hold it, and whether it meets the tolerances
@@ -88,6 +123,7 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def allowed(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
         """The error at z that the tolerances allow, entry by entry."""
+        z = jnp.where(jnp.isfinite(z), z, 0)
         return jnp.asarray(self.atol, z.dtype) + jnp.asarray(self.rtol, z.dtype) * z
 
     def error(self, z: PyTree, fz: PyTree) -> Float[Array, ""]:
@@ -96,16 +132,50 @@ class AbstractCertifiedSolver(AbstractSolver):
         return 1 + self.norm((fx - x) / jnp.where(fx == 0, 1, jnp.abs(fx)))
 
     def verdict(self, error, memory):
-        """See `AbstractSolver`; there is no going on from a contradiction."""
+        """See `AbstractSolver`; there is no going on from a contradiction, nor beyond rounding."""
         bracket, done = self.proved(memory)
-        return jnp.where(consistent(bracket), jnp.where(done, 0, error), jnp.nan)
+        over = ~consistent(bracket) | (self.limited(memory) & ~done)
+        return jnp.where(over, jnp.nan, jnp.where(done, 0, error))
 
     def report(self, z: PyTree, memory: Any) -> dict[str, Any]:
         """See `AbstractSolver`."""
-        bracket, _ = jax.lax.stop_gradient(self.proved(memory))
+        bracket, done = jax.lax.stop_gradient(self.proved(memory))
         z = jax.lax.stop_gradient(z)
-        return {
-            "relative_error": relative_error(flat(z, 0), bracket),
-            "lower": unflat(bracket.lower, z),
-            "upper": unflat(bracket.upper, z),
-        }
+        limited = self.limited(memory) & ~done & consistent(bracket)
+        return {**_bounds(z, bracket), "rounding_limited": limited}
+
+    def finish(self, fn, z, args, stats, failed, rank):
+        """See `AbstractSolver`: no worse than `deqjax.certify` of what is returned."""
+        fn, z, args = stop_gradient((fn, z, args))
+        axes = mesh_axes(fn, z, args, stats, self)
+        slack, at = self.margin(z), flat(z, rank)
+        bracket = Bracket(flat(stats["lower"], rank), flat(stats["upper"], rank))
+        f = lambda x: flat(evaluate(fn, unflat(x, z), args)[0], rank)
+
+        def better(bracket):
+            proved, holds, _ = enclose(f, at, z, slack, axes)
+            return select(failed & holds, intersection(bracket, proved), bracket)
+
+        # Of a jax.custom_vjp function JAX forms no product with J; there is no certificate either.
+        if not calls(trace(fn, z, args).jaxpr, "custom_vjp_call"):
+            bracket = jax.lax.cond(jnp.any(failed), better, lambda bracket: bracket, bracket)
+        return {**stats, **per_problem(_bounds, rank)(z, bracket)}
+
+
+class _Precise(eqx.Module):
+    """f with every matrix product at the highest precision."""
+
+    fn: Callable
+
+    def __call__(self, z: PyTree, args: PyTree) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return self.fn(z, args)
+
+
+def _bounds(z: PyTree, bracket: Bracket) -> dict[str, Any]:
+    wide = jax.tree.map(lambda x: x.astype(bracket.lower.dtype), z)
+    return {
+        "relative_error": relative_error(flat(z, 0), bracket),
+        "lower": unflat(bracket.lower, wide),
+        "upper": unflat(bracket.upper, wide),
+    }

@@ -11,6 +11,8 @@ import numpy as np
 import optimistix
 from jaxtyping import Array, Int, PyTree
 
+from ._number import float_state
+from ._traced import Traced, trace
 from ._tree import Axes, is_traced, mesh_axes, vary
 from .adjoints import AbstractAdjoint
 
@@ -22,8 +24,13 @@ OptimistixSolver = (
 )
 
 
-def convert(fn: Callable, z0: PyTree, args: PyTree, has_aux: bool) -> Callable:
-    """`fn` as `(z, args) -> (z', aux)`, a pytree of all arrays it holds or closes over, checked."""
+def convert(
+    fn: Callable, z0: PyTree, args: PyTree, *others: PyTree, has_aux: bool = False
+) -> tuple[Traced, PyTree, list[Array], Axes]:
+    """`fn` as it reads now, as `(z, args) -> (z', aux)`, checked; z0; the arrays of args.
+
+    All of them vary over the mesh axes of any of them, or of the `others`.
+    """
 
     def call(z, args):
         out = fn(z, args)
@@ -35,8 +42,17 @@ def convert(fn: Callable, z0: PyTree, args: PyTree, has_aux: bool) -> Callable:
         fz, aux = out if has_aux else (out, None)
         return jax.tree.map(jnp.asarray, fz), aux
 
-    converted = eqx.filter_closure_convert(call, z0, args)
-    got, _ = converted.out_struct  # pyright: ignore[reportFunctionMemberAccess]
+    traced = trace(call, z0, args)
+    axes = mesh_axes(traced, z0, args, *others)
+    if axes:  # Then only what f closes over may still be constant over a mesh axis.
+        fn, z0, args = vary((fn, z0, args), axes)
+        traced = trace(call, z0, args)
+    check_output(traced.out_struct[0], z0)
+    return traced, z0, jax.tree.leaves(eqx.filter(args, eqx.is_array)), axes
+
+
+def check_output(got: PyTree, z0: PyTree) -> None:
+    """Shapes and dtypes that fn returns are those of `z0`."""
     show = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
     like = jax.eval_shape(lambda: z0)
     same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
@@ -48,35 +64,6 @@ def convert(fn: Callable, z0: PyTree, args: PyTree, has_aux: bool) -> Callable:
             f"{show(got)}; cast or reshape its output, start from another z0, or pass has_aux=True "
             f"if that is a pair (z', aux)."
         )
-    return converted
-
-
-def convert_varying(
-    fn: Callable, z: PyTree, args: PyTree, *others: PyTree
-) -> tuple[Callable, PyTree, PyTree, Axes]:
-    """`fn` converted, with z and args, all varying over the mesh axes of any of them."""
-    converted = convert(fn, z, args, has_aux=False)
-    axes = mesh_axes(converted, z, args, *others)
-    if axes:
-        fn, z, args = vary((fn, z, args), axes)
-        converted = convert(fn, z, args, has_aux=False)
-    return converted, z, args, axes
-
-
-def float_state(z0: PyTree) -> PyTree:
-    """`z0` as strongly typed arrays of floating point."""
-    leaves = jax.tree.leaves(z0)
-    if not leaves:
-        raise ValueError(f"z0 is expected to hold at least one float array, got {z0!r}.")
-    for x in leaves:
-        dtype = jnp.result_type(x) if eqx.is_array_like(x) else type(x).__name__
-        if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"z0 is expected to be a pytree of real floating-point arrays, got a leaf of type "
-                f"{dtype}; cast it, for instance with jnp.asarray(z0, float). (nn.DEQ starts from "
-                f"zeros like x if it is given no z0.)"
-            )
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), z0)
 
 
 def check_batch(z0: PyTree) -> None:
@@ -94,6 +81,18 @@ def point(z: PyTree, batched: bool) -> PyTree:
     z = float_state(z)
     if batched:
         check_batch(z)
+    return z
+
+
+def point_like(z: PyTree, x: Array, batched: bool) -> Array:
+    """`z` as one array of the shape and dtype of x, the injected input of its cell."""
+    z = point(z, batched)
+    if not isinstance(z, jax.Array) or (z.shape, z.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"z is expected to be one array like the injected x, {x.dtype} of shape {x.shape}, got "
+            f"{eqx.tree_pformat(jax.eval_shape(lambda: z), struct_as_array=True)}; pass sol.value "
+            f"of a solve for this x, with batched=True if it is a batch."
+        )
     return z
 
 

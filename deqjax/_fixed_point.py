@@ -20,9 +20,10 @@ from ._check import (
     convert,
 )
 from ._iterate import Budget, iterate, problems
+from ._program import run
 from ._solution import RESULTS, Solution, raise_unsuccessful, relative_residual, result_code
 from ._step import evaluate, measured, residual
-from ._tree import is_traced, mesh_axes, per_problem, vary
+from ._tree import is_traced, per_problem, vary
 from .adjoints import AbstractAdjoint, AbstractFixedPointAdjoint, ImplicitAdjoint
 from .solvers import AbstractSolver
 
@@ -48,7 +49,8 @@ def fixed_point(
         and dtypes of `z`.
     - `solver`: a deqjax solver, or any Optimistix one (`optimistix.Newton(rtol=..., atol=...)`).
         With `rtol=0, atol=0` a deqjax solver takes exactly `max_steps` (or `steps`) steps.
-    - `z0`: the initial iterate, any pytree of float arrays.
+    - `z0`: the initial iterate, any pytree of float arrays, real or complex; integers are promoted.
+        Derivatives of complex numbers follow JAX's convention, whether f is holomorphic or not.
     - `args`: passed on to `fn`; any pytree.
     - `has_aux`: whether `fn` returns `(z', aux)`.
     - `batched`: axis 0 of every leaf of z is a batch of independent problems. `fn` sees the whole
@@ -83,9 +85,10 @@ def fixed_point(
     outside the loop, if a residual, a result or an aux is used.
 
     Inside `jax.shard_map`, `fn` may not communicate between devices, which stop at different steps.
-    Like `jax.jit`, it traces `fn` once for each function object and shapes of its inputs: what
-    changes between calls has to come through `args`, `z0`, an Equinox module, or a new function
-    object; a Python number in `args` is constant, so that another one is traced anew.
+    `fn` is traced at each call outside a `jax.jit`: what it closes over, a global or the state of
+    a bound method is what it is now. A program is compiled for what `fn` does, not for the object:
+    a new lambda of the same body compiles nothing, arrays that it closes over are arguments, and
+    another Python number in it or in `args` is another program.
 
     **Raises:** `ValueError` when traced, if `fn` changes the structure, a shape or a dtype of z, if
     z0 is not of floating point, for `max_steps < 1`, a solver field out of its range, a solver and
@@ -115,12 +118,15 @@ def solve(
     check_adjoint(adjoint)
     if not isinstance(solver, AbstractSolver):
         check_optimistix(solver, batched, steps)
-        return _solve_optimistix(
-            fn, solver, z0, args, adjoint, max_steps=max_steps, has_aux=has_aux
-        )
+        fn, z0, args, _ = convert(fn, z0, args, has_aux=has_aux)
+        check_unmapped(solver, fn, z0, args)
+        return run(_solve_optimistix, fn, solver, z0, args, adjoint, max_steps)
     solver, budget, requested = prepare(solver, z0, batched, max_steps, steps)
     budget = dataclasses.replace(budget, best=best)
-    return _solve(fn, solver, z0, args, budget, requested, adjoint, has_aux=has_aux)
+    fn = solver.around(fn)
+    fn, z0, args, axes = convert(fn, z0, args, solver, budget, has_aux=has_aux)
+    solver, budget = vary((solver, budget), axes)
+    return run(_solve, fn, solver, z0, args, budget, requested, adjoint)
 
 
 def prepare(
@@ -142,14 +148,8 @@ def prepare(
     return solver, budget, requested
 
 
-@eqx.filter_jit
-def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solution:
-    converted = convert(fn, z0, args, has_aux)
-    axes = mesh_axes(converted, solver, z0, args, budget)
-    if axes:  # Then only what f closes over may still be constant over a mesh axis.
-        fn, solver, z0, args, budget = vary((fn, solver, z0, args, budget), axes)
-        converted = convert(fn, z0, args, has_aux)
-    fn, solver = converted, solver.bound(converted, z0, args)
+def _solve(fn, solver, z0, args, budget, requested, adjoint) -> Solution:
+    solver = solver.bound(fn, z0, args, budget.rank)
     inputs = (fn, solver, z0, args, budget)
     z, (num_steps, small, state) = adjoint.apply(iterate, residual, inputs, frozenset())
 
@@ -162,18 +162,16 @@ def _solve(fn, solver, z0, args, budget, requested, adjoint, *, has_aux) -> Solu
     complete = jnp.where(untested, num_steps == requested, small)
     sol = _solution(z, fz, aux, complete, solver.in_range(), state.overflow, num_steps, budget)
     report = per_problem(lambda solver, *at: solver.report(*at), budget.rank)
-    sol.stats.update(report(solver, z, state.memory))
+    stats = report(solver, z, state.memory)
+    sol.stats.update(solver.finish(fn, z, args, stats, ~complete, budget.rank))
     return sol
 
 
-@eqx.filter_jit
-def _solve_optimistix(fn, solver, z0, args, adjoint, *, max_steps, has_aux) -> Solution:
-    fn = convert(fn, z0, args, has_aux)
-    check_unmapped(solver, fn, z0, args)
-    run = ft.partial(optimistix.fixed_point, has_aux=True, max_steps=max_steps, throw=False)
+def _solve_optimistix(fn, solver, z0, args, adjoint, max_steps) -> Solution:
+    find = ft.partial(optimistix.fixed_point, has_aux=True, max_steps=max_steps, throw=False)
 
     def primal(inputs):
-        sol = run(*inputs[:4])
+        sol = find(*inputs[:4])
         return sol.value, (jnp.asarray(sol.stats["num_steps"], jnp.int32), sol.result)
 
     if isinstance(adjoint, AbstractFixedPointAdjoint):
@@ -183,7 +181,7 @@ def _solve_optimistix(fn, solver, z0, args, adjoint, *, max_steps, has_aux) -> S
         inputs = (fn, solver, z0, args, budget)
         z, (num_steps, result) = adjoint.apply(primal, residual, inputs, frozenset())
     else:
-        sol = run(fn, solver, z0, args, adjoint=adjoint)
+        sol = find(fn, solver, z0, args, adjoint=adjoint)
         z, result = sol.value, sol.result
         num_steps = jnp.asarray(sol.stats["num_steps"], jnp.int32)
     fz, aux = evaluate(fn, z, args)

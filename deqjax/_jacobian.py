@@ -4,14 +4,25 @@ from collections.abc import Callable
 from numbers import Integral
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._check import convert_varying, point
+from ._check import convert, point
+from ._program import run
 from ._step import evaluate
-from ._tree import cast, dot, max_abs, per_problem, two_norm, vary, widen
+from ._tree import (
+    Axes,
+    as_real,
+    cast,
+    dot,
+    from_real,
+    max_abs,
+    per_problem,
+    two_norm,
+    vary,
+    widen,
+)
 from .adjoints._base import stop_gradient
 
 
@@ -45,7 +56,8 @@ def jacobian_frobenius(
 
     - `fn`, `args`, `batched`: as in `deqjax.fixed_point`; problems do not see each other.
     - `z`: where, a pytree of float arrays; `jax.lax.stop_gradient` of it if the penalty is not to
-        move the solution.
+        move the solution. If some are complex, J is that of real and imaginary parts: of a
+        holomorphic f it has twice the squared norm of the complex one.
     - `key`: for v; another one each training step. Problem i of a batch draws from
         `jax.random.fold_in(key, i)`, whatever the size of the batch.
     - `samples`: how many v to average over. The variance falls as 1 / samples; over a batch and
@@ -68,13 +80,13 @@ def jacobian_frobenius(
     Simul. 19 (1990), for the signs.
     """
     _check_count("jacobian_frobenius", "samples", samples, 1)
-    return _frobenius(fn, point(z, batched), args, key, samples=samples, rank=int(batched))
+    fn, z, args, axes = convert(fn, point(z, batched), args, key)
+    return run(_frobenius, fn, z, args, key, int(samples), int(batched), axes)
 
 
-@eqx.filter_jit
-def _frobenius(fn, z, args, key, *, samples: int, rank: int):
-    fn, z, args, axes = convert_varying(fn, z, args, key)
-    _, vjp = jax.vjp(lambda z: evaluate(fn, z, args)[0], z)
+def _frobenius(fn, z, args, key, samples: int, rank: int, axes: Axes):
+    f, z = _over_reals(fn, z, args)
+    _, vjp = jax.vjp(f, z)
 
     def sample(key):
         # Signs, not normals: with A = J J^T the variance of v^T A v is 2 (||A||_F^2 - sum A_ii^2),
@@ -105,7 +117,7 @@ def spectral_radius(
     **Arguments:**
 
     - `fn`, `args`, `batched`: as in `deqjax.fixed_point`; problems do not see each other.
-    - `z`: where, a pytree of float arrays.
+    - `z`: where, a pytree of float arrays, real or complex: J is that of their parts.
     - `key`: for the first v; drawn as in `deqjax.jacobian_frobenius`.
     - `max_steps`: products with J, an int of at least 2.
 
@@ -130,20 +142,25 @@ def spectral_radius(
     for the diagnostic.
     """
     _check_count("spectral_radius", "max_steps", max_steps, 2)
-    return _radius(fn, point(z, batched), args, key, max_steps=max_steps, rank=int(batched))
+    fn, z, args, axes = convert(fn, point(z, batched), args, key)
+    return run(_radius, fn, z, args, key, int(max_steps), int(batched), axes)
 
 
-@eqx.filter_jit
-def _radius(fn, z, args, key, *, max_steps: int, rank: int):
-    fn, z, args, axes = convert_varying(fn, z, args, key)
+def _radius(fn, z, args, key, max_steps: int, rank: int, axes: Axes):
     fn, z, args = stop_gradient((fn, z, args))
-    _, product = jax.linearize(lambda z: evaluate(fn, z, args)[0], z)
+    f, z = _over_reals(fn, z, args)
+    _, product = jax.linearize(f, z)
     unit = per_problem(_unit, rank)
     v, _ = unit(vary(_draw(jax.random.normal, key, z, rank), axes))
     v = jax.lax.fori_loop(0, max_steps - 2, lambda _, v: unit(product(v))[0], v)
     u, s = unit(product(v))
     w, t = unit(product(u))
     return per_problem(_fit, rank)(v, u, w, s, t)
+
+
+def _over_reals(fn: Callable, z: PyTree, args: PyTree) -> tuple[Callable, PyTree]:
+    """f as a function of real numbers, the parts of what is complex."""
+    return lambda x: as_real(evaluate(fn, from_real(x, z), args)[0]), as_real(z)
 
 
 def _fit(v: PyTree, u: PyTree, w: PyTree, s: Array, t: Array) -> SpectralRadius:

@@ -1,8 +1,13 @@
-"""What a number given by hand has to be."""
+"""What a number given by hand has to be, and a state of many."""
 
 import math
 from numbers import Integral, Real
 from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
 
 
 def number(value: Any) -> float:
@@ -19,3 +24,36 @@ def check_size(name: str, value: Any) -> None:
             f"Expected {name} to be an int >= 1, got {value!r}. Pass the length of an axis that "
             f"there is."
         )
+
+
+def float_state(z: PyTree) -> PyTree:
+    """`z` as strongly typed arrays of real or complex floating point, integers promoted."""
+    leaves = jax.tree.leaves(z)
+    if not leaves:
+        raise ValueError(
+            f"The state z0 is expected to hold at least one float array, got {z!r}; pass a number "
+            f"or an array."
+        )
+    for x in leaves:
+        dtype = jnp.result_type(x) if eqx.is_array_like(x) else type(x).__name__
+        if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.number):
+            raise ValueError(
+                f"The state z0 is expected to be a pytree of floating-point arrays, real or "
+                f"complex, or of integers, which are promoted, got a leaf of type {dtype}; cast "
+                f"it, for instance with jnp.asarray(z0, float). (nn.DEQ starts from zeros like x "
+                f"if it is given no z0.)"
+            )
+
+    def strong(x):
+        dtype = jnp.result_type(x)
+        return jnp.asarray(x, float if jnp.issubdtype(dtype, jnp.integer) else dtype)
+
+    return jax.tree.map(strong, z)
+
+
+def check_real(name: str, z: PyTree, instead: str) -> None:
+    """Raises `ValueError` if a leaf of `z` is complex; `instead` says what to do."""
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(z) if eqx.is_array_like(x)]
+    for dtype in dtypes:
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ValueError(f"{name} expects a state of real numbers, got {dtype}; {instead}")

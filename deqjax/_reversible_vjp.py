@@ -7,11 +7,14 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Int, PyTree
 
-from ._check import check_state, convert
+from ._arrays import arrays_of
+from ._check import check_output, check_state
 from ._fixed_point import prepare
 from ._flat import flatten
+from ._program import run
 from ._sweep import judged, recorded, sweep
-from .adjoints import ReversibleAdjoint, arrays_of, check_cotangent, strong
+from ._traced import trace
+from .adjoints import ReversibleAdjoint, check_cotangent, strong
 from .solvers import Reversible
 
 
@@ -62,15 +65,16 @@ def reversible_vjp(
     check_cotangent("reversible_vjp", z0, cotangent)
     adjoint.check_solver(solver)
     prepared, budget, _ = prepare(solver, z0, batched, max_steps, steps)
-    return _reversible_vjp(fn, prepared, z0, args, cotangent, budget, adjoint)
+    own, form = arrays_of(fn, z0, args)
+    check_output(own.call.out_struct, z0)
+    d, d_z0, stats = run(_reversible_vjp, own, prepared, z0, cotangent, budget, adjoint)
+    return (*form(d), d_z0), stats
 
 
-@eqx.filter_jit
-def _reversible_vjp(fn, solver, z0, args, cotangent, budget, adjoint):
-    own, call = arrays_of(fn, z0, args)
-    args = (call, own, args)
-    apply = convert(lambda z, args: args[0](args[1], z, args[2]), z0, args, has_aux=False)
-    flat = flatten(apply, args, solver, z0, budget, adjoint.tape(solver, z0))
+def _reversible_vjp(own, solver, z0, cotangent, budget, adjoint):
+    apply = trace(lambda z, at: (at.call(at.own, z, at.args), None), z0, own)
+    arrays, treedef = jax.tree.flatten(own)
+    flat = flatten(apply, arrays, solver, z0, budget, adjoint.tape(solver, z0))
     moving = [eqx.is_inexact_array(x) for x in flat.arrays]
     (_, extras), rec = recorded(flat)
     out, gap = sweep(flat, moving, rec, cotangent)
@@ -81,6 +85,4 @@ def _reversible_vjp(fn, solver, z0, args, cotangent, budget, adjoint):
         "trusted": gap <= flat.tape.bound(z0),
     }
     out = judged(flat, out, gap, cotangent, adjoint.check)
-    treedef = jax.tree.structure(eqx.filter((apply, args), eqx.is_array))
-    _, (d_call, d_own, d_args) = jax.tree.unflatten(treedef, out.arrays)
-    return (d_own if jax.tree.leaves(own) else jax.tree.leaves(d_call), d_args, out.z0), stats
+    return jax.tree.unflatten(treedef, out.arrays), out.z0, stats

@@ -10,14 +10,26 @@ secants makes g vanish, as far as test vectors p can tell:
 """
 
 import dataclasses
-from typing import Any
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from ._tree import add, lincomb, select, two_norm, unify, widen
+from ._tree import add, dot, lincomb, select, two_norm
+from ._window import (
+    LONGEST,
+    Rule as Rule,
+    Secants as Secants,
+    combine,
+    differences,
+    empty as empty,
+    inverse as inverse,
+    keep as keep,
+    minus,
+    products,
+    push,
+    restart as restart,
+    solve,
+)
 
 # Ten times the best residual is where a step counts as worse: with 1, where every increase does,
 # tanh at a spectral radius of 0.996 took 500 evaluations in the place of 25; with no bound relu6 at
@@ -27,101 +39,40 @@ _WORSE = 10.0
 _LONGEST_PAUSE = 8
 # Armijo's constant, and the shortest step that is tried.
 _DECREASE, _SHORTEST = 1e-4, 2.0**-5
-
-
-class Secants(eqx.Module):
-    """The memory of a secant method, of one problem."""
-
-    z: PyTree  # the last accepted iterate
-    f: PyTree  # f of it
-    p: PyTree  # test vectors, in rows
-    v: PyTree  # differences of f, in rows
-    norms: Float[Array, " m"]  # ||p_i||
-    gram: Float[Array, "m m"]  # -<p_i, y_j>
-    count: Int[Array, ""]  # rows written since the last restart
-    size: Float[Array, ""]  # ||g|| at the last accepted iterate
-    best: Float[Array, ""]  # the least ||g|| so far
-    stride: Float[Array, ""]  # how much of an accelerated step led to z; 0: a Picard step did
-    wait: Int[Array, ""]  # Picard steps to take before the next accelerated one
-    pause: Int[Array, ""]  # how many there will be after the next rejection
-
-
-class Rule(eqx.Module):
-    """Which secant method."""
-
-    galerkin: bool = eqx.field(static=True)  # p = s, and not -y
-    mixing: Any = 1.0  # z' = z + mixing g, and so on, where it is not 1
-    ridge: Any = 0.0
-    line_search: bool = eqx.field(static=True, default=False)
-
-    @property
-    def mixed(self) -> bool:
-        """Whether g is needed beside f."""
-        return not (isinstance(self.mixing, float | int) and self.mixing == 1)
-
-
-def empty(z0: PyTree, rows: int) -> Secants:
-    """No secant yet, and room for so many."""
-    blank = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), z0)
-    dtype = two_norm(z0).dtype
-    inf, zero = jnp.asarray(jnp.inf, dtype), jnp.asarray(0, jnp.int32)
-    gram = jnp.zeros((rows, rows), dtype)
-    stride = jnp.zeros((), dtype)
-    return Secants(z0, z0, blank, blank, gram[0], gram, zero, inf, inf, stride, zero, zero + 1)
-
-
-def products(rows: PyTree, x: PyTree) -> Float[Array, " m"]:
-    """The inner product of each row with `x`, in float32 or wider, in full precision."""
-
-    def leaf(rows, x):
-        rows, x = widen(rows).reshape(rows.shape[0], -1), widen(x).reshape(-1)
-        return jnp.matmul(rows, x, precision="highest")
-
-    return jnp.sum(jnp.stack(unify(jax.tree.leaves(jax.tree.map(leaf, rows, x)))), 0)
-
-
-def combine(c: Float[Array, " m"], rows: PyTree) -> PyTree:
-    """`sum_j c_j rows_j`, in full precision."""
-
-    def leaf(rows):
-        flat = widen(rows).reshape(rows.shape[0], -1)
-        out = jnp.matmul(c.astype(flat.dtype), flat, precision="highest")
-        return out.reshape(rows.shape[1:]).astype(rows.dtype)
-
-    return jax.tree.map(leaf, rows)
-
-
-def _minus(x: PyTree, y: PyTree) -> PyTree:
-    return lincomb(1, x, -1, y)
-
-
-def _set_row(rows: PyTree, k: Int[Array, ""], row: PyTree) -> PyTree:
-    put = lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, k, 0)
-    return jax.tree.map(put, rows, row)
+# A step of two or more, or one that was cut, past which g points back without having shrunk by a
+# tenth, is taken back, and the next is to be no longer than a quarter of it, or than one; after one
+# that was good, four times as long. Of 99 problems whose steps saturate, Broyden's method ended far
+# off in 97; with this none does, and the worst takes 1.7 times Picard's evaluations. Shorter steps
+# are not judged: rotations take them with g behind them.
+_SHORT, _SHRINKS, _STRETCH = 2.0, 0.9, 4.0
 
 
 def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]:
     """The next iterate and memory of a secant method."""
-    g = _minus(fz, z)
+    g = minus(fz, z)
     size = two_norm(g).astype(m.size.dtype)
     better = size <= _WORSE * m.best
-    shorter = jnp.asarray(False)
+    beyond = shorter = jnp.asarray(False)
     if rule.line_search:
         enough = size <= (1 - _DECREASE * m.stride) * m.size
         shorter = (m.stride > _SHORTEST) & ~enough
         better = better & enough
+    else:
+        long = m.length >= jnp.minimum(_SHORT, m.reach)
+        beyond = better & long & (size > _SHRINKS * m.size) & (dot(g, minus(z, m.z)) < 0)
+        better = better & ~beyond
     rejected = (m.stride > 0) & ~better
     shorter, back = shorter & rejected, rejected & ~shorter
 
-    m = _push(rule, z, fz, m, ~rejected)
+    m = push(rule, z, fz, m, ~rejected)
     count = jnp.where(back, 0, m.count)
     accepted = select(~rejected, (z, fz), (m.z, m.f))
     wait = jnp.where(back, m.pause, m.wait)
     ready = ~rejected & (wait == 0) & (count > 0)
-    c = _solve(m, products(m.p, g), rule.ridge, False)
+    c = solve(m, products(m.p, g), rule.ridge, False)
     broken = ready & ~jnp.all(jnp.isfinite(c))  # a breakdown: start anew
     count = jnp.where(broken, 0, count)
-    ready = ready & ~broken
+    m, ready = dataclasses.replace(m, count=count), ready & ~broken
     c = jnp.where(ready, c, 0)
 
     # A rejected step ends where the Picard step from the last accepted iterate leads, or half way
@@ -129,10 +80,13 @@ def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]
     za, fa = accepted
     ahead = add(fa, combine(c, m.v))
     if rule.mixed:
-        left = add(_minus(fa, za), combine(c, differences(rule, m)))
+        left = add(minus(fa, za), combine(c, differences(rule, m)))
         ahead = lincomb(1, ahead, rule.mixing - 1, left)
+    reach = _reach(m, rejected, beyond)
+    ahead, length = _within(reach, za, ahead, ready, m, size)
     if rule.line_search:
         ahead = select(shorter, lincomb(0.5, z, 0.5, za), ahead)
+        length = jnp.where(shorter, m.length / 2, length)
 
     recovering = jnp.where(m.stride > 0, jnp.maximum(m.pause // 2, 1), m.pause)
     pause = jnp.where(back, jnp.minimum(2 * m.pause, _LONGEST_PAUSE), m.pause)
@@ -142,98 +96,36 @@ def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]
         m,
         z=za,
         f=fa,
-        count=count,
         size=jnp.where(rejected, m.size, size),
         best=jnp.where(rejected, m.best, jnp.minimum(m.best, size)),
         stride=stride,
         wait=jnp.where(ready | shorter, wait, jnp.maximum(wait - 1, 0)),
         pause=pause,
+        length=length,
+        reach=reach,
     )
 
 
-def keep(live: Bool[Array, "..."], new: Secants, old: Secants) -> Secants:
-    """The memory after a pass of the loop, of problems some of which had stopped before it.
-
-    Theirs stays what it was as far as it counts: at the same z there is no secant to take in but
-    that from an iterate that was rejected, which is not counted. A copy of the window would cost
-    more than a step.
-    """
-    small = lambda m: (m.count, m.size, m.best, m.stride, m.wait, m.pause)
-    return eqx.tree_at(small, new, select(live, small(new), small(old)))
+def _reach(m: Secants, rejected: Bool[Array, ""], beyond: Bool[Array, ""]) -> Float[Array, ""]:
+    """How long a step may be, by what became of the last one."""
+    longer = jnp.clip(_STRETCH * m.length, m.reach, LONGEST)
+    reach = jnp.where(rejected, m.reach, longer)
+    return jnp.where(beyond, jnp.maximum(m.length / _STRETCH, 1), reach)
 
 
-def restart(now: Bool[Array, ""], m: Secants) -> Secants:
-    """The memory as before the first step, where `now`: what is in the window counts no more."""
-    small = lambda m: (m.count, m.size, m.best, m.stride, m.wait, m.pause)
-    return eqx.tree_at(small, m, select(now, small(empty(m.z, m.gram.shape[0])), small(m)))
-
-
-def differences(rule: Rule, m: Secants) -> PyTree:
-    """The rows y."""
-    if rule.galerkin:
-        return _minus(m.v, m.p)
-    return jax.tree.map(jnp.negative, m.p)
-
-
-def inverse(m: Secants, x: PyTree, *, transpose: bool) -> PyTree:
-    """`-B^-1 x` of Broyden's B, an estimate of `(I - J)^-1 x`; or of the transpose of both.
-
-    With S and V the rows s and v: `x + V^T T^-1 S x`, and `x + S^T T^-T V x`.
-    """
-    left, right = (m.p, m.v) if transpose else (m.v, m.p)
-    c = _solve(m, products(right, x), 0.0, transpose)
-    c = jnp.where(jnp.all(jnp.isfinite(c)), c, 0)
-    return add(x, combine(c, left))
-
-
-def _push(rule: Rule, z: PyTree, fz: PyTree, m: Secants, accept: Bool[Array, ""]) -> Secants:
-    """The window with the secant of an accepted iterate."""
-    s, v = _minus(z, m.z), _minus(fz, m.f)
-    y = _minus(v, s)
-    p = s if rule.galerkin else jax.tree.map(jnp.negative, y)
-    k = m.count % m.gram.shape[0]
-    # The first iterate has none before it, and a frozen problem meets the same one again. Broyden's
-    # window then stays what it is, for `inverse`; Anderson's is given up, which saves reading the
-    # row that would have to stay. Without what is not finite, since 0 times that would be NaN.
-    norm = two_norm(p)
-    new = accept & jnp.isfinite(m.size) & (norm > 0) & jnp.isfinite(norm)
-
-    def row(rows, x):
-        if rule.galerkin:
-            return _set_row(rows, k, select(new, x, jax.tree.map(lambda r: r[k], rows)))
-        return _set_row(rows, k, jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), x))
-
-    rows_p, rows_v = row(m.p, p), row(m.v, v)
-    column = -products(rows_p, y)
-    across = products(rows_p, s) - products(rows_v, s) if rule.galerkin else column
-    gram = m.gram.at[:, k].set(column).at[k, :].set(across)
-    gram = jnp.where(new, gram, m.gram)
-    return dataclasses.replace(
-        m,
-        p=rows_p,
-        v=rows_v,
-        norms=m.norms.at[k].set(jnp.where(new, norm.astype(m.norms.dtype), m.norms[k])),
-        gram=gram,
-        count=jnp.where(new, m.count + 1, m.count if rule.galerkin else 0),
-    )
-
-
-def _solve(m: Secants, b: Float[Array, " m"], ridge: Any, transpose: bool) -> Float[Array, " m"]:
-    """`gram c = b`, with test vectors of unit length and a ridge, or with its transpose."""
-    rows = m.gram.shape[0]
-    known = jnp.arange(rows, dtype=m.count.dtype) < m.count
-    unit = jnp.where(known, 1 / jnp.where(known, m.norms, 1), 0)
-    gram = unit[:, None] * (m.gram.T if transpose else m.gram) * unit[None]
-    # The Gram matrix of unit vectors has their number as its trace.
-    trace = jnp.minimum(m.count, rows).astype(gram.dtype)
-    eye = jnp.eye(rows, dtype=gram.dtype)
-    # Less than the rounding of the diagonal would be no ridge.
-    ridge = jnp.maximum(jnp.asarray(ridge, gram.dtype), jnp.finfo(gram.dtype).eps)
-    gram = gram + ridge * trace * eye
-    gram = jnp.where(known[:, None] & known[None], gram, eye)
-    b = unit * b.astype(gram.dtype)
-    # A breakdown is NaN, and stays what it is to derivatives too if it is found out beforehand.
-    found = jnp.linalg.solve(*jax.lax.stop_gradient((gram, b)))
-    good = jnp.all(jnp.isfinite(found))
-    c = jnp.linalg.solve(jnp.where(good, gram, eye), b)
-    return unit * jnp.where(good, c, jnp.nan)
+def _within(
+    reach: Float[Array, ""],
+    z: PyTree,
+    ahead: PyTree,
+    ready: Bool[Array, ""],
+    m: Secants,
+    size: Float[Array, ""],
+) -> tuple[PyTree, Float[Array, ""]]:
+    """The step from z to `ahead`, cut to its reach if it is an accelerated one, and its length."""
+    step = minus(ahead, z)
+    known = jnp.arange(m.sizes.size, dtype=m.count.dtype) < m.count
+    unit = jnp.maximum(jnp.max(jnp.where(known, m.sizes, 0)), size)
+    length = two_norm(step).astype(size.dtype) / jnp.where(ready & (unit > 0), unit, jnp.inf)
+    cut = length > reach
+    ahead = select(cut, lincomb(1, z, reach / jnp.where(cut, length, 1), step), ahead)
+    return ahead, jnp.where(cut, reach, length)

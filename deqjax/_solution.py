@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Bool, PyTree
 
-from ._tree import max_abs, two_norm, widen
+from ._tree import as_real, max_abs, quotient, two_norm, widen
 
 RESULTS = optimistix.RESULTS
 Solution = optimistix.Solution
@@ -45,12 +45,11 @@ def raise_unsuccessful(sol: Solution) -> Solution:
 
 def relative_residual(z: PyTree, fz: PyTree) -> Array:
     """`||f(z) - z||_2 / ||f(z)||_2` of one problem, in float32 or wider; 0 where it is 0 / 0."""
+    z, fz = as_real((z, fz))
     scale = jax.lax.stop_gradient(max_abs(fz))
     # Squares of numbers below 1e-19 vanish in float32; the ratio does not depend on the scale.
     scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
     unit = lambda x: widen(x) / scale.astype(widen(x).dtype)
     fz = jax.tree.map(unit, fz)
     gap = two_norm(jax.tree.map(lambda fz, z: fz - unit(z), fz, z))
-    size = two_norm(fz)
-    both_zero = (gap == 0) & (size == 0)
-    return jnp.where(both_zero, 0, gap / jnp.where(both_zero, 1, size))
+    return quotient(gap, two_norm(fz))

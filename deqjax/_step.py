@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
-from ._tree import per_problem, unify, widen
+from ._tree import opaque, per_problem, quotient, unify, widen
 
 Fn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
@@ -39,15 +39,16 @@ def residual(z: PyTree, _: Any, inputs: tuple) -> PyTree:
 def scaled_error(solver: Any, z: PyTree, fz: PyTree) -> Inexact[Array, ""]:
     """`norm((f(z) - z) / (atol + rtol |f(z)|))`; infinite with both tolerances zero.
 
-    NaN if and only if f(z) - z is not finite: one pass over the state tells both.
+    Of complex entries the norm sees the moduli. NaN if and only if f(z) - z is not finite: one pass
+    over the state tells both.
     """
     rtol, atol = jnp.asarray(solver.rtol), jnp.asarray(solver.atol)
 
     def scaled(z, fz):
         gap, size = widen(fz) - widen(z), jnp.abs(widen(fz))
+        gap = jnp.abs(gap) if jnp.iscomplexobj(gap) else gap
         scale = atol.astype(size.dtype) + rtol.astype(size.dtype) * size
-        ratio = jnp.where(gap == 0, 0, gap / jnp.where(gap == 0, 1, scale))
-        return jnp.where(jnp.isfinite(gap), ratio, jnp.nan)
+        return jnp.where(jnp.isfinite(gap), quotient(gap, scale), jnp.nan)
 
     measurable = (rtol >= 0) & (atol >= 0) & (rtol + atol > 0)
     error = solver.norm(unify(jax.tree.map(scaled, z, fz)))
@@ -82,11 +83,15 @@ def isolate(fn: Fn, i: Int[Array, ""]) -> Fn:
     same rounding before and after differentiation. The body of a loop is compiled by itself. Its
     bound has to be one that XLA cannot fold: `min(i + 1, 1)` of the counter of the outer loop,
     behind a barrier, since a loop that is known to have one trip is no loop, and its counter 0.
+
+    What f makes of `args` alone XLA takes out of the loop and merges with what the derivative makes
+    of them, or folds while it compiles if they are constants, as those of a pullback are that is
+    compiled by itself. So f sees them through a barrier.
     """
 
     def alone(z, args):
         one = jax.lax.optimization_barrier(jnp.minimum(i + 1, 1))
-        body = lambda c: (c[0] + 1, evaluate(fn, c[1], args)[0])
+        body = lambda c: (c[0] + 1, evaluate(fn, c[1], opaque(args))[0])
         return jax.lax.while_loop(lambda c: c[0] < one, body, (jnp.zeros_like(one), z))[1], None
 
     return alone

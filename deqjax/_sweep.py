@@ -16,10 +16,12 @@ from ._tape import Pair
 from ._tree import (
     add,
     cast,
+    conjugate,
     dot,
     lincomb,
     max_abs,
     mesh_axes,
+    opaque,
     per_problem,
     scale,
     select,
@@ -123,7 +125,7 @@ def sweep(
         gap = jnp.maximum(c.gap, jnp.where(live, gap, 0))
         gbeta = c.gbeta
         if beta_moves:
-            db = per_problem(lambda g, fy, x: dot(g, lincomb(1, fy, -1, x)), rank)
+            db = per_problem(lambda g, fy, x: dot(conjugate(g), lincomb(1, fy, -1, x)), rank)
             gbeta = gbeta + db(gz, fy, before)
         y, z, gy, gz, words, gbeta, gap = vary((*new, words, gbeta, gap), axes)
         return _Sweep(c.k - 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, gap)
@@ -152,7 +154,7 @@ def judged(
 
     A problem whose cotangent is zero adds nothing to any other, wherever its reversal has ended.
     """
-    used = per_problem(lambda gz: max_abs(gz) != 0, flat.budget.rank)(gz)
+    used = per_problem(lambda gz: max_abs(gz) != 0, flat.budget.rank)(opaque(gz))
     wrong = used & ~(gap <= flat.tape.bound(flat.z0))
     if check == "off":
         return out

@@ -28,9 +28,31 @@ def lincomb(a: Any, x: PyTree, b: Any, y: PyTree) -> PyTree:
     return add(scale(a, x), scale(b, y))
 
 
+def as_real(tree: PyTree) -> PyTree:
+    """`tree` as a vector over the reals: each complex leaf as the pair of its parts.
+
+    An f that takes a conjugate, a modulus or a real part is linear over the reals alone, and so is
+    its derivative. What combines or solves works on this view, with real coefficients, and is then
+    right for every f; a tree of real leaves is its own view.
+    """
+    return jax.tree.map(lambda x: (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else x, tree)
+
+
+def from_real(tree: PyTree, like: PyTree) -> PyTree:
+    """The inverse of `as_real`; `like` tells which leaves are complex."""
+    leaf = lambda like, x: jax.lax.complex(*x) if jnp.iscomplexobj(like) else x
+    return jax.tree.map(leaf, like, tree)
+
+
+def conjugate(tree: PyTree) -> PyTree:
+    """The complex conjugate; of a cotangent g in JAX's sense, which pairs with a tangent t as
+    `Re(g t)`, the vector whose inner product with t that is."""
+    return jax.tree.map(jnp.conj, tree)
+
+
 def dot(x: PyTree, y: PyTree) -> Inexact[Array, ""]:
-    """The inner product of `x` and `y`, in float32 or wider."""
-    terms = jax.tree.map(lambda x, y: jnp.sum(widen(x) * widen(y)), x, y)
+    """The inner product over the reals, of complex leaves `Re <x, y>`, in float32 or wider."""
+    terms = jax.tree.map(lambda x, y: jnp.sum(widen(x) * widen(y)), as_real(x), as_real(y))
     return _join(jnp.sum, jax.tree.leaves(terms))
 
 
@@ -70,9 +92,17 @@ def max_abs(tree: PyTree) -> Inexact[Array, ""]:
 
 def two_norm(tree: PyTree) -> Inexact[Array, ""]:
     """Euclidean norm of all of `tree`, float32 or wider, with derivative 0 at 0."""
-    total = _join(jnp.sum, [jnp.sum(jnp.square(widen(x))) for x in jax.tree.leaves(tree)])
+    leaves = jax.tree.leaves(as_real(tree))
+    total = _join(jnp.sum, [jnp.sum(jnp.square(widen(x))) for x in leaves])
     # sqrt has an infinite derivative at 0, and 0 * inf = NaN; the inner where keeps it away.
     return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
+
+
+def quotient(a: Inexact[Array, "*s"], b: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
+    """`a / b` that never divides by 0: 0 where a is 0 too, infinite where b alone is."""
+    # A branch that is thrown away divides as well, and debuggers report that.
+    divided = a / jnp.where(b == 0, 1, b)
+    return jnp.where((b == 0) & (a != 0), jnp.inf, divided)
 
 
 def per_problem(fn: Callable, rank: int) -> Callable:
@@ -85,6 +115,13 @@ def per_problem(fn: Callable, rank: int) -> Callable:
 def is_traced(x: Any) -> bool:
     """Whether the value of `x` is unknown until run time."""
     return isinstance(x, jax.core.Tracer)
+
+
+def opaque(tree: PyTree) -> PyTree:
+    """`tree`, the values of whose arrays XLA does not know while it compiles, even of constants."""
+    # Each by itself: one barrier would give all of them tangents, and asks for the same mesh axes.
+    hide = lambda x: jax.lax.optimization_barrier(x) if eqx.is_array(x) else x
+    return jax.tree.map(hide, tree)
 
 
 def mesh_axes(*trees: PyTree) -> Axes:

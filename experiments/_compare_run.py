@@ -58,6 +58,7 @@ def record(
     packages = ("jax", "deqjax", "equinox", "optimistix", "lineax", "jaxopt")
     versions = {"python": platform.python_version()} | {p: _version(p) for p in packages}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    marked = {"smoke": True} if config.smoke else {}
     for section in config.sections:
         start = time.perf_counter()
         results |= finite(measure(section, config))
@@ -65,7 +66,7 @@ def record(
         asked = dataclasses.asdict(config) | {"out": str(out)}
         about = {"config": asked, "versions": versions, "device": device, "seconds": seconds}
         results["runs"][section] = about
-        results["claims"] = claims(results)
+        results["claims"] = [line | marked for line in claims(results)]
         # After each section, so that a run that is stopped leaves what it has measured.
         text = json.dumps(finite(results), indent=1, allow_nan=False)
         file.write_text(text + "\n", encoding="utf-8")

@@ -60,6 +60,17 @@ def mesh() -> tuple[NamedSharding, NamedSharding]:
     return NamedSharding(devices, P("data")), NamedSharding(devices, P())
 
 
+def check_batch(size: int, accumulate: int, most: int, what: str) -> None:
+    """Refuse a batch that is not shared out evenly over devices and parts."""
+    if size % (jax.device_count() * accumulate) or size > most:
+        times = f" times --accumulate {accumulate}" if accumulate > 1 else ""
+        raise SystemExit(
+            f"Expected a batch size that divides by the {jax.device_count()} devices JAX shows"
+            f"{times} and is at most the {most:,} training {what}; got {size}. Pass another "
+            "--batch-size, or show JAX fewer devices."
+        )
+
+
 def place(examples: Iterable[np.ndarray], sharding: NamedSharding) -> tuple[jax.Array, ...]:
     """Split a global batch, which every process has, over the devices.
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _fidelity_cells import Cell
-from _fidelity_methods import OF_THE_FIXED_POINT, TITLES, Method, gradient
+from _fidelity_methods import gradient
+from _ways import OF_THE_FIXED_POINT, TITLES, Method
 from jaxtyping import PyTree
 from tqdm import tqdm
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 from _fidelity_cells import Cell
-from _fidelity_methods import Method, solve, value_and_grad
+from _fidelity_methods import solve, value_and_grad
+from _ways import Method
 from jax.extend.core import Literal
 from tqdm import tqdm
 

@@ -1,31 +1,15 @@
 """The ways of differentiating that are compared, each on the same steps of the same block."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from _fidelity_cells import Args, Cell
+from _ways import Method
 from jaxtyping import Array, Float, Int, PyTree
 
 import deqjax
-
-Method = Literal[
-    "exact", "float", "float64 state", "segmented", "checkpointed", "implicit", "phantom"
-]
-
-TITLES: dict[Method, str] = {
-    "exact": "exact reversal (integer state)",
-    "float": "float reversal",
-    "float64 state": "float reversal, float64 state",
-    "segmented": "segmented float reversal",
-    "checkpointed": "checkpointed autodiff",
-    "implicit": "implicit gradient",
-    "phantom": "phantom gradient (5 damped steps)",
-}
-# These differentiate the fixed point and not the steps: they differ from the reference by design
-# until the iteration has converged, and the phantom gradient ever after.
-OF_THE_FIXED_POINT: tuple[Method, ...] = ("implicit", "phantom")
 
 TEXTBOOK = deqjax.ReversibleAdjoint(segment=None, check="off")
 REVERSIBLE: dict[Method, deqjax.ReversibleAdjoint] = {

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from _fidelity_methods import OF_THE_FIXED_POINT, REVERSIBLE, TITLES
+from _fidelity_methods import REVERSIBLE
+from _ways import OF_THE_FIXED_POINT, TITLES
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -133,7 +134,9 @@ def titled(method: str) -> str:
 
 def claims_table(lines: list[Row]) -> str:
     said = {True: "yes", False: "**no**", None: "stated"}
-    columns = lambda r: [r["claim"], show(r["measured"]), show(r["bound"]), said[r["holds"]]]
+    # Of a smoke run nothing is promised, and what happens to hold is no news either.
+    holds = lambda r: "too small to say" if r.get("smoke") else said[r["holds"]]
+    columns = lambda r: [r["claim"], show(r["measured"]), show(r["bound"]), holds(r)]
     return markdown([["must hold", "measured", "at most", "holds"], *map(columns, lines)])
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from _fidelity_cells import Args, Cell, attention_shapes
 from _fidelity_memory import compiled, temporary_bytes
-from _fidelity_methods import Method, solve, value_and_grad
+from _fidelity_methods import solve, value_and_grad
+from _ways import Method
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 

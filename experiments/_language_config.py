@@ -1,14 +1,27 @@
 """All options of `language_modelling.py`, and the presets that fill in what is left out."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from _options import Session, check_positive, filled
-from _text_sources import Name
-from _tokenizers import Kind
+from _flags import (
+    Count,
+    Nonnegative,
+    Only,
+    Positive,
+    Range,
+    Seed,
+    Whole,
+    check,
+    check_read,
+    without_unread,
+)
+from _options import Session, check_names, filled
 
+Name = Literal["pydoc", "tiny_shakespeare", "wikitext-2", "wikitext-103", "text"]
+Kind = Literal["bytes", "bpe", "words"]
 Model = Literal["reversible", "explicit", "explicit-deep"]
 MODELS: tuple[Model, ...] = ("reversible", "explicit", "explicit-deep")
+SOLVED = Only("model", ("reversible",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,9 +30,9 @@ class TextSession(Session):
 
     cache_dir: str | None = None
     """Of tokenised text; None: the user's cache."""
-    sample: int = 300
+    sample: Whole = 300
     """Tokens of text to generate at the end, as far as a window is long; 0: none."""
-    temperature: float = 0.8
+    temperature: Nonnegative = 0.8
     """The logits of that text are divided by it; 0: the likeliest token each time."""
 
 
@@ -36,56 +49,56 @@ class Config(TextSession):
     each with parameters of its own, as the RevDEQ takes steps. None: the first two."""
     tokenizer: Kind | None = None
     """bytes; bpe: pieces of words, learned from the training text; words: WikiText's own."""
-    vocabulary: int | None = None
+    vocabulary: Annotated[int | None, Range(257, 2**31 - 1), Only("tokenizer", ("bpe",))] = None
     """Tokens of bpe, the 256 bytes among them."""
 
-    width: int | None = None
+    width: Count | None = None
     """Of the residual sum."""
-    heads: int | None = None
+    heads: Count | None = None
     """Of the attention."""
-    hidden: tuple[int, ...] | None = None
+    hidden: tuple[Count, ...] | None = None
     """Widths of the MLP's inner layers."""
     rotary: bool | None = None
     """Turn queries and keys by their positions, instead of adding a learned vector for each."""
     tied: bool | None = None
     """One table for both ends of the model."""
-    length: int | None = None
+    length: Count | None = None
     """Tokens of a window."""
-    max_steps: int | None = None
+    max_steps: Annotated[Count | None, Only("model", ("reversible", "explicit-deep"))] = None
     """Of reversible, steps of the solve, one evaluation of the block each; of explicit-deep,
     blocks."""
-    beta: float = 0.5
+    beta: Annotated[float, Range(0, 2, but=(0, 1, 2)), SOLVED] = 0.5
     """Relaxation of reversible, the paper's; 1 - beta is 1/d or -1/d, d an integer."""
-    fraction_bits: int = 20
+    fraction_bits: Annotated[int, Range(8, 30), SOLVED, Only("exact", (True,))] = 20
     """Of the exact state: its range is 2^(31 - bits), 2,048; state_peak in the metrics is what it
     comes to."""
-    exact: bool = True
+    exact: Annotated[bool, SOLVED] = True
     """Of reversible: keep the state as integers, undone bit for bit; else in floating point."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of products and attention; parameters and the residual sum stay float32."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Of parameters and the order of the data."""
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Passes over the training split."""
-    steps: int | None = None
+    steps: Count | None = None
     """Instead of epochs."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Windows a step, over all devices."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts in which a batch is taken, one after another, for the memory of one."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Peak of AdamW's, reached after the warm-up, from where a cosine leads down to a tenth."""
-    warmup: int = 100
+    warmup: Whole = 100
     """Steps from a rate of 0 to the peak, at most a tenth of all."""
-    weight_decay: float | None = None
+    weight_decay: Nonnegative | None = None
     """AdamW's: a step shrinks matrices by learning rate x this."""
-    epsilon: float = 1e-8
+    epsilon: Positive = 1e-8
     """AdamW's, added to the root of the mean square gradient."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Ceiling on the gradient's norm."""
     smoke: bool = False
-    """A tiny network, text and number of steps: everything is run through in seconds."""
+    """A tiny network, text and number of steps: everything is run through, nothing learned."""
 
 
 # For two cores, an hour of them at most.
@@ -112,10 +125,13 @@ SMOKE: dict[str, Any] = dict(
 
 
 def choose(config: Config) -> list[Config]:
-    """The runs that are asked for, each with its model and everything filled in."""
+    """The runs that are asked for, each with everything filled in; what does not fit is refused."""
     models = MODELS[:2] if config.model is None else [config.model]
-    alone = len(models) == 1
-    return [_resolve(dataclasses.replace(config, model=model), alone) for model in models]
+    each = [without_unread(dataclasses.replace(config, model=model)) for model in models]
+    runs = [_resolve(run, alone=len(each) == 1) for run in each]
+    check_read(config, runs)
+    check_names(runs)
+    return runs
 
 
 def _resolve(config: Config, alone: bool) -> Config:
@@ -130,34 +146,17 @@ def _resolve(config: Config, alone: bool) -> Config:
     preset = "" if config.preset is None else f"-{config.preset}"
     default = f"{config.corpus}{preset}-{config.model}-{config.seed}"
     default += "-smoke" if config.smoke else ""
-    name = config.name or default
-    if config.name and not alone:  # one prefix for two folders
+    name = default if config.name is None else config.name
+    if config.name is not None and not alone:  # one prefix for two folders
         name = f"{config.name}-{default}"
     config = filled(dataclasses.replace(config, name=name), values)
-    _check(config)
-    return config
-
-
-def _check(config: Config) -> None:
-    """Whatever would otherwise be found out after the training."""
-    check_positive(config, "epochs", "steps", "batch_size", "learning_rate", "accumulate")
-    check_positive(config, "length", "width", "heads", "max_steps")
+    check(config)
     if (config.epochs is None) == (config.steps is None):
         raise SystemExit(
             f"Expected either --epochs or --steps, got {config.epochs} and {config.steps}. Leave "
             f"one of them out."
         )
-    if not (config.temperature >= 0 and config.sample >= 0):
-        raise SystemExit(
-            f"Expected --temperature and --sample of at least 0, got {config.temperature} and "
-            f"{config.sample}. --sample 0 generates nothing."
-        )
-    plain = (config.beta, config.fraction_bits, config.exact) == (0.5, 20, True)
-    if config.model != "reversible" and not plain:
-        raise SystemExit(
-            f"Expected no --beta, --fraction-bits or --no-exact for {config.model}, which has no "
-            f"solver. Leave them out, or choose --model reversible."
-        )
+    return config
 
 
 def title(config: Config) -> str:

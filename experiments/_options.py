@@ -4,22 +4,22 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
+from _flags import Count, Whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
     """Options that don't say what is computed: they may differ when a run is resumed."""
 
-    log_every: int = 20
+    log_every: Count = 20
     """Steps between readings of the metrics, which make the host wait for the device."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between checkpoints, which a run that is killed loses at most."""
-    keep: int = 2
+    keep: Count = 2
     """Checkpoints kept, the newest ones; the best one is kept beside them."""
-    assess_every: int | None = None
+    assess_every: Count | None = None
     """Steps between evaluations; None: an epoch; of text, a quarter of the run if less."""
-    stop_after: int | None = None
+    stop_after: Count | None = None
     """Steps after which to stop with a checkpoint, for machines lent by the hour."""
     resume: bool = False
     """Go on from the last checkpoint of the run of this name."""
@@ -33,9 +33,9 @@ class Session:
     """Join the other processes of the run, on this host or others, with the same command."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where JAX does not find the cluster by itself."""
-    processes: int | None = None
+    processes: Count | None = None
     """With --coordinator: how many processes there are."""
-    process_id: int | None = None
+    process_id: Whole | None = None
     """With --coordinator: which of them this is, from 0."""
 
 
@@ -55,37 +55,19 @@ def recorded(config: Session) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in session}
 
 
-def check_positive(config: Session, *names: str) -> None:
-    """Refuse what has to be above 0, if it is given at all, and is not."""
-    counts = ("log_every", "checkpoint_every", "keep", "assess_every")
-    for name in (*names, *counts):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise SystemExit(
-                f"Expected --{name.replace('_', '-')} above 0, got {value}. Leave it out for the "
-                "preset."
-            )
-
-
 def check_names(configs: list[C]) -> None:
-    """Refuse to resume what was never begun, and a name that leads out of runs/."""
+    """Refuse to resume what was never begun, and a name that no folder in runs/ can have."""
     names = [str(c.name) for c in configs]
     for name in names:
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise SystemExit(f"Expected a --name that is that of a folder, got {name!r}.")
+        inside = name not in ("", ".", "..") and Path(name).name == name
+        # Of the 255 bytes that file systems allow some are left for the -2 of a name that is taken.
+        if not (inside and name.isprintable() and len(name.encode()) <= 240):
+            raise SystemExit(
+                f"Expected a --name that is that of a folder, at most 240 bytes on one line, got "
+                f"{name!r}. Choose another, or leave it out."
+            )
     if configs[0].resume and not any((RUNS / name).exists() for name in names):
         raise SystemExit(
             f"--resume expected a run in one of {[f'{RUNS}/{name}' for name in names]}, and there "
             "is none. Check --name, or start without --resume."
-        )
-
-
-def check_batch(size: int, accumulate: int, most: int, what: str) -> None:
-    """Refuse a batch that is not shared out evenly over devices and parts."""
-    if size % (jax.device_count() * accumulate) or size > most:
-        times = f" times --accumulate {accumulate}" if accumulate > 1 else ""
-        raise SystemExit(
-            f"Expected a batch size that divides by the {jax.device_count()} devices JAX shows"
-            f"{times} and is at most the {most:,} training {what}; got {size}. Pass another "
-            "--batch-size, or show JAX fewer devices."
         )

@@ -16,6 +16,8 @@ def plot_curves(folder: RunFolder, title: str, test_name: str) -> None:
     lines = folder.metrics()
     train = [line for line in lines if "loss" in line]
     test = [line for line in lines if "eval_loss" in line]
+    if not train:  # of a run whose metrics were lost
+        return
     names = ("loss", "accuracy") if any("accuracy" in line for line in train) else ("loss",)
     size = (4.5 * len(names), 3.6)
     figure, panels = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
@@ -32,8 +34,7 @@ def plot_curves(folder: RunFolder, title: str, test_name: str) -> None:
         panel.set(xlabel="step", ylabel=name)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         panel.legend()
-    if train:
-        panels[0].set_yscale("log")
+    panels[0].set_yscale("log")
     panels[0].set_ylabel("loss (cross-entropy, nats)")
     figure.suptitle(title)
     _save(folder, figure, "curves.png")

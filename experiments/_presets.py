@@ -27,6 +27,10 @@ Preset = Literal[
     "cifar10-softsign-short",
 ]
 
+CONCAVE: tuple[Model, ...] = ("pc-linear", "pc-single", "pc-multi")
+REVERSIBLE: tuple[Model, ...] = ("implicit-resnet", "implicit-resnet-multiscale")
+EXPLICIT: tuple[Model, ...] = ("resnet", "resnet-multiscale")
+
 DEFAULTS: dict[str, Any] = dict(
     dataset="digits",
     schedule="cosine",

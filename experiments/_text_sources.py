@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate, islice
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
+from _language_config import Name
 from _tfds import records
 
 Lines = Callable[[], Iterator[str]]
@@ -33,7 +34,6 @@ if sys.version_info >= (3, 14):
 
     OPEN[".zst"] = zstd.open
 
-Name = Literal["pydoc", "tiny_shakespeare", "wikitext-2", "wikitext-103", "text"]
 HELD_OUT = 0.05  # of the last training file, where no file says that it is for validation
 
 

@@ -32,9 +32,12 @@ def records(
         ) from None
     except Exception as error:  # TFDS raises six kinds for data that is absent or of other format
         where = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+        # Of a folder that is not there its own words are that it is prepared, or what it knows.
+        there = (tfds.core.Path(where).expanduser() / name).exists()
+        got = f"{type(error).__name__}: {error}" if there else f"no folder {name} there."
         raise SystemExit(
             f"Expected {name} prepared by TensorFlow Datasets as array_record under {where}; got "
-            f"{type(error).__name__}: {error}\nPoint TFDS_DATA_DIR or --data-dir at a directory "
+            f"{got}\nPoint TFDS_DATA_DIR or --data-dir at a directory "
             "that holds it, or prepare it once: `pip install tensorflow`, then pass --download. "
             f"`{instead}` needs neither."
         ) from None

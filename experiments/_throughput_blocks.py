@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,13 +11,11 @@ import jax.numpy as jnp
 import optax
 from _fidelity_cells import Args, Cell
 from _fidelity_methods import ADJOINTS, solver
+from _ways import DType, Variant
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from deqjax.models import ImplicitResNet, ReversibleTransformer, Transformer
 from deqjax.nn import TransformerCell
-
-DType = Literal["float32", "bfloat16"]
-Variant = Literal["exact", "float", "checkpointed", "explicit", "explicit, checkpointed"]
 
 
 def unrolled(fn: Callable, params: Sequence[PyTree], z: Array, x: Array, checkpoint: bool) -> Array:

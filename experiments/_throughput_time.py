@@ -11,22 +11,13 @@ from _fidelity_cells import Cell
 from _fidelity_memory import compiled, digits_per_word, temporary_bytes
 from _fidelity_methods import ADJOINTS, value_and_grad
 from _fidelity_time import Calls, interleaved, medians, pieces
-from _throughput_blocks import DType, Images, Language, Variant, distinct, unrolled
+from _throughput_blocks import Images, Language, distinct, unrolled
+from _ways import EXTRA, DType, Variant
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 Row = dict[str, Any]
 Case = tuple[Variant, int]  # and the number of evaluations
 
-# Evaluations of f that a variant needs for each one, beyond that of the VJP itself. Checkpointed
-# autodiff of a loop evaluates f forwards and again to recompute a stretch of it; of a stack, whose
-# blocks are checkpointed one by one, the second is the VJP's own.
-EXTRA: dict[Variant, int] = {
-    "exact": 2,
-    "float": 1,
-    "checkpointed": 2,
-    "explicit": 0,
-    "explicit, checkpointed": 1,
-}
 LOOP = 8  # calls of a short piece in a row, as many as the paper's solve has
 VJP_FLOP = 3  # of those of f: f itself, and two products for each of its own
 

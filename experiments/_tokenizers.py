@@ -9,9 +9,10 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, final
+from typing import final
 
 import numpy as np
+from _language_config import Kind
 from _missing import not_installed
 from tqdm import tqdm
 
@@ -20,8 +21,6 @@ try:
     from tokenizers import decoders, models, pre_tokenizers, trainers
 except ImportError as missing:
     raise not_installed(missing) from None
-
-Kind = Literal["bytes", "bpe", "words"]
 
 
 class Tokenizer(abc.ABC):

@@ -52,6 +52,16 @@ class Preparation:
         return images
 
 
+def check_shift(shift: int, image_shape: tuple[int, ...]) -> None:
+    """Refuse to shift images out of themselves."""
+    side = min(image_shape[:2])
+    if shift >= side:
+        raise SystemExit(
+            f"Expected --shift below the {side} pixels of a side of the images, got {shift}. "
+            "Pass a smaller one."
+        )
+
+
 def make_loss(static: PyTree, prepare: Preparation, batch, label_smoothing: float) -> Callable:
     """Cross-entropy of the network on a batch, augmented: what `_fit.make_step` asks for."""
 

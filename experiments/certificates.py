@@ -7,7 +7,7 @@ certificate and of a convolutional cell's gradient; that batch-mates change not 
 
     python experiments/certificates.py                        # everything
     python experiments/certificates.py --sections time mates
-    python experiments/certificates.py --smoke                # the same in seconds, tiny
+    python experiments/certificates.py --smoke                # the same, tiny
 
 Writes results.json (all numbers), table.md and certificates.png into runs/certificates/, over those
 of an earlier run; a section that isn't asked for is kept from there. All options: --help.
@@ -23,21 +23,12 @@ printed (all of it: results/certificates.md; what does not hold is marked there)
     the same, by the series alone; both, pieces in a loop               1.04; 1.40 and 1.29
 """
 
+# ruff: noqa: E402
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import tyro
-from _certificates_claims import claims
-from _certificates_coverage import coverage
-from _certificates_mates import mates
-from _certificates_plot import plot_tightness
-from _certificates_refused import refused
-from _certificates_report import tables
-from _certificates_tight import hard, tightness
-from _certificates_time import time
-from _compare_run import record
+from _flags import Count, Seed, read
 
 Section = Literal["tightness", "hard", "coverage", "refused", "time", "mates"]
 SECTIONS: tuple[Section, ...] = ("tightness", "hard", "coverage", "refused", "time", "mates")
@@ -49,25 +40,25 @@ class Config:
 
     sections: tuple[Section, ...] = SECTIONS
     """What to measure."""
-    n: int = 80
+    n: Count = 80
     """Unknowns of a dense problem: the width of the reference's linear network."""
-    batch: int = 64
+    batch: Count = 64
     """Examples, as in the reference's training; the small convolution has 8."""
-    size: int = 6
+    size: Count = 6
     """Pixels of a side of the small convolution's images: its matrix is written out."""
-    channels: int = 4
+    channels: Count = 4
     """Its channels."""
-    problems: int = 10_000
+    problems: Count = 10_000
     """Random problems a dtype, at least."""
-    each: int | None = None
+    each: Count | None = None
     """Problems of an activation and size, of two activations only; None: as many as it takes."""
-    time_size: int = 28
+    time_size: Count = 28
     """Pixels of a side of the images of the timed convolution."""
-    time_channels: int = 82
+    time_channels: Count = 82
     """Its channels: the reference's single-convolution network on 28 x 28 images."""
-    rounds: int = 15
+    rounds: Count = 15
     """Of time measurements, interleaved; four times it for the dense problems, which are quick."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything."""
     out: Path | None = None
     """The folder of the results; None: runs/certificates, smoke runs beside it."""
@@ -86,6 +77,20 @@ SMOKE: dict[str, Any] = {
     "time_channels": 3,
     "rounds": 1,
 }
+
+if __name__ == "__main__":  # before the rest, which takes seconds to import
+    read(Config)
+
+import jax
+from _certificates_claims import claims
+from _certificates_coverage import coverage
+from _certificates_mates import mates
+from _certificates_plot import plot_tightness
+from _certificates_refused import refused
+from _certificates_report import tables
+from _certificates_tight import hard, tightness
+from _certificates_time import time
+from _compare_run import record
 
 
 def measure(section: Section, config: Config) -> dict[str, Any]:
@@ -116,4 +121,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(read(Config))

@@ -7,7 +7,7 @@ right or NaN, never a wrong number. jaxopt's implicit_diff has a row if it is in
 
     python experiments/compare_adjoints.py                     # everything
     python experiments/compare_adjoints.py --sections guarantee memory
-    python experiments/compare_adjoints.py --smoke             # the same in seconds, tiny
+    python experiments/compare_adjoints.py --smoke             # the same, tiny
 
 Writes results.json (all numbers), table.md and gradients.png into runs/compare_adjoints/, over
 those of an earlier run; a section that isn't asked for is kept from there. All options: --help.
@@ -20,17 +20,12 @@ Hardware: two cores of a shared x86 CPU, JAX 0.10.2, jaxopt 0.8.5, seed 0; 1 min
     default gradient: error / (10 tol / (1 - rho)), rho 0.5, 0.9, 0.99, 0.999 0.06, 0.03, 0.04, 0.01
 """
 
+# ruff: noqa: E402
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import jax
-import tyro
-from _compare_adjoints import backward_memory, block_cases, compare, guarantee, linear_cases
-from _compare_methods import attention_block, convolution_block
-from _compare_plot import plot_gradients
-from _compare_run import record
-from _compare_which import claims, tables
+from _flags import Count, Range, Seed, read
 
 Section = Literal["guarantee", "memory", "adjoints"]
 
@@ -41,17 +36,17 @@ class Config:
 
     sections: tuple[Section, ...] = ("guarantee", "memory", "adjoints")
     """What to measure."""
-    rhos: tuple[float, ...] = (0.5, 0.9, 0.99, 0.999)
+    rhos: tuple[Annotated[float, Range(0, 1, but=(1,))], ...] = (0.5, 0.9, 0.99, 0.999)
     """Spectral radii of the linear family."""
-    n: int = 64
+    n: Count = 64
     """Its number of unknowns; the exact gradient is dense."""
-    size: int = 32_768
+    size: Annotated[int, Range(2, 2**30)] = 32_768
     """The state whose backward pass's memory is measured; and half and twice of it."""
-    steps: int = 256
+    steps: Count = 256
     """Evaluations of the adjoints that differentiate steps."""
-    rounds: int = 5
+    rounds: Count = 5
     """Of time measurements, interleaved; the median is reported."""
-    seed: int = 0
+    seed: Seed = 0
     """Of blocks and cotangents."""
     out: Path | None = None
     """The folder of the results; None: runs/compare_adjoints, smoke runs beside it."""
@@ -61,6 +56,16 @@ class Config:
 
 # These are forced: a smoke run is quick whatever else is asked for.
 SMOKE: dict[str, Any] = {"rhos": (0.5, 0.9), "n": 6, "size": 512, "steps": 8, "rounds": 1}
+
+if __name__ == "__main__":  # before the rest, which takes seconds to import
+    read(Config)
+
+import jax
+from _compare_adjoints import backward_memory, block_cases, compare, guarantee, linear_cases
+from _compare_methods import attention_block, convolution_block
+from _compare_plot import plot_gradients
+from _compare_run import record
+from _compare_which import claims, tables
 
 
 def measure(section: Section, config: Config) -> dict[str, Any]:
@@ -90,4 +95,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(read(Config))

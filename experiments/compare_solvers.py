@@ -8,7 +8,7 @@ if it is installed: `pip install -e '.[bench]'`.
 
     python experiments/compare_solvers.py                       # everything
     python experiments/compare_solvers.py --sections overhead floor
-    python experiments/compare_solvers.py --smoke               # the same in seconds, tiny
+    python experiments/compare_solvers.py --smoke               # the same, tiny
 
 Writes results.json (all numbers), table.md and residuals.png into runs/compare_solvers/, over those
 of an earlier run; a section that isn't asked for is kept from there. All options: --help.
@@ -27,20 +27,12 @@ Hardware: two cores of a shared x86 CPU, JAX 0.10.2, jaxopt 0.8.5, seed 0; 6 min
 The last line moves with the minute: in some the machine reads at 60 GB/s and runs the rest slower.
 """
 
+# ruff: noqa: E402
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import tyro
-from _compare_evaluations import evaluations, mixed_batch
-from _compare_methods import as_problem, attention_block, convolution_block, inject
-from _compare_plot import plot_residuals
-from _compare_report import claims, tables
-from _compare_run import record
-from _compare_time import blocks, floor, overhead
-from _problems import Problem, linear, slow_tanh, suite
+from _flags import Count, Seed, Tolerance, read
 
 Section = Literal["evaluations", "overhead", "floor", "blocks"]
 
@@ -51,29 +43,29 @@ class Config:
 
     sections: tuple[Section, ...] = ("evaluations", "overhead", "floor", "blocks")
     """What to measure; the mixed batch goes with evaluations."""
-    tol: float = 1e-8
+    tol: Tolerance = 1e-8
     """Relative residual of section evaluations, in float64."""
-    ceiling: int = 30_000
+    ceiling: Count = 30_000
     """On evaluations there: Picard at rho 0.999 needs 11,507, its damped form twice that."""
-    scale: int = 8
+    scale: Count = 8
     """Unknowns there, in units of 8 to 80: f is then dearer than the bookkeeping of any loop."""
-    history: int = 300
+    history: Count = 300
     """Evaluations of which residuals are drawn."""
-    easy: int = 31
+    easy: Count = 31
     """Easy examples of the mixed batch, beside a hard one."""
-    size: int = 1_000_000
+    size: Count = 1_000_000
     """Of the state in section overhead, float32."""
-    steps: int = 40
+    steps: Count = 40
     """There, with a full window."""
-    width: int = 512
+    width: Count = 512
     """Of the dense tanh map in section floor."""
-    batch: int = 64
+    batch: Count = 64
     """There."""
-    gradient_tol: float = 1e-5
+    gradient_tol: Tolerance = 1e-5
     """Relative residual of the solves whose gradients are taken, in float32."""
-    rounds: int = 9
+    rounds: Count = 9
     """Of time measurements, interleaved; medians of ratios of the same round are reported."""
-    seed: int = 0
+    seed: Seed = 0
     """Of parameters, inputs and cotangents."""
     out: Path | None = None
     """The folder of the results; None: runs/compare_solvers, smoke runs beside it."""
@@ -93,6 +85,19 @@ SMOKE: dict[str, Any] = {
     "batch": 4,
     "rounds": 2,
 }
+
+if __name__ == "__main__":  # before the rest, which takes seconds to import
+    read(Config)
+
+import jax
+import jax.numpy as jnp
+from _compare_evaluations import evaluations, mixed_batch
+from _compare_methods import as_problem, attention_block, convolution_block, inject
+from _compare_plot import plot_residuals
+from _compare_report import claims, tables
+from _compare_run import record
+from _compare_time import blocks, floor, overhead
+from _problems import Problem, linear, slow_tanh, suite
 
 
 def problems(config: Config) -> list[Problem]:
@@ -135,4 +140,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(read(Config))

@@ -7,7 +7,7 @@ normalised by `x / jnp.sqrt(v)`, which XLA does not round alike in two programs.
 
     python experiments/gradient_fidelity.py                     # everything
     python experiments/gradient_fidelity.py --sections errors --dtypes float32
-    python experiments/gradient_fidelity.py --smoke             # the same in seconds, tiny
+    python experiments/gradient_fidelity.py --smoke             # the same, tiny
 
 Writes results.json (all numbers), table.md and error.png into runs/gradient_fidelity/, over those
 of an earlier run; a section that isn't asked for is kept from there. All options: --help.
@@ -24,35 +24,13 @@ printed (all of it: results/gradient_fidelity.md):
     jax.vmap / batched=True, exact: seconds, bytes                            1.09, 1.00
 """
 
+# ruff: noqa: E402
 import dataclasses
-import json
-import math
-import platform
-import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import jax
-import tyro
-from _fidelity_cells import Cell, make_attention, make_conv, make_mlp, make_tanh
-from _fidelity_errors import errors
-from _fidelity_memory import memory, residuals
-from _fidelity_methods import TITLES, Method
-from _fidelity_plot import plot_errors
-from _fidelity_report import (
-    claims,
-    claims_table,
-    error_table,
-    fraction,
-    memory_table,
-    pick,
-    residual_table,
-    summary_table,
-    time_table,
-    vmap_table,
-)
-from _fidelity_time import timing, vmapped
+from _flags import Count, Inverse, Range, Seed, read
+from _ways import TITLES, Method
 
 Section = Literal["errors", "memory", "time", "vmap"]
 
@@ -69,23 +47,23 @@ class Config:
         "attention",
     )
     """The blocks of errors and memory."""
-    depths: tuple[int, ...] = (4, 16, 64, 256, 1024)
+    depths: tuple[Count, ...] = (4, 16, 64, 256, 1024)
     """Evaluations of the block, two of them being one step of the paper's."""
-    inverses: tuple[int, ...] = (2, 5, 10, -5)
+    inverses: tuple[Inverse, ...] = (2, 5, 10, -5)
     """The d of 1 - beta = 1/d."""
     costed: tuple[Method, ...] = tuple(TITLES)
     """Whose memory and time are measured; of the errors, all are."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Of state, parameters and computation."""
-    memory_depths: tuple[int, int] = (8, 512)
+    memory_depths: tuple[Count, Count] = (8, 512)
     """Evaluations between which memory is compared."""
-    d: int = 5
+    d: Inverse = 5
     """1 - beta = 1/d where only one is measured: memory, time and vmap. The paper's is 5."""
-    evaluations: int = 16
+    evaluations: Annotated[int, Range(2, 2**30, multiple=2)] = 16
     """Of the block whose time is measured, and of the solves under vmap; even."""
-    rounds: int = 9
+    rounds: Count = 9
     """Of time measurements, interleaved; the median is reported."""
-    seed: int = 0
+    seed: Seed = 0
     """Of parameters, input, initial iterate and cotangent."""
     out: Path | None = None
     """The folder of the results; None: runs/gradient_fidelity, smoke runs beside it."""
@@ -104,6 +82,34 @@ SMOKE: dict[str, Any] = {
     "evaluations": 4,
     "rounds": 2,
 }
+
+if __name__ == "__main__":  # before the rest, which takes seconds to import
+    read(Config)
+
+import json
+import math
+import platform
+import time
+from importlib.metadata import version
+
+import jax
+from _fidelity_cells import Cell, make_attention, make_conv, make_mlp, make_tanh
+from _fidelity_errors import errors
+from _fidelity_memory import memory, residuals
+from _fidelity_plot import plot_errors
+from _fidelity_report import (
+    claims,
+    claims_table,
+    error_table,
+    fraction,
+    memory_table,
+    pick,
+    residual_table,
+    summary_table,
+    time_table,
+    vmap_table,
+)
+from _fidelity_time import timing, vmapped
 
 
 def small_cells(config: Config) -> list[Cell]:
@@ -204,13 +210,14 @@ def main(config: Config) -> None:
     versions = {name: version(name) for name in ("jax", "deqjax", "equinox", "numpy")}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     about = {"python": platform.python_version(), **versions, "device": device}
+    marked = {"smoke": True} if config.smoke else {}
     for section in config.sections:
         start = time.perf_counter()
         results |= finite(measure(section, config))
         seconds = round(time.perf_counter() - start)
         asked = dataclasses.asdict(config) | {"out": str(out)}
         results["runs"][section] = {"config": asked, "versions": about, "seconds": seconds}
-        results["claims"] = claims(results)
+        results["claims"] = [line | marked for line in claims(results)]
         # After each section, so that a run that is stopped leaves what it has measured.
         text = json.dumps(finite(results), indent=1, allow_nan=False)
         record.write_text(text + "\n", encoding="utf-8")
@@ -222,4 +229,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(read(Config))

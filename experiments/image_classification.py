@@ -13,7 +13,7 @@ certified how far each solve is from its fixed point, and which predictions that
     python experiments/image_classification.py --preset cifar10-revdeq-short
     python experiments/image_classification.py --preset mnist-softsign-short
     python experiments/image_classification.py --preset cifar10-multi-relu6  # the paper's
-    python experiments/image_classification.py --smoke        # the same in seconds, not learning
+    python experiments/image_classification.py --smoke        # the same, tiny, not learning
 
 The presets of the pcDEQ paper run for 40 to 120 epochs; those of our own, -short, for minutes.
 Digits come with scikit-learn. The others are read by TensorFlow Datasets from TFDS_DATA_DIR.
@@ -49,6 +49,12 @@ last two 92 %, of all 74 %, where a margin of logits, 0.82 in the median, can mo
 The RevDEQ on MNIST ran in the floating-point mode, deqjax.Reversible(exact=False).
 """
 
+from _config import Config, choose
+from _flags import read
+
+if __name__ == "__main__":  # before the rest, which takes seconds to import
+    choose(read(Config))
+
 import math
 import time
 from typing import Any
@@ -58,19 +64,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from _certified import certified_share, measure
-from _config import Config, choose, resolve, title
+from _config import title
 from _data import Dataset, load
-from _devices import initialize, is_main, local, mesh, replicate
+from _devices import check_batch, initialize, is_main, local, mesh, replicate
 from _fit import TrainState, fit, make_step
 from _models import constructor
-from _options import RUNS, check_batch, check_names, recorded
+from _options import RUNS, recorded
 from _plots import plot_certificates, plot_curves, plot_residual
 from _run import RunFolder
 from _solves import backward_evaluations, residual_curves
 from _table import table
-from _train import Preparation, evaluate, make_forward, make_loss
+from _train import Preparation, check_shift, evaluate, make_forward, make_loss
 
 from deqjax.models import PositiveConcaveNet
 
@@ -78,12 +83,12 @@ from deqjax.models import PositiveConcaveNet
 def train(config: Config, data: Dataset) -> dict[str, Any]:
     """One run, from its folder to its row of the table."""
     batch_size, n = config.batch_size, len(data.train.labels)
-    check_batch(batch_size, config.accumulate, n, "images")
-    assert config.epochs and config.learning_rate and config.milestone  # by resolve
+    assert config.epochs and config.learning_rate and config.milestone is not None  # by choose
     assert config.weight_decay is not None and config.shift is not None and config.name
     assert config.label_smoothing is not None
+    check_batch(batch_size, config.accumulate, n, "images")
+    check_shift(config.shift, data.image_shape)
     start_time = time.perf_counter()
-    folder = RunFolder(RUNS, config.name, recorded(config), resume=config.resume, keep=config.keep)
 
     # --- network, optimiser, compiled functions
     per_epoch = n // batch_size
@@ -91,9 +96,13 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     model_key, augment_key, measure_key = jax.random.split(jax.random.key(config.seed), 3)
     names = ("model", "features", "max_steps", "tolerance", "gradient_tolerance", "beta")
     names += ("activation", "widths", "dtype")
-    make = constructor(**{name: getattr(config, name) for name in names})
-    make = eqx.filter_jit(eqx.nn.make_with_state(make))  # one compilation, not one a parameter
-    model, norms = make(data.image_shape, data.num_classes, key=model_key)
+    try:
+        make = constructor(**{name: getattr(config, name) for name in names})
+        make = eqx.filter_jit(eqx.nn.make_with_state(make))  # one compilation, not one a parameter
+        model, norms = make(data.image_shape, data.num_classes, key=model_key)
+    except ValueError as error:  # of the sizes, of beta
+        raise SystemExit(str(error)) from None
+    folder = RunFolder(RUNS, config.name, recorded(config), resume=config.resume, keep=config.keep)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     if config.schedule == "cosine":
         rate = optax.cosine_decay_schedule(config.learning_rate, total)
@@ -150,7 +159,8 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
         options = (prepare, data.test, batch_size, config.certify_tolerance)
         share = certified_share(model, local(state.norms), *options)
         step = last["step"]
-        if step == total:  # a run that goes on leaves the lines of one that never stopped
+        # A run that goes on leaves the lines of one that never stopped, and each of them once.
+        if step == total and not any("certified" in line for line in folder.metrics()):
             folder.log({"step": step, "certified": share})
     row = {
         "model": title(config),
@@ -176,19 +186,21 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     return row
 
 
-def main(config: Config) -> None:
+def main(configs: list[Config]) -> None:
+    config = configs[0]
     initialize(config.distributed, config.coordinator, config.processes, config.process_id)
-    configs = [resolve(c) for c in choose(config)]
-    check_names(configs)
+    if config.smoke:
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
     limit = 96 if config.smoke else None
-    dataset = configs[0].dataset
+    dataset = config.dataset
     assert dataset is not None
     data = load(dataset, data_dir=config.data_dir, download=config.download, limit=limit)
     rows = [train(c, data) for c in configs]
     if not is_main():
         return
     where = f"{data.test_name}: {data.about}, {len(data.test.labels):,} images"
-    print(f"\n{dataset}, seed {config.seed}; {where}")
+    smoke = "A smoke run: nothing is learned, and the figures say nothing. " if config.smoke else ""
+    print(f"\n{smoke}{dataset}, seed {config.seed}; {where}")
     print("f forward, f backward: evaluations of f per example")
     print("certified: share of predictions that no error of the solves can change\n")
     print(table(rows))
@@ -196,4 +208,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(choose(read(Config)))

@@ -11,7 +11,7 @@ gradient of the steps taken, in the memory of one.
     python experiments/language_modelling.py --corpus text --data-dir FOLDER        # any text, bpe
     python experiments/language_modelling.py --preset paper --corpus text --data-dir FOLDER \\
         --dtype bfloat16                                          # the paper's 94 M parameters
-    python experiments/language_modelling.py --smoke               # in seconds, not learning
+    python experiments/language_modelling.py --smoke               # the same, tiny, not learning
 
 tiny_shakespeare is read by TensorFlow Datasets from TFDS_DATA_DIR; a folder of WikiText holds
 wiki.train.tokens and wiki.valid.tokens; a folder of text any .txt files; all of these may be
@@ -41,6 +41,12 @@ The state came to +-12 (pydoc) and +-23 (tiny_shakespeare) of the +-2,048 that i
 the paper's network starts with +-12.
 """
 
+from _flags import read
+from _language_config import Config, choose
+
+if __name__ == "__main__":  # before the rest, which takes seconds to import
+    choose(read(Config))
+
 import time
 from functools import partial
 from typing import Any
@@ -49,12 +55,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
-from _devices import initialize, is_main, local, main_first, mesh, replicate
+from _devices import check_batch, initialize, is_main, local, main_first, mesh, replicate
 from _fit import TrainState, fit, make_step
 from _language import make_evaluate, make_loss, make_model, sample
-from _language_config import Config, choose, title
-from _options import RUNS, check_batch, check_names, recorded
+from _language_config import title
+from _options import RUNS, recorded
 from _plots import plot_curves
 from _run import RunFolder
 from _table import table
@@ -113,8 +118,8 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         # What is shown is of the checkpoint of the lowest validation loss.
         state = folder.best(state)
         if is_main():
-            lines = [line for line in folder.metrics() if "eval_loss" in line]
-            last = min(lines, key=lambda line: line["eval_loss"])
+            lines = [x for x in folder.metrics() if x.get("eval_loss") is not None]
+            last = min([*lines, last], key=lambda line: line["eval_loss"])
     model = eqx.combine(local(state.params), static)
     text = sample(model, corpus, config, sample_key)
     if is_main():
@@ -122,12 +127,13 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
             (folder.path / "sample.txt").write_text(text, encoding="utf-8")
         plot_curves(folder, f"{title(config)} on {corpus.name}, seed {config.seed}", "validation")
         print(f"\n{text}\n")
+    per_word = last["eval_word_perplexity"]
     row = {
         "model": title(config),
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "validation nats": f"{last['eval_loss']:.4f}",
         "per token": f"{last['eval_perplexity']:.3f}",
-        "per word": f"{last['eval_word_perplexity']:.1f}",
+        "per word": f"{per_word:.1f}" if per_word < 1e6 else f"{per_word:.0e}",
         "f forward": f"{last['eval_evaluations']:.1f}",
         "seconds": f"{time.perf_counter() - start_time:.0f}",
         "folder": f"{folder.path}/",
@@ -136,13 +142,13 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
     return row
 
 
-def main(config: Config) -> None:
-    initialize(config.distributed, config.coordinator, config.processes, config.process_id)
-    configs = choose(config)
-    check_names(configs)
+def main(configs: list[Config]) -> None:
     first = configs[0]
+    initialize(first.distributed, first.coordinator, first.processes, first.process_id)
+    if first.smoke:
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
     assert first.tokenizer and first.vocabulary
-    read = partial(
+    fetch = partial(
         load,
         first.corpus,
         tokenizer=first.tokenizer,
@@ -152,11 +158,12 @@ def main(config: Config) -> None:
         download=first.download,
         limit=4_000 if first.smoke else None,
     )
-    corpus = main_first(read)
+    corpus = main_first(fetch)
     rows = [train(c, corpus) for c in configs]
     if not is_main():
         return
-    print(f"\n{corpus.name}: {corpus.about}")
+    smoke = "A smoke run: nothing is learned, and the figures say nothing. " if first.smoke else ""
+    print(f"\n{smoke}{corpus.name}: {corpus.about}")
     print(f"{len(corpus.train):,} and {len(corpus.valid):,} tokens ({corpus.tokenizer.name}),")
     print(f"{corpus.valid_words:,} words of validation text; seed {first.seed}")
     print("perplexity: of the whole validation text but its first token, per token and per word\n")
@@ -165,4 +172,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(choose(read(Config)))

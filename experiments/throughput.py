@@ -7,7 +7,7 @@ state, against checkpointed autodiff and an explicit model of as many distinct b
 
     python experiments/throughput.py                           # reduced on a CPU, full on a GPU
     python experiments/throughput.py --sections language --batches 4
-    python experiments/throughput.py --smoke                   # the same in seconds, tiny
+    python experiments/throughput.py --smoke                   # the same, tiny
 
 Writes results.json (all numbers), table.md and throughput.png into runs/throughput/, over those of
 an earlier run; a section that isn't asked for is kept from there. All options: --help.
@@ -24,20 +24,13 @@ results/throughput.md):
     multiscale: exact state, temporary bytes at 32 / at 4                     1.06
 """
 
+# ruff: noqa: E402
 import dataclasses
-import os
-import platform
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import tyro
-from _compare_run import record
-from _fidelity_methods import ADJOINTS
-from _throughput_blocks import DType, Images, Language, Variant
-from _throughput_plot import plot_depths
-from _throughput_report import claims, tables
-from _throughput_time import EXTRA, Case, block_rows, device_memory, load, model_rows
+from _flags import Count, Seed, read
+from _ways import EXTRA, DType, Variant
 
 Section = Literal["language", "multiscale"]
 
@@ -50,21 +43,21 @@ class Config:
     """Which blocks."""
     full: bool | None = None
     """The paper's sizes; None: on anything but a CPU."""
-    batches: tuple[int, ...] | None = None
+    batches: tuple[Count, ...] | None = None
     """Batch sizes, the first one being that of all depths; None: 4 and 16, or the paper's."""
     variants: tuple[Variant, ...] = tuple(EXTRA)
     """Ways of taking the gradient; exact is always one of them."""
     dtypes: tuple[DType, ...] = ("float32", "bfloat16")
     """Of products and convolutions; on a CPU bfloat16, which is emulated, at one size only."""
-    evaluations: int = 8
+    evaluations: Count = 8
     """Of the block, the paper's number."""
-    depths: tuple[int, ...] = (4, 8, 16, 32)
+    depths: tuple[Count, ...] = (4, 8, 16, 32)
     """Evaluations between which memory and time are compared."""
-    unrolled: int = 8
+    unrolled: Count = 8
     """The deepest explicit model: compiling one takes as long as it is deep."""
-    rounds: int = 5
+    rounds: Count = 5
     """Of time measurements, interleaved; the median is reported."""
-    seed: int = 0
+    seed: Seed = 0
     """Of parameters and inputs."""
     out: Path | None = None
     """The folder of the results; None: runs/throughput, smoke runs beside it."""
@@ -82,6 +75,21 @@ SMOKE: dict[str, Any] = {
     "depths": (2, 4),
     "rounds": 1,
 }
+
+if __name__ == "__main__":  # before the rest, which takes seconds to import
+    read(Config)
+
+import os
+import platform
+
+import jax
+from _compare_run import record
+from _fidelity_methods import ADJOINTS
+from _throughput_blocks import Images, Language
+from _throughput_plot import plot_depths
+from _throughput_report import claims, tables
+from _throughput_time import Case, block_rows, device_memory, load, model_rows
+
 SIZES: dict[tuple[str, str], Language | Images] = {
     ("language", "full"): Language(768, 12, (3072, 3072), 448, 50_304),
     ("language", "reduced"): Language(192, 3, (768, 768), 64, 2048),
@@ -171,4 +179,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(read(Config))

@@ -3,7 +3,6 @@
 from ._base import (
     AbstractAdjoint as AbstractAdjoint,
     AbstractFixedPointAdjoint as AbstractFixedPointAdjoint,
-    arrays_of as arrays_of,
     check_cotangent as check_cotangent,
     strong as strong,
 )

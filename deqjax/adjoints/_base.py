@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 
 from .._iterate import lax_while
 from .._linear import LinearMap
-from .._tree import dot, mesh_axes, scale, vary
+from .._tree import as_real, dot, from_real, mesh_axes, scale, vary
 
 AbstractAdjoint = optimistix.AbstractAdjoint
 LinearSolve = Callable[[LinearMap, PyTree], PyTree]
@@ -120,11 +120,14 @@ class Linearisation(NamedTuple):
 def solved(
     matvec: LinearMap, b: PyTree, solve: LinearSolve, transpose_solve: LinearSolve
 ) -> PyTree:
-    """The solution of `matvec(y) = b`, by `solve(matvec, b)`."""
+    """The solution of `matvec(y) = b`, by `solve(matvec, b)`, which sees real leaves alone."""
+    over_reals = lambda y: as_real(matvec(from_real(y, b)))
     # custom_linear_solve expects of the leaves of b that all have a tangent or none. In a
     # second derivative some have: a barrier gives the others zeros, forwards and transposed.
     whole = jax.lax.optimization_barrier
-    return whole(jax.lax.custom_linear_solve(matvec, whole(b), solve, transpose_solve))
+    right = whole(as_real(b))
+    y = jax.lax.custom_linear_solve(over_reals, right, solve, transpose_solve)
+    return from_real(whole(y), b)
 
 
 class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
@@ -228,20 +231,3 @@ def check_cotangent(name: str, z: PyTree, cotangent: PyTree) -> None:
             f"{name} expects a cotangent of the structure, shapes and dtypes of z, "
             f"{eqx.tree_pformat(z)}, got {eqx.tree_pformat(cotangent)}."
         )
-
-
-def arrays_of(fn: Callable, z: PyTree, args: PyTree) -> tuple[PyTree, Callable]:
-    """The inexact arrays of the pytree `fn`, and `call(own, z, args)`, a pytree of the hidden ones.
-
-    One of the two has none: it could not be said which of the cotangents is whose.
-    """
-    own, static = eqx.partition(fn, eqx.is_inexact_array)
-    whole = lambda own, z, args: eqx.combine(own, static)(z, args)
-    call = eqx.filter_closure_convert(whole, own, z, args)
-    if jax.tree.leaves(own) and jax.tree.leaves(eqx.filter(call, eqx.is_inexact_array)):
-        raise ValueError(
-            "implicit_vjp and reversible_vjp expect an fn that either holds its arrays (an Equinox "
-            "module) or closes over them, got one that does both; pass the arrays it closes over "
-            "through args."
-        )
-    return own, call

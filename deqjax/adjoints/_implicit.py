@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import lineax
 from jaxtyping import PyTree
 
+from .._arrays import arrays_of
 from .._condition import error_estimate, one_norm_of_inverse
 from .._linear import LinearMap, by_iteration, by_lineax, judged
+from .._number import float_state
+from .._program import run
 from .._solution import RESULTS
-from .._tree import lincomb
+from .._tree import as_real, conjugate, from_real, lincomb
 from ..solvers import AbstractSolver, Reversible
 from ._base import (
     AbstractImplicitAdjoint,
-    arrays_of,
     check_cotangent,
     check_linear,
     strong,
@@ -126,15 +128,15 @@ class ImplicitAdjoint(AbstractImplicitAdjoint):
         rank: int,
     ) -> tuple[PyTree, dict[str, Any]]:
         """See `deqjax.adjoints`."""
-        del known, transpose
+        del known
         solver = self.linear_solver
+        # In the view of b: of a tangent, or of a cotangent.
+        y0 = as_real(conjugate(self.y0) if transpose else self.y0)
         if isinstance(solver, lineax.AbstractLinearSolver):
-            y, stats = by_lineax(solver, matvec, b, self.y0, self.tol, rank=rank)
+            y, stats = by_lineax(solver, matvec, b, y0, self.tol, rank=rank)
         else:
             steps = max_steps if self.max_steps is None else self.max_steps
-            y, stats = by_iteration(
-                solver, matvec, b, self.y0, self.tol, max_steps=steps, rank=rank
-            )
+            y, stats = by_iteration(solver, matvec, b, y0, self.tol, max_steps=steps, rank=rank)
         return judged(y, stats, self.on_failure), stats
 
 
@@ -156,7 +158,8 @@ def implicit_vjp(
 
     **Arguments:**
 
-    - `fn`, `z`, `args`: `fn(z, args)` is approximately `z`, a pytree of float arrays.
+    - `fn`, `z`, `args`: `fn(z, args)` is approximately `z`, a pytree of float arrays, real or
+        complex.
     - `cotangent`: of the structure, shapes and dtypes of `z`.
     - `adjoint`: a `deqjax.ImplicitAdjoint` or a `deqjax.PositiveConcaveAdjoint`; with
         `on_failure="keep"` the outcome is reported and nothing else.
@@ -195,32 +198,35 @@ def implicit_vjp(
             f"got {adjoint!r}; the others solve no linear system of which there would be something "
             f"to tell."
         )
-    z, cotangent = strong(z), strong(cotangent)
+    z, cotangent = float_state(z), strong(cotangent)
     check_cotangent("implicit_vjp", z, cotangent)
     if max_steps < 1:
         raise ValueError(f"implicit_vjp expects max_steps of at least 1, got {max_steps}.")
-    return _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched, condition)
+    own, form = arrays_of(fn, z, args)
+    inputs = (own, z, cotangent, adjoint, max_steps, int(batched), condition)
+    d, stats = run(_implicit_vjp, *inputs)
+    return form(d), stats
 
 
-@eqx.filter_jit
-def _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched, condition):
-    own, call = arrays_of(fn, z, args)
-    hidden, body = eqx.partition(call, eqx.is_inexact_array)
-    moving, still = eqx.partition(args, eqx.is_inexact_array)
+def _implicit_vjp(own, z, cotangent, adjoint, max_steps, rank, condition):
+    moving, still = eqx.partition(own, eqx.is_inexact_array)
 
-    def f(own, hidden, moving, z):
-        return eqx.combine(hidden, body)(own, z, eqx.combine(moving, still))
+    # A function of real numbers, also where z is complex.
+    def f(moving, x):
+        at = eqx.combine(moving, still)
+        return as_real(at.call(at.own, from_real(x, z), at.args))
 
-    _, pull = jax.vjp(f, own, hidden, moving, z)
-    transposed = lambda v: lincomb(1, v, -1, pull(v)[3])
+    x = as_real(z)
+    _, pull = jax.vjp(f, moving, x)
+    transposed = lambda v: lincomb(1, v, -1, pull(v)[1])
     # Not linearised beforehand: an f without a JVP will do for an adjoint that asks for none.
-    push = lambda v: jax.jvp(lambda z: f(own, hidden, moving, z), (z,), (v,))[1]
-    rank = int(batched)
+    push = lambda v: jax.jvp(lambda x: f(moving, x), (x,), (v,))[1]
     plain = lambda v: lincomb(1, v, -1, push(v))
     known = adjoint.known(plain, z, rank)
     options = dict(max_steps=max_steps, rank=rank)
-    y, stats = adjoint.solve(transposed, cotangent, known, transpose=True, **options)
-    stats["solution"] = y
+    b = as_real(conjugate(cotangent))
+    y, stats = adjoint.solve(transposed, b, known, transpose=True, **options)
+    stats["solution"] = conjugate(from_real(y, z))
     if condition:
         cold = {"y0": None} if isinstance(adjoint, ImplicitAdjoint) else {}
         free = dataclasses.replace(adjoint, on_failure="keep", **cold)
@@ -229,9 +235,8 @@ def _implicit_vjp(fn, z, args, cotangent, adjoint, max_steps, batched, condition
             matvec = transposed if transpose else plain
             return free.solve(matvec, b, known, transpose=transpose, **options)
 
-        stats["condition"] = one_norm_of_inverse(solve, plain, z, rank)
-        error = error_estimate(solve, transposed, y, cotangent, rank)
+        stats["condition"] = one_norm_of_inverse(solve, plain, x, rank)
+        error = error_estimate(solve, transposed, y, b, rank)
         failed = stats["result"] != RESULTS.successful
         stats["error_estimate"] = jnp.where(failed, jnp.inf, error)
-    d_own, d_hidden, d_args, _ = pull(y)
-    return (d_own if jax.tree.leaves(own) else jax.tree.leaves(d_hidden), d_args), stats
+    return pull(y)[0], stats

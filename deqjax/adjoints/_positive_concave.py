@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PyTree
 
 from .._linear import LinearMap, by_iteration, judged
+from .._number import check_real
 from .._residual import AbstractMeasure, Residual, slack
 from .._solution import relative_residual
-from .._tree import add, lincomb, per_problem, select, unify, widen
+from .._tree import add, lincomb, per_problem, quotient, select, unify, widen
 from ._base import AbstractImplicitAdjoint, check_linear
 
 # JVPs for the weight. The first step takes most of what z has beside the leading eigenvector of J.
@@ -41,7 +42,7 @@ def _total(combine: Callable, fn: Callable, *trees: PyTree) -> Inexact[Array, ""
 def _rate(image: PyTree, w: PyTree) -> Inexact[Array, ""]:
     """`max J w / w`, and infinity unless w > 0 and J w >= 0, but for rounding."""
     r = _rounding(w, 0)
-    ratio = jax.tree.map(lambda i, w: widen(i) / widen(w), image, w)
+    ratio = jax.tree.map(lambda i, w: quotient(widen(i), widen(w)), image, w)
     low = _total(jnp.min, lambda x: jnp.min(x, initial=jnp.inf), ratio)
     high = _total(jnp.max, lambda x: jnp.max(x, initial=0), ratio)
     positive = _total(jnp.min, lambda w: jnp.min(widen(w), initial=1), w) > 0
@@ -77,7 +78,8 @@ class _Certificate(AbstractMeasure):
         w = self.contraction.w
         if self.transpose:
             return _total(jnp.sum, lambda y, w: jnp.sum(w * jnp.abs(widen(y))), y, w)
-        return _total(jnp.max, lambda y, w: jnp.max(jnp.abs(widen(y)) / w, initial=0), y, w)
+        size = lambda y, w: jnp.max(quotient(jnp.abs(widen(y)), w), initial=0)
+        return _total(jnp.max, size, y, w)
 
     @property
     def gap(self) -> Inexact[Array, ""]:
@@ -182,6 +184,7 @@ class PositiveConcaveAdjoint(AbstractImplicitAdjoint):
 
     def known(self, matvec: LinearMap, z: PyTree, rank: int) -> Contraction:
         """A weight, by power steps from z, and its rate."""
+        check_real("PositiveConcaveAdjoint", z, "use deqjax.ImplicitAdjoint(), which has no bound.")
 
         def step(w):
             image = lincomb(1, w, -1, matvec(w))

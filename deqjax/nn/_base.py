@@ -15,6 +15,7 @@ mode and, under `jax.vmap` with a shared kernel, makes one kernel cotangent per 
 """
 
 import abc
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -33,7 +34,13 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, PyTree
 
 from .._number import check_size
 from .._tree import mesh_axes, vary
-from ..positive import AbstractNonnegative, StrictlyPositive, properties
+from ..positive import (
+    AbstractNonnegative,
+    Enclosure,
+    Properties,
+    StrictlyPositive,
+    certify,
+)
 
 Weight = paramax.AbstractUnwrappable[Array] | Float[Array, "..."]
 # W as a function of an unbounded parameter, or None: the parameter is W, and `positive.project`
@@ -65,6 +72,7 @@ class AbstractPositiveCell(AbstractNonnegative):
     """A cell made of `sigma(W z + x)`, `W >= 0`, with x as positive as sigma needs it."""
 
     activation: AbstractVar[Callable[[Array], Array]]
+    known: AbstractVar[Properties]  # the record of the activation, looked up once
     floor: AbstractVar[float]
     sharpness: AbstractVar[float]
 
@@ -72,11 +80,30 @@ class AbstractPositiveCell(AbstractNonnegative):
     def product(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """`W z`."""
 
+    def __deepcopy__(self, memo: dict) -> "AbstractPositiveCell":
+        # Arrays alone: a copy of JAX's jitted functions is another function to every cache.
+        copied = lambda x: copy.deepcopy(x, memo) if eqx.is_array_like(x) else x
+        return jax.tree.map(copied, self)
+
     def inject(self, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """Make the input positive (`nn.DEQ` does it, once before the solve); see the class."""
-        if properties(self.activation).kind == 2:
+        if self.known.kind == 2:
             return jax.nn.relu(x)
         return StrictlyPositive(self.floor, self.sharpness)(x)
+
+
+def certify_concave(
+    cell: Callable, z: PyTree, x: PyTree, *, batched: bool, fan_in: int | None
+) -> Enclosure:
+    """`deqjax.certify` of a positive concave cell on one example, or on a batch."""
+    cell = paramax.unwrap(cell)
+    # A module, not `jax.vmap(cell)`: that is another function, compiled anew, at each call.
+    fn = eqx.Partial(_over_batch, cell) if batched else cell
+    return certify(fn, z, x, batched=batched, fan_in=fan_in)
+
+
+def _over_batch(cell: Callable, z: PyTree, x: PyTree) -> PyTree:
+    return jax.vmap(cell)(z, x)
 
 
 def nonnegative_weight(

@@ -13,7 +13,7 @@ from .._check import OptimistixSolver
 from .._fixed_point import fixed_point
 from .._solution import Solution
 from ..adjoints import AbstractAdjoint
-from ..positive import Enclosure, certify
+from ..positive import Enclosure
 from ._base import masks_of
 
 
@@ -30,12 +30,6 @@ class _Mapped(eqx.Module):
     def __call__(self, z, x):
         one = lambda masks, z, x: eqx.combine(masks, self.cell)(z, x)
         return jax.vmap(one)(self.masks, z, x)
-
-
-def _zeros_like(x: PyTree) -> PyTree:
-    # What XLA doesn't know to be zero: it would fold every test of z0 into a constant, entry by
-    # entry, and compile for half a minute where 2 million entries are one state.
-    return jax.lax.optimization_barrier(jax.tree.map(jnp.zeros_like, x))
 
 
 class DEQ(eqx.Module):
@@ -147,18 +141,33 @@ class DEQ(eqx.Module):
     def certify(
         self, x: PyTree, z: PyTree, *, batched: bool = False, fan_in: int | None = None
     ) -> Enclosure:
-        """Encloses the fixed point of a positive concave cell: `deqjax.certify`.
+        """Encloses the fixed point, near which z is, by the theorem of the cell.
+
+        The cell says which, by its method `certify(z, x, batched=..., fan_in=...)`, for which x is
+        injected: of `nn.PositiveConcave` and its like, `deqjax.certify`; of `nn.Subhomogeneous*`,
+        their contraction; of `nn.MonotoneLinear` and its splittings, strong monotonicity, and what
+        is enclosed is the layer's output.
 
         **Arguments:** x as the layer takes it, one example or, batched, a batch; `z = sol.value` of
-        its solve, or of another; `fan_in` as there.
+        its solve, or of another (not the output, if the cell has a `readout`); `fan_in` as in
+        `deqjax.certify`.
 
-        **Returns, cost, when not to use it, raises:** as `deqjax.certify`.
+        **Returns, cost, when not to use it:** as `deqjax.certify`, or the cell's method.
+
+        **Raises:** `ValueError` for a cell without such a method, or as the method.
         """
-        cell = paramax.unwrap(self.cell)
-        over = jax.vmap if batched else lambda one: one
+        cell: Any = self.cell
+        if not hasattr(cell, "certify"):
+            raise ValueError(
+                f"nn.DEQ.certify expected a cell that says by which theorem its fixed point is "
+                f"enclosed, with a method certify, got {type(cell).__name__}, which has none. "
+                f"If you know it to be positive and concave, use nn.PositiveConcave(cell), or call "
+                f"deqjax.certify(cell, z, x)."
+            )
         if hasattr(cell, "inject"):
-            x = over(cell.inject)(x)
-        return certify(over(cell), z, x, batched=batched, fan_in=fan_in)
+            inject = paramax.unwrap(cell).inject
+            x = (jax.vmap(inject) if batched else inject)(x)
+        return cell.certify(z, x, batched=batched, fan_in=fan_in)
 
     def _solve(self, x, z0, masks, steps, *, batched: bool = True) -> tuple[Any, Solution]:
         cell, predictor = self.cell, self.predictor
@@ -167,7 +176,7 @@ class DEQ(eqx.Module):
         if hasattr(cell, "inject"):
             x = read("inject")(masks, x)
         if z0 is None:
-            z0 = _zeros_like(x) if predictor is None else over(predictor)(x)
+            z0 = jax.tree.map(jnp.zeros_like, x) if predictor is None else over(predictor)(x)
         sol = fixed_point(
             _Mapped(cell, masks) if batched else eqx.combine(masks, cell),
             self.solver,

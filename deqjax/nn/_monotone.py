@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import paramax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
+from .._monotonicity import certify
 from .._number import check_size, number
 from .._splitting import ForwardBackward, Matrix, PeacemanRachford, lipschitz
+from ..positive import Enclosure
 
 
 class MonotoneWeight(paramax.AbstractUnwrappable[Array]):
@@ -32,7 +34,8 @@ class MonotoneWeight(paramax.AbstractUnwrappable[Array]):
     def unwrap(self) -> Array:
         """W, in the dtype of a and b."""
         eye = jnp.eye(len(self.a), dtype=self.a.dtype)
-        return (1 - self.margin) * eye - self.a.T @ self.a + self.b - self.b.T
+        # The skew part by itself: no rounding of a large B reaches the symmetric one.
+        return (1 - self.margin) * eye - self.a.T @ self.a + (self.b - self.b.T)
 
 
 class MonotoneLinear(eqx.Module):
@@ -96,6 +99,18 @@ class MonotoneLinear(eqx.Module):
     def __call__(self, z: Float[Array, " n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
         """`relu(W z + x)` of one example."""
         return jax.nn.relu(paramax.unwrap(self.weight) @ z + x)
+
+    def certify(
+        self,
+        z: Float[Array, "*b n"],
+        x: Float[Array, "*b n"],
+        *,
+        batched: bool = False,
+        fan_in: int | None = None,
+    ) -> Enclosure:
+        """Encloses the fixed point by strong monotonicity; see `nn.PeacemanRachford.certify`."""
+        del fan_in
+        return certify(self.weight, z, x, batched)
 
     @property
     def margin(self) -> float:

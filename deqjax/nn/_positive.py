@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import paramax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ..positive import StrictlyPositive, qualify
+from ..positive import Enclosure, Properties, StrictlyPositive, properties, qualify
 from ._base import (
     AbstractPositiveCell,
     Nonnegative,
     Weight,
+    certify_concave,
     check_kernel_size,
     conv2d,
     nonnegative_weight,
@@ -22,12 +23,22 @@ class AbstractPositiveConcave(AbstractPositiveCell):
     """What the two cells share: everything but the product `W z`."""
 
     def __check_init__(self):
-        qualify(self.activation)
         StrictlyPositive(self.floor, self.sharpness)
 
     def __call__(self, z: Float[Array, "*s"], x: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """`sigma(W z + x)` of one example; `x` has been through `inject`."""
         return self.activation(self.product(z) + x)
+
+    def certify(
+        self,
+        z: Float[Array, "*s"],
+        x: Float[Array, "*s"],
+        *,
+        batched: bool = False,
+        fan_in: int | None = None,
+    ) -> Enclosure:
+        """Encloses the fixed point by `deqjax.certify`, whose hypotheses hold by construction."""
+        return certify_concave(self, z, x, batched=batched, fan_in=fan_in)
 
 
 class PositiveConcaveLinear(AbstractPositiveConcave):
@@ -71,6 +82,7 @@ class PositiveConcaveLinear(AbstractPositiveConcave):
 
     weight: Weight
     activation: Callable[[Array], Array] = eqx.field(static=True)
+    known: Properties = eqx.field(static=True)
     floor: float = eqx.field(static=True)
     sharpness: float = eqx.field(static=True)
 
@@ -86,7 +98,8 @@ class PositiveConcaveLinear(AbstractPositiveConcave):
         key: PRNGKeyArray,
     ):
         self.weight = nonnegative_weight((size, size), dtype, key, nonnegative)
-        self.activation = activation
+        qualify(activation)
+        self.activation, self.known = activation, properties(activation)
         positive = StrictlyPositive(floor, sharpness)
         self.floor, self.sharpness = positive.floor, positive.sharpness
 
@@ -118,6 +131,7 @@ class PositiveConcaveConv2d(AbstractPositiveConcave):
 
     weight: Weight
     activation: Callable[[Array], Array] = eqx.field(static=True)
+    known: Properties = eqx.field(static=True)
     floor: float = eqx.field(static=True)
     sharpness: float = eqx.field(static=True)
 
@@ -136,7 +150,8 @@ class PositiveConcaveConv2d(AbstractPositiveConcave):
         check_kernel_size(kernel_size)
         shape = (kernel_size, kernel_size, channels, channels)
         self.weight = nonnegative_weight(shape, dtype, key, nonnegative)
-        self.activation = activation
+        qualify(activation)
+        self.activation, self.known = activation, properties(activation)
         positive = StrictlyPositive(floor, sharpness)
         self.floor, self.sharpness = positive.floor, positive.sharpness
 

@@ -1,14 +1,23 @@
 """Cells that contract by a known factor in the Thompson metric, whatever they have learnt."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import paramax
 from equinox import AbstractVar
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ..positive import Shifted, StrictlyPositive, properties
+from .._bracket import Bracket
+from .._check import point_like
+from .._program import run
+from .._rounding import rounding
+from .._thompson import enclose
+from .._tree import widen
+from ..adjoints._base import stop_gradient
+from ..positive import Enclosure, Properties, Shifted, StrictlyPositive, properties
 from ._base import (
     AbstractPositiveCell,
     Nonnegative,
@@ -26,24 +35,91 @@ class AbstractSubhomogeneous(AbstractPositiveCell):
 
     def __check_init__(self):
         StrictlyPositive(self.floor, self.sharpness)
-        mu = properties(self.activation).subhomogeneity
         if not self.rate < 1:
             raise ValueError(
                 f"A subhomogeneous cell expected an activation with mu < 1, or mu < 1/2 if it is "
-                f"normalised, got {self.activation!r} with mu = {mu} and normalise="
-                f"{self.normalise}. Use positive.Shifted(jnp.tanh, 1.2), jax.nn.sigmoid or a "
-                f"positive.Power below that."
+                f"normalised, got {self.activation!r} with mu = {self.known.subhomogeneity} and "
+                f"normalise={self.normalise}. Use positive.Shifted(jnp.tanh, 1.2), jax.nn.sigmoid "
+                f"or a positive.Power below that."
             )
 
     @property
     def rate(self) -> float:
         """The factor by which an evaluation of f contracts: mu, or 2 mu if normalised."""
-        return properties(self.activation).subhomogeneity * (2 if self.normalise else 1)
+        return self.known.subhomogeneity * (2 if self.normalise else 1)
 
     def __call__(self, z: Float[Array, "*s"], x: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """f of one example; `x` has been through `inject`."""
         y = self.activation(self.product(z) + x)
         return y / jnp.max(y) if self.normalise else y
+
+    def certify(
+        self,
+        z: Float[Array, "*s"],
+        x: Float[Array, "*s"],
+        *,
+        batched: bool = False,
+        fan_in: int | None = None,
+    ) -> Enclosure:
+        """Encloses the fixed point by the contraction of f, normalised or not.
+
+            d(z*, f(z)) <= rate / (1 - rate) d(f(z), z),         d(y, z) = max |log(y / z)|
+
+        for every z > 0. From `|log(y / z)| <= t` follows that `W y + x` is within a factor e^t of
+        `W z + x`, for W >= 0 and x >= 0; sigma, of which `log sigma(e^s)` has a slope of at most
+        mu, makes e^(mu t) of it; so the two largest entries differ by no more, and y / max(y) by
+        e^(2 mu t). f need not be monotone, and normalised it is not.
+
+        **Arguments:** `x`, which has been through `inject`, and `z`, of the same shape and dtype,
+        both with the batch on axis 0 if `batched`; `fan_in` as in `deqjax.certify`.
+
+        **Returns:** a `deqjax.Enclosure` of the one z* > 0 of f in exact arithmetic, for W and x as
+        they come and the numbers of the activation in the dtype of z. `spectral_radius` is
+        `(0, rate)`, and `steps` 0. `holds` asks that W >= 0, x >= 0 and z > 0 are finite; where it
+        is false, nothing is said.
+
+        **Cost:** one evaluation of f.
+
+        **When not to use it:** in half precision, where rounding leaves a wide enclosure. The
+        roundings of an activation of your own are those of its jaxpr, its `subhomogeneity` is
+        believed.
+
+        **Raises:** `ValueError` when traced for z and x that differ in shape or dtype, or an
+        activation whose rounding cannot be counted if there is no `fan_in`.
+
+        Reference: Sittoni and Tudisco, Subhomogeneous deep equilibrium models, ICML 2024, arXiv
+        2403.00720, sections 3 and 4; Lemmens and Nussbaum, Nonlinear Perron-Frobenius theory, 2012,
+        chapter 2.
+        """
+        cell, z, x = stop_gradient((self, point_like(z, x, batched), x))
+        return run(_certify, cell, z, x, fan_in, batched)
+
+
+def _certify(cell: AbstractSubhomogeneous, z, x, fan_in: int | None, batched: bool) -> Enclosure:
+    cell = paramax.unwrap(cell)
+    weight: Any = cell.weight
+    nonnegative = jnp.all((weight >= 0) & jnp.isfinite(weight))
+    # More than what is flushed to 0 in all the products of a sum; everything, in float16.
+    info = jnp.finfo(z.dtype)
+    flushed = min(float(info.tiny) * 2.0**40, float(info.max))
+
+    def one(z, x):
+        u = lambda z, x: cell.product(z) + x
+        above = lambda z, x: cell.activation(u(z, x) + flushed)
+        slack = 1.01 * rounding(lambda z, x: (above(z, x), None), z, x, fan_in, "certify", rank=0)
+        low, high = widen(cell.activation(u(z, x))), widen(above(z, x))
+        eps = float(jnp.finfo(low.dtype).eps)
+        valid = nonnegative & jnp.all((x >= 0) & jnp.isfinite(x) & (low >= float(info.tiny)))
+        image = Bracket(low * (1 - jnp.minimum(slack + 2 * eps, 1)), high * (1 + slack + 2 * eps))
+        if cell.normalise:
+            image = Bracket(
+                image.lower / jnp.max(image.upper) * (1 - eps),
+                jnp.minimum(image.upper / jnp.max(image.lower) * (1 + eps), 1),
+            )
+        return enclose(z, image, cell.rate, valid)
+
+    with jax.default_matmul_precision("highest"):
+        return (jax.vmap(one) if batched else one)(z, x)
 
 
 class SubhomogeneousLinear(AbstractSubhomogeneous):
@@ -84,6 +160,7 @@ class SubhomogeneousLinear(AbstractSubhomogeneous):
 
     weight: Weight
     activation: Callable[[Array], Array] = eqx.field(static=True)
+    known: Properties = eqx.field(static=True)
     normalise: bool = eqx.field(static=True)
     floor: float = eqx.field(static=True)
     sharpness: float = eqx.field(static=True)
@@ -101,7 +178,7 @@ class SubhomogeneousLinear(AbstractSubhomogeneous):
         key: PRNGKeyArray,
     ):
         self.weight = nonnegative_weight((size, size), dtype, key, nonnegative)
-        self.activation = activation
+        self.activation, self.known = activation, properties(activation)
         self.normalise = normalise
         positive = StrictlyPositive(floor, sharpness)
         self.floor, self.sharpness = positive.floor, positive.sharpness
@@ -134,6 +211,7 @@ class SubhomogeneousConv2d(AbstractSubhomogeneous):
 
     weight: Weight
     activation: Callable[[Array], Array] = eqx.field(static=True)
+    known: Properties = eqx.field(static=True)
     normalise: bool = eqx.field(static=True)
     floor: float = eqx.field(static=True)
     sharpness: float = eqx.field(static=True)
@@ -154,7 +232,7 @@ class SubhomogeneousConv2d(AbstractSubhomogeneous):
         check_kernel_size(kernel_size)
         shape = (kernel_size, kernel_size, channels, channels)
         self.weight = nonnegative_weight(shape, dtype, key, nonnegative)
-        self.activation = activation
+        self.activation, self.known = activation, properties(activation)
         self.normalise = normalise
         positive = StrictlyPositive(floor, sharpness)
         self.floor, self.sharpness = positive.floor, positive.sharpness

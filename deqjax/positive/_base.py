@@ -39,8 +39,13 @@ class AbstractActivation(abc.ABC):
     """A function with numbers in it, which knows its own record.
 
     Subclass it, as a frozen dataclass, for an activation of your own: equal numbers then make equal
-    objects, and `jax.jit` compiles once. What it says of itself is believed.
+    objects, and `jax.jit` compiles once. What it says of itself is believed. A deep copy is the
+    same object, since one of `jnp.tanh` would be another function.
     """
+
+    def __deepcopy__(self, memo: dict) -> "AbstractActivation":
+        del memo
+        return self
 
     @property
     @abc.abstractmethod

@@ -3,23 +3,21 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._bracket import Bracket, at_most, consistent, flat, narrow, relative_error, unflat
-from .._candidates import Candidates, candidates
-from .._check import convert_varying, point
+from .._bracket import Bracket, Slack, flat, relative_error, unflat
+from .._candidates import Candidates
+from .._check import convert, point
+from .._enclosure import enclose
+from .._number import check_real
+from .._program import run
 from .._rounding import rounding
 from .._step import evaluate
-from .._tree import vary
+from .._tree import Axes
 from ..adjoints._base import stop_gradient
 
-# What is tried, in steps and in t v beside them. First more of t v alone, for rounding: where d has
-# entries of both signs, twice the step need not be an upper or a lower point.
-_STEPS, _CLOSES = (1.0, 1.0, 2.0, 4.0), (0.0, 1.0, 2.0, 4.0)
-_TRIES = len(_STEPS)
 # In eps, ten times u |s'(u) - sigma'(u)| of XLA's derivatives s' on a CPU where sigma saturates:
 # the largest over 2e6 points is 30.3 in float32 and 138.5 in float64 (tanh; all others: below 19).
 # Ten, since it enters relative to a weight, which is a tenth of z at least.
@@ -67,7 +65,8 @@ def certify(
         `nn.DEQ.certify`, which makes of x what its cell sees.
     - `z`: a pytree of float arrays, at least 0, the output of any solver.
     - `fan_in`: the number of terms of the longest sum in fn, if its rounding is that of one such
-        sum, an addition and one function. `None` counts the roundings in the jaxpr of fn.
+        sum, an addition and one function. `None` counts the roundings in the jaxpr of fn. Of
+        arrays the signs are looked at either way; what is subtracted is then your word.
 
     **Returns:** an `Enclosure` with
 
@@ -81,17 +80,27 @@ def certify(
         concave f (Cobb and Douglas's). It is widened by the rounding of the sums, and by 310 eps
         (float64: 1400) for that of saturated derivatives.
     - `steps`: products with J at z.
-    - `holds`: whether an upper point was found, and the ends do not contradict each other.
+    - `holds`: whether an upper point was found, the ends do not contradict each other, and **every
+        array that what depends on z meets in fn is nonnegative**: summand, factor, divisor (above
+        0), kernel, bound of a minimum, what a selection takes, whether it is an argument, closed
+        over or computed in fn. A negative one can make sums cancel, and then no rounding is
+        counted: no bound but 0 and infinity, whatever z is. A scalar that is written into fn may be
+        negative. Batched, an array counts for the problems that it belongs to; one without a
+        batch axis, or that cannot be followed to axis 0 of the result (a batch reversed, or
+        gathered), counts for all.
 
     What is enclosed is the fixed point of f in exact arithmetic, of the parameters as they are
     stored; inputs that fn computes without z are taken as they come. Rounding is counted for
     numbers in the normal range of their dtype: an end is not proved where an entry of f is below
     2^40 times the smallest normal number (1e-26 in float32), and where f multiplies what is smaller
-    by as much again inside, nothing here sees it. Functions were measured on a CPU alone.
+    by as much again inside, nothing here sees it. Functions were measured on a CPU alone. Where f
+    compares what it has computed with a number other than 0, what decides should be what is
+    selected (`where(u > 1, 1, u)`), or a function of it: f is taken to be continuous there.
 
     **Cost:** three evaluations of f, up to nine where an end has to be tried again; 1 to 11 JVPs,
     3 on ordinary problems; and two JVPs more if `spectral_radius` is used. Four copies of z beside
-    those of f. Every product in f is asked for at the highest matrix precision.
+    those of f. Every product in f is asked for at the highest matrix precision. A minimum over
+    each array that z meets in f; what f computes without z is computed once more.
 
     **When not to use it:** in half precision, where sums of a hundred terms have no digit that
     is certain; in a loss (nothing here has a gradient).
@@ -103,55 +112,27 @@ def certify(
     Plemmons, Nonnegative matrices in the mathematical sciences, 1994, theorem 2.1.11, for the
     spectral radius.
     """
-    return _certify(fn, point(z, batched), args, fan_in, rank=int(batched))
-
-
-@eqx.filter_jit
-def _certify(fn, z, args, fan_in, *, rank: int) -> Enclosure:
+    check_real("certify", z, "bounds need an order. Certify the real and imaginary parts as z.")
     with jax.default_matmul_precision("highest"):
-        converted, z, args, axes = convert_varying(*stop_gradient((fn, z, args)))
-        slack = rounding(converted, z, args, fan_in)
-
-        def f(x):
-            return flat(evaluate(converted, unflat(x, z), args)[0], rank)
-
-        return _enclose(f, flat(z, rank), z, slack, axes)
+        fn, z, args, axes = convert(*stop_gradient((fn, point(z, batched), args)))
+        return run(_certify, stop_gradient(fn), z, args, fan_in, int(batched), axes)
 
 
-def _enclose(f: Callable, z, like: PyTree, slack: float, axes) -> Enclosure:
-    representable = lambda x: flat(unflat(x, like), z.ndim - 1)
+def _certify(fn, z, args, fan_in, rank: int, axes: Axes) -> Enclosure:
+    slack = rounding(fn, z, args, fan_in, "certify", rank=rank)
 
-    fz, jvp = jax.linearize(f, z)
-    # By what an end has to hold to be proved.
-    found = candidates(jvp, z, fz, at_most(fz, slack) - fz, axes)
+    def f(x):
+        return flat(evaluate(fn, unflat(x, z), args)[0], rank)
 
-    # Only these evaluations prove anything.
-    def prove(carry):
-        bracket, above, below, tries = carry
-        length, more = (jnp.asarray(x, z.dtype)[tries] for x in (_STEPS, _CLOSES))
-        away = lambda end: length * end.step + more * end.close
-        u = representable(z + away(found.up))
-        l = representable(jnp.maximum(z - away(found.down), 0))
-        l = jnp.where(tries < _TRIES - 1, l, 0)
-        tried_u, more_above, _ = narrow(bracket, u, f(u), slack)
-        tried_l, _, more_below = narrow(bracket, l, f(l), slack)
-        upper = jnp.where(above[..., None], bracket.upper, tried_u.upper)
-        lower = jnp.where(below[..., None], bracket.lower, tried_l.lower)
-        return Bracket(lower, upper), above | more_above, below | more_below, tries + 1
-
-    no = jnp.zeros(z.shape[:-1], bool)
-    bracket = Bracket(jnp.zeros_like(z), jnp.full_like(z, jnp.inf))
-    open = lambda c: jnp.any(~c[1] | ~c[2]) & (c[3] < _TRIES)
-    carry = vary((bracket, no, no, jnp.zeros((), jnp.int32)), axes)
-    bracket, above, _, _ = jax.lax.while_loop(open, prove, carry)
-    holds = above & consistent(bracket)
-    error = jnp.where(holds, relative_error(z, bracket), jnp.inf)
+    at = flat(z, rank)
+    bracket, holds, found = enclose(f, at, z, slack, axes)
+    error = jnp.where(holds, relative_error(at, bracket), jnp.inf)
     radius = _radius(f, found, bracket, slack)
-    lower, upper = (_wide(x, like) for x in bracket)
+    lower, upper = (_wide(x, z) for x in bracket)
     return Enclosure(lower, upper, error, radius, found.steps, holds)
 
 
-def _radius(f: Callable, found: Candidates, bracket: Bracket, slack: float):
+def _radius(f: Callable, found: Candidates, bracket: Bracket, slack: Slack):
     """Collatz and Wielandt's bounds, with J(upper) <= J(z*) <= J(lower)."""
     at = lambda x, v: jax.jvp(f, (x,), (v,))[1]
     known = jnp.all(jnp.isfinite(bracket.upper), -1)
@@ -165,7 +146,8 @@ def _radius(f: Callable, found: Candidates, bracket: Bracket, slack: float):
     low = jnp.where(known & jnp.isfinite(low), low, 0)
     info = jnp.finfo(v.dtype)
     eps = _SATURATED[info.bits] * float(info.eps)
-    return jnp.maximum(low * (1 - min(slack, 1)) - eps, 0), high * (1 + slack) + eps
+    low = jnp.maximum(low * (1 - jnp.minimum(slack, 1)) - eps, 0)
+    return low, jnp.where(jnp.isinf(slack), jnp.inf, high * (1 + slack) + eps)
 
 
 def _wide(x: Float[Array, "*b n"], like: PyTree) -> PyTree:

@@ -5,15 +5,16 @@ from collections.abc import Callable
 from numbers import Integral
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import paramax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._check import convert, float_state
-from .._tree import cast, unify, widen
+from .._check import convert
+from .._number import check_real, float_state
+from .._program import run
+from .._tree import cast, quotient, unify, widen
 
 # Half of the points lie within these powers of ten of the size of f(0), half anywhere from there to
 # as far above the largest fixed point.
@@ -123,29 +124,28 @@ def check_hypotheses(
     if hasattr(unwrapped, "inject"):
         x = unwrapped.inject(x)
     z = float_state(x if z is None else z)
-    # For what it refuses; what it returns would be compiled anew at each call.
-    convert(unwrapped, z, x, False)
-    return _check(unwrapped, z, x, key, samples=int(samples))
+    check_real("check_hypotheses", z, "pass real and imaginary parts as z.")
+    with jax.default_matmul_precision("highest"):
+        fn, z, x, _ = convert(unwrapped, z, x)
+        return run(_check, fn, z, x, key, int(samples))
 
 
-@eqx.filter_jit
-def _check(cell, like, x, key, *, samples: int) -> Hypotheses:
+def _check(fn, like, x, key, samples: int) -> Hypotheses:
     flat, unravel = ravel_pytree(unify(like))
     back = lambda v: cast(unravel(v), like)
     n, dtype = flat.size, flat.dtype
-    f = lambda v: ravel_pytree(unify(cell(back(v), x)))[0].astype(dtype)
+    f = lambda v: ravel_pytree(unify(fn(back(v), x)[0]))[0].astype(dtype)
     # A sum of n terms is off by about sqrt(n) roundings of itself, and by n at worst; 8 for sigma.
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(like))
     rounding = 2 * (8 + math.sqrt(n)) * eps
 
-    with jax.default_matmul_precision("highest"):
-        b, top = _scales(f, flat)
-        largest = jnp.max(b)
-        size = jnp.where(largest > 0, jnp.maximum(b, 1e-3 * largest), 1)
-        above = jnp.maximum(jnp.log10(jnp.maximum(top / jnp.max(widen(size)), 1)), 0)
-        sample = lambda key: _sample(f, b, size, above, rounding, key)
-        found, points = jax.vmap(sample)(jax.random.split(key, samples))
-        excess, u = _search(f, size)
+    b, top = _scales(f, flat)
+    largest = jnp.max(b)
+    size = jnp.where(largest > 0, jnp.maximum(b, 1e-3 * largest), 1)
+    above = jnp.maximum(jnp.log10(jnp.maximum(top / jnp.max(widen(size)), 1)), 0)
+    sample = lambda key: _sample(f, b, size, above, rounding, key)
+    found, points = jax.vmap(sample)(jax.random.split(key, samples))
+    excess, u = _search(f, size)
     worst = jnp.argmax(found, axis=0)
     violation = jnp.max(found, axis=0)
     seen = lambda i: Finding(violation[i] <= _BAND, violation[i], back(points[worst[i], i]))
@@ -190,7 +190,7 @@ def _sample(f, b, size, above, rounding, key) -> tuple[Float[Array, "4"], Float[
 
     def units(excess, size):
         # 0 / 0 is no violation; what is not finite is one.
-        units = jnp.where(excess <= 0, 0, excess / (rounding * size))
+        units = jnp.where(excess <= 0, 0, quotient(excess, rounding * size))
         return jnp.where(jnp.isnan(units), jnp.inf, units)
 
     sign = jnp.where((b > 0) & (fz > 0), 0, jnp.inf)
@@ -227,11 +227,11 @@ def _search(f, size) -> tuple[Float[Array, ""], Float[Array, " n"]]:
     def step(_, carry):
         u, best, witness = carry
         fu = f(u)
-        excess = jnp.max(widen(fu) / widen(u)) - 1
+        excess = jnp.max(quotient(widen(fu), widen(u))) - 1
         ok = jnp.all((u > 0) & jnp.isfinite(u) & jnp.isfinite(fu)) & (excess < best)
         best, witness = jnp.where(ok, excess, best), jnp.where(ok, u, witness)
         grown = 2 * jnp.maximum(fu, 0)
-        return grown * jnp.minimum(1, top / jnp.max(grown)), best, witness
+        return grown * jnp.minimum(1, quotient(top, jnp.max(grown))), best, witness
 
     start = size, jnp.asarray(jnp.inf, widen(size).dtype), size
     _, excess, u = jax.lax.fori_loop(0, _SEARCH_STEPS, step, start)

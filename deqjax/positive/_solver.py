@@ -14,7 +14,7 @@ from .. import _secant
 from .._bracket import Bracket, at_most, consistent, flat, narrow, unflat
 from .._certified import AbstractCertifiedSolver
 from .._secant import Secants
-from .._tree import select
+from .._tree import quotient, select
 
 # Above this ratio of residuals Picard iteration gives way to Anderson's method: at 0.7 a digit
 # takes six more evaluations, about what the acceleration needs to come into its stride.
@@ -70,19 +70,28 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     - `upper`: a number that f never exceeds, the supremum of a bounded activation
         (`deqjax.positive.properties(activation).supremum`): a bound from the start, and where the
         iteration starts where z0 is 0 or above it. `None`, or infinity, starts at z0.
-    - `fan_in`: as in `deqjax.certify`; it has to be given in Optimistix's own front door.
-    - `slack`: the bound of the relative rounding of f itself, in the place of what is counted.
+    - `fan_in`: as in `deqjax.certify`; it has to be given in Optimistix's own front door, where f
+        comes with the matrix precision that it was traced with, and bounds are the solver's own.
+    - `slack`: the bound of the relative rounding of f itself, in the place of what is counted. As
+        with `fan_in`, arrays still have to be nonnegative.
     - `depth`: of Anderson's window, an int of at least 1.
 
     `sol.stats` has `"relative_error"`, a proved bound of `max_i |z_i - z*_i| / z*_i` for `z =
-    sol.value` (infinite if nothing is), and `"lower"` and `"upper"`, the bounds of z*. The result
+    sol.value` (infinite if nothing is), `"lower"` and `"upper"`, the bounds of z* in float32 or
+    wider, and `"rounding_limited"`: whether rounding is what is in the way. The result
     is `successful` only for what is certified (with both tolerances zero, for the steps taken). It
-    stops early, with `nonlinear_max_steps_reached`,
-    after eight attempts that failed, or three where rounding, times 1 / (1 - rho(J)), is seen to be
-    above the tolerance.
+    stops early, with `nonlinear_max_steps_reached` and `rounding_limited`, after eight attempts
+    that failed, or three where rounding, times 1 / (1 - rho(J)), is seen to be above the tolerance:
+    more steps do not help, a wider dtype does. Where the tolerance is not met, by rounding or
+    because steps ran out, the bounds are no worse than those of `deqjax.certify` of the value.
+
+    Where an array in f is negative, rounding has no bound (see `deqjax.certify`): the iteration
+    ends when its residual is half of the tolerance, unproved, and says `rounding_limited`.
 
     **Cost:** one evaluation of f a step, two an attempt, one for the answer, and `2 depth + 12`
-    copies of z. On ordinary problems the certificate costs three evaluations.
+    copies of z. On ordinary problems the certificate costs three evaluations. Where the tolerance
+    is not met, and the stats are used, that of `deqjax.certify` once, beyond `num_fn_evals`. Every
+    matrix product in f is asked for at the highest precision, on every platform.
 
     **When not to use it:** for an f that is not positive concave (nothing then holds), in half
     precision (sums of some hundred terms have no certain digit), or in the first steps of training,
@@ -102,6 +111,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     fan_in: int | None = eqx.field(static=True, default=None)
     depth: int = eqx.field(static=True, default=5)
     slack: float | None = eqx.field(static=True, default=None)
+    counted: Array | None = eqx.field(init=False, default_factory=lambda: None)
 
     def __check_init__(self):
         if isinstance(self.depth, bool) or not isinstance(self.depth, Integral) or self.depth < 1:
@@ -114,10 +124,9 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         """See `AbstractCertifiedSolver`."""
         return memory.bracket, memory.phase == _ANSWER
 
-    def verdict(self, error, memory: _Memory):
-        """See `AbstractSolver`."""
-        hopeless = memory.failed >= _ATTEMPTS
-        return jnp.where(hopeless, jnp.nan, super().verdict(error, memory))
+    def limited(self, memory: _Memory):
+        """See `AbstractCertifiedSolver`."""
+        return memory.failed >= _ATTEMPTS
 
     def blank(self, z0) -> _Memory:
         """No bound but 0 and `upper`."""
@@ -129,23 +138,26 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         count = jnp.asarray(0, jnp.int32)
         trigger = jnp.asarray(_FIRST, zero.dtype)
         unknown = jnp.asarray(jnp.inf, zero.dtype)
-        one = jnp.ones_like(unknown)
+        one, ones = jnp.ones_like(unknown), jnp.ones_like(zero)
         return _Memory(
-            secants, bracket, count, zero, zero, zero, zero, trigger, unknown, one, count
+            secants, bracket, count, zero, ones, ones, zero, trigger, unknown, one, count
         )
 
     def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
         """One step of the iteration, or one evaluation of an attempt."""
-        m, x, fx, slack = memory, flat(z, 0), flat(fz, 0), self.margin(z)
+        m, x, fx = memory, flat(z, 0), flat(fz, 0)
+        slack = jnp.asarray(self.margin(z), x.dtype)
+        countable = jnp.isfinite(slack)
         bracket, _, _ = narrow(m.bracket, x, fx, slack)
         iterating = m.phase == _ITERATE
         most = self.allowed(fx)
         gap = jnp.abs(fx - x)
         residual = jnp.max(gap / jnp.where(most > 0, most, 1))
         # What rounding is all that is left of cannot become less.
-        small = (residual <= m.trigger) | jnp.all(gap <= slack * fx)
+        least = jnp.where(countable, slack, jnp.finfo(x.dtype).eps)
+        small = (residual <= m.trigger) | jnp.all(gap <= least * fx)
         slow = iterating & (residual > _SLOW * m.last) & (m.secants.wait > _FAST // 2)
-        unbounded = ~jnp.all(jnp.isfinite(bracket.upper))
+        unbounded = ~jnp.all(jnp.isfinite(bracket.upper)) & countable
         climb = (slow | (m.phase == _CLIMB)) & unbounded
         arrived = (m.phase == _CLIMB) & ~unbounded
         attempt = iterating & small & ~climb
@@ -161,6 +173,8 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
             last=jnp.where(iterating, residual, m.last),
         )
         m = select(m.phase == _BELOW, self._learn(m, fx, width, slack), m)
+        # Where rounding has no bound no attempt can succeed.
+        m = m._replace(failed=jnp.where(attempt & ~countable, _ATTEMPTS, m.failed))
 
         target = jnp.where(climb, 2 * jnp.maximum(x, fx), ahead)
         target = jnp.where(attempt, m.centre + width, target)
@@ -183,9 +197,11 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         """Half of the bracket to be tried: its centre is off by no more than that."""
         weight = jnp.where(m.failed == 0, m.centre, m.weight)
         most = self.allowed(m.centre)
-        return m.part * weight * jnp.min(jnp.where(weight > 0, most / weight, jnp.inf))
+        ratio = jnp.where(weight > 0, most / jnp.where(weight > 0, weight, 1), jnp.inf)
+        least = jnp.min(ratio)
+        return m.part * weight * jnp.where(jnp.isfinite(least), least, 0)
 
-    def _learn(self, m: _Memory, f_lower, width, slack: float) -> _Memory:
+    def _learn(self, m: _Memory, f_lower, width, slack) -> _Memory:
         """What an attempt teaches that has failed, from f at the two ends.
 
         Their half difference is J w, and `|f(c) - c| + rounding < w - J w` is what was missing.
@@ -197,13 +213,14 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         over = lambda x: jnp.max(jnp.where(room > 0, x / jnp.where(room > 0, room, 1), jnp.inf))
         # Where f bends too much within the width, no small residual helps; rounding asks for width.
         bent = ~jnp.all(room > 0)
-        finest = jnp.clip(_ROUNDINGS * slack / jnp.asarray(self.rtol, width.dtype), 0, 1)
+        finest = quotient(_ROUNDINGS * slack, jnp.asarray(self.rtol, width.dtype))
+        finest = jnp.clip(finest, 0, 1)
         narrower = jnp.maximum(m.part / 4, jnp.minimum(finest, m.part))
         # Rounding alone is more than there is room for, by a weight that has been mended.
         hopeless = (over(margin) > 1) & ~bent & (m.failed > 0)
         return m._replace(
             weight=jnp.maximum(product, _FLOOR * m.part * self.allowed(m.centre)),
-            trigger=m.last * jnp.clip(1 / over(left + margin), _MOST, _LEAST),
+            trigger=m.last / jnp.clip(over(left + margin), 1 / _LEAST, 1 / _MOST),
             part=jnp.where(bent, narrower, m.part),
             failed=m.failed + jnp.where(hopeless, 3, 1),
         )

@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from .. import _secant
 from .._secant import Secants
+from .._tree import as_real, from_real
 from ._base import AbstractSolver, Number
 
 
@@ -23,7 +24,9 @@ class Anderson(AbstractSolver):
     On a linear f it is a truncated GMRES. A step that makes ||g|| more than ten times its least
     value is taken back: the next iterate is the Picard step from the last accepted one, the window
     is emptied, and Picard steps follow, one after the first such failure and up to eight in the
-    end. So is a step at which f is not finite.
+    end. So is a step at which f is not finite. A step is at most 1000 times as long as the longest
+    Picard step of the window; one of more than twice that length, past which g points back without
+    having shrunk by a tenth, is taken back too, and the next may be a quarter as long.
 
     **Arguments:**
 
@@ -74,12 +77,13 @@ class Anderson(AbstractSolver):
 
     def blank(self, z0: PyTree) -> Secants:
         """An empty window."""
-        return _secant.empty(z0, self.depth)
+        return _secant.empty(as_real(z0), self.depth)
 
     def mix(self, z: PyTree, fz: PyTree, memory: Secants) -> tuple[PyTree, Secants]:
         """One step."""
         rule = _secant.Rule(galerkin=False, mixing=self.mixing, ridge=self.ridge)
-        return _secant.mix(rule, z, fz, memory)
+        after, memory = _secant.mix(rule, as_real(z), as_real(fz), memory)
+        return from_real(after, z), memory
 
     def keep(self, go, live, new: Secants, old: Secants) -> Secants:
         """See `AbstractSolver`."""

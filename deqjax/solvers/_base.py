@@ -47,9 +47,13 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         """The measure of `f(z) - z` that the tolerances hold below 1."""
         return scaled_error(self, z, fz)
 
-    def bound(self, fn: Callable, z0: PyTree, args: PyTree) -> "AbstractSolver":
+    def around(self, fn: Callable) -> Callable:
+        """`fn` as the solver wants it to be traced."""
+        return fn
+
+    def bound(self, fn: Callable, z0: PyTree, args: PyTree, rank: int) -> "AbstractSolver":
         """The solver with what it reads off `fn(z, args) -> (z', aux)` itself, before the loop."""
-        del fn, z0, args
+        del fn, z0, args, rank
         return self
 
     def verdict(self, error: Inexact[Array, ""], memory: PyTree) -> Inexact[Array, ""]:
@@ -61,6 +65,13 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         """What `sol.stats` tells beside the rest, for the iterate `z` that is returned."""
         del z, memory
         return {}
+
+    def finish(
+        self, fn: Callable, z: PyTree, args: PyTree, stats: dict, failed: Array, rank: int
+    ) -> dict[str, Array]:
+        """The stats of `report`, of all problems, as improved where the solve has `failed`."""
+        del fn, z, args, failed, rank
+        return stats
 
     @property
     def best(self) -> bool:

@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from .. import _secant
 from .._secant import Secants
+from .._tree import as_real, from_real
 from ._base import AbstractSolver, Number
 
 # The roundings of a Gram matrix in float32: without it two parallel steps are a breakdown.
@@ -23,8 +24,9 @@ class Broyden(AbstractSolver):
         z' = z - B^-1 g,    B^-1 = -(I + V^T T^-1 S),    T = -S Y^T
 
     the multisecant form of Broyden's first update. On a linear f it is a Petrov-Galerkin method in
-    the space of the last steps. A step that makes ||g|| more than ten times its least value, or at
-    which f is not finite, is taken back, as in `deqjax.Anderson`; a singular T empties the window.
+    the space of the last steps. A step that makes ||g|| more than ten times its least value, that
+    has gone too far, or at which f is not finite, is taken back, and its length is bounded, as in
+    `deqjax.Anderson`; a singular T empties the window.
 
     **Arguments:**
 
@@ -66,12 +68,13 @@ class Broyden(AbstractSolver):
 
     def blank(self, z0: PyTree) -> Secants:
         """An empty window."""
-        return _secant.empty(z0, self.memory)
+        return _secant.empty(as_real(z0), self.memory)
 
     def mix(self, z: PyTree, fz: PyTree, memory: Secants) -> tuple[PyTree, Secants]:
         """One step."""
         rule = _secant.Rule(galerkin=True, ridge=_RIDGE, line_search=self.line_search)
-        return _secant.mix(rule, z, fz, memory)
+        after, memory = _secant.mix(rule, as_real(z), as_real(fz), memory)
+        return from_real(after, z), memory
 
     def keep(self, go, live, new: Secants, old: Secants) -> Secants:
         """See `AbstractSolver`."""

@@ -19,8 +19,8 @@ class FixedPointIteration(AbstractSolver):
     - `rtol`, `atol`: relative and absolute tolerance of the stopping test
         `norm((f(z) - z) / (atol + rtol |f(z)|)) < 1`. Both zero: take exactly `max_steps` steps.
         A scalar array may be traced, so that changing it never recompiles.
-    - `norm`: from a pytree of float32 or wider arrays to a scalar; one problem's entries at a time.
-        It passes a NaN on, by which an f that is not finite is known.
+    - `norm`: from a pytree of float32 or wider arrays to a scalar; one problem's entries at a time,
+        the moduli of complex ones. It passes a NaN on, by which an f that is not finite is known.
     - `damp`: below 1. A negative one over-relaxes.
 
     **Cost:** one evaluation of `f` a step; one copy of `z`.

@@ -9,7 +9,8 @@ import optimistix
 from jaxtyping import Array, Bool, PyTree
 
 from .._grid import Grid, grid
-from .._tree import lincomb, scale, select, widen
+from .._number import check_real
+from .._tree import as_real, from_real, lincomb, scale, select, widen
 from ._base import AbstractSolver, Number
 
 
@@ -152,6 +153,11 @@ class Reversible(AbstractSolver):
         """The previous iterate, `s[-1] = z0`; in the exact mode as integers."""
         if not self.exact:
             return z0
+        check_real(
+            "Reversible(exact=True)",
+            z0,
+            "its integers hold real numbers. Use exact=False, or real and imaginary parts as z.",
+        )
         integers, fits = self._quantise(z0)
         overflow = ~fits & _finite(z0)
         return _Integers(integers, integers, self.start(z0), overflow, ~fits)
@@ -204,5 +210,6 @@ class Reversible(AbstractSolver):
         if self.exact:
             update, _ = self._quantise(self.relaxed(fz))
             return jax.tree.map(self.grid.backward, z_after, update, digits)
-        rest = lincomb(1, z_after, -self.beta, fz)
-        return jax.tree.map(lambda x: x / jnp.asarray(1 - self.beta, x.dtype), rest)
+        rest = as_real(lincomb(1, z_after, -self.beta, fz))
+        before = jax.tree.map(lambda x: x / jnp.asarray(1 - self.beta, x.dtype), rest)
+        return from_real(before, z_after)

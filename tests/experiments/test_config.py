@@ -8,11 +8,13 @@ import equinox as eqx
 import jax
 import pytest
 import tyro
-from _config import Config, choose, resolve
-from _language_config import Config as LanguageConfig
-from _models import constructor
+from _config import KINDS, Config, choose
+from _language_config import Config as LanguageConfig, choose as choose_language
+from _models import ACTIVATIONS, constructor
 from _options import recorded
 from _presets import NAMED
+
+from deqjax.positive import qualify
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
 
@@ -30,7 +32,7 @@ PAPER = {
 
 def options(*args):
     (config,) = choose(tyro.cli(Config, args=args))
-    return resolve(config)
+    return config
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -100,8 +102,8 @@ def test_the_baselines_have_the_parameters_of_the_implicit_networks(model):
     ("args", "said"),
     [
         (("--model", "resnet", "--features", "8", "16"), "as many --widths as --features"),
-        (("--model", "pc-single", "--dtype", "bfloat16"), "no --widths and --dtype float32"),
-        (("--model", "resnet", "--label-smoothing", "1"), "--label-smoothing from 0 to below 1"),
+        (("--model", "pc-single", "--dtype", "bfloat16"), "no --dtype beside --model pc-single"),
+        (("--model", "resnet", "--label-smoothing", "1"), "--label-smoothing other than 1, got 1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(args, said):
@@ -121,7 +123,7 @@ def test_options_given_come_before_the_preset():
 
 
 def test_without_a_preset_the_defaults_hold():
-    four = [resolve(config) for config in choose(Config())]
+    four = choose(Config())
     assert [(c.model, c.kind, c.dataset) for c in four] == [
         ("implicit-resnet", 1, "digits"),
         ("pc-linear", 1, "digits"),
@@ -131,8 +133,26 @@ def test_without_a_preset_the_defaults_hold():
     assert all((c.schedule, c.weight_decay, c.shift) == ("cosine", 1e-2, 1) for c in four)
     several = options("--model", "resnet-multiscale")
     assert (several.dataset, several.schedule, several.shift) == ("digits", "one-cycle", 1)
-    names = [resolve(config).name for config in choose(Config(name="mine"))]
+    names = [config.name for config in choose(Config(name="mine"))]
     assert names[1] == "mine-digits-pc-linear-kind1-0"
+
+
+def test_of_several_models_each_has_the_options_it_reads():
+    given = Config(beta=0.5, tolerance=1e-3, max_steps=9)
+    assert [(c.beta, c.tolerance, c.max_steps) for c in choose(given)] == [
+        (0.5, 1e-4, 9),
+        (0.8, 1e-3, 9),
+        (0.8, 1e-3, 9),
+        (0.8, 1e-4, 1),
+    ]
+    for given in (Config(kind=2), Config(activation="sigmoid")):
+        found = [(c.model, c.kind, c.activation) for c in choose(given)]
+        assert found[1] == ("pc-linear", 2, "sigmoid") and len(found) == 3
+    assert [c.beta for c in choose_language(LanguageConfig(beta=0.8))] == [0.8, 0.5]
+
+
+def test_activations_are_of_the_kind_that_the_library_says():
+    assert {name: qualify(fn).kind for name, fn in ACTIVATIONS.items()} == KINDS
 
 
 def test_what_changes_the_result_is_recorded():
@@ -145,7 +165,7 @@ def test_what_changes_the_result_is_recorded():
 @pytest.mark.parametrize("option", ["--keep", "--accumulate", "--assess-every"])
 def test_counts_are_positive(option):
     options("--model", "resnet", option, "3")
-    with pytest.raises(SystemExit, match=f"Expected {option} above 0, got 0"):
+    with pytest.raises(SystemExit, match=f"Expected {option} of at least 1, got 0"):
         options("--model", "resnet", option, "0")
 
 

@@ -27,8 +27,17 @@ def straight(tmp_path_factory):
     return root / "tiny", train(root)
 
 
-def checkpoints(folder):
-    return sorted(int(x.name) for x in (folder / "checkpoints").iterdir() if x.name.isdigit())
+def checkpoints(folder, kind="checkpoints"):
+    return sorted(int(x.name) for x in (folder / kind).iterdir() if x.name.isdigit())
+
+
+def flip_a_bit(checkpoint):
+    """Of an array, which Orbax would read as another number."""
+    files = [x for x in (checkpoint / "default").rglob("d/*") if x.is_file()]
+    file = max(files, key=lambda x: x.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def same(state, expected):
@@ -37,19 +46,35 @@ def same(state, expected):
         np.testing.assert_array_equal(raw(a), raw(b))
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(straight, tmp_path):
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_bit_for_bit(
+    straight, tmp_path, capsys
+):
     folder, expected = straight
     process = start(TRAINING, "--root", tmp_path, "--pause", 14)
     reach(process, tmp_path / "tiny", 14)
+    # The folder is that of one process, and of its lock no more is left than of itself.
+    with pytest.raises(SystemExit, match=rf"another one is at work there \(process {process.pid} "):
+        train(tmp_path, resume=True)
     process.kill()
     process.communicate()
     # Saving runs beside the training: the checkpoint of step 12 may not be whole yet.
     assert max(checkpoints(tmp_path / "tiny")) in (8, 10, 12)
+    damaged = max(checkpoints(tmp_path / "tiny", "digests"))
+    flip_a_bit(tmp_path / "tiny" / "checkpoints" / f"{damaged}")
     same(train(tmp_path, resume=True), expected)
+    said = capsys.readouterr().out
+    assert f"Expected checkpoint {damaged} of" in said and "tiny goes on from step" in said
     assert metrics(tmp_path / "tiny") == metrics(folder)
     # Of the points of steps that were taken twice, TensorBoard draws the second.
     assert events(tmp_path / "tiny") == events(folder)
     assert [step for step, _ in events(folder)] == [*range(1, 21)]
+
+
+def test_resuming_a_complete_run_changes_nothing(straight):
+    folder, expected = straight
+    before = (folder / "metrics.jsonl").read_bytes(), checkpoints(folder)
+    same(train(folder.parent, resume=True), expected)
+    assert ((folder / "metrics.jsonl").read_bytes(), checkpoints(folder)) == before
 
 
 def test_sigterm_saves_the_very_step(straight, tmp_path):

@@ -15,6 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
+from _data import load
 from array_record.python import array_record_module
 from PIL import Image
 from processes import runner
@@ -130,6 +131,12 @@ def test_resuming_is_bit_for_bit(default, run, tmp_path):
         np.testing.assert_array_equal(resumed[name], expected[name], err_msg=name)
     assert sorted(int(x.name) for x in (path / "checkpoints").iterdir()) == [10, 12]
 
+    # Of a complete run nothing is left to do.
+    before = (path / "metrics.jsonl").read_bytes()
+    assert "certified" in succeed(run(tmp_path, *options, "--resume"))
+    assert (path / "metrics.jsonl").read_bytes() == before
+    assert sum("certified" in line for line in metrics(path)) == 1
+
     said = fail(run(tmp_path, *options, "--resume", "--learning-rate", "0.5"))
     assert "learning_rate was 0.003 and is now 0.5" in said
 
@@ -167,7 +174,15 @@ def test_an_activation_of_the_other_kind_is_refused(run, tmp_path):
 def test_missing_data_is_explained(run, tmp_path):
     said = fail(run(tmp_path, "--dataset", "svhn_cropped", TFDS_DATA_DIR=str(tmp_path)))
     assert "Expected svhn_cropped prepared by TensorFlow Datasets" in said
+    assert "got no folder svhn_cropped there" in said
     assert "TFDS_DATA_DIR" in said and "pip install tensorflow" in said
+
+
+def test_a_folder_of_data_that_is_not_there_is_not_called_prepared():
+    with pytest.raises(SystemExit) as refused:
+        load("mnist", data_dir="/nowhere", download=False, limit=None)
+    said = str(refused.value)
+    assert "under /nowhere; got no folder mnist there." in said and "already" not in said
 
 
 @pytest.mark.parametrize(

@@ -68,31 +68,6 @@ def test_hard_problems_in_few_evaluations(case, rtol):
     assert np.all(sol.stats["num_fn_evals"] + 3 + c.steps <= 60) and np.all(c.holds)
 
 
-def test_float32_says_what_it_cannot_prove():
-    """Rounding over 1 - rho(J) is 1e-3 here."""
-    p = concave("tanh", 1.0, 1e-4, n=80)
-    check(solve(p, PositiveConcaveSolver(rtol=1e-2, upper=1.0)), p, 1e-2)
-    sol = solve(p, PositiveConcaveSolver(rtol=1e-4, upper=1.0), max_steps=256)
-    assert np.all(sol.result == deqjax.RESULTS.nonlinear_max_steps_reached)
-    assert np.all(sol.stats["num_steps"] < 256)  # gave up
-    assert np.all(relative(sol.value, p.solution) <= np.asarray(sol.stats["relative_error"]))
-    assert np.max(relative(sol.value, p.solution)) < 1e-3
-
-
-@solvers
-def test_steps_that_run_out(method):
-    p = concave("tanh", 1.0, 0.1)
-    sol = solve(p, method(upper=1.0), max_steps=3)
-    assert np.all(sol.result == deqjax.RESULTS.nonlinear_max_steps_reached)
-    assert np.all(relative(sol.value, p.solution) <= np.asarray(sol.stats["relative_error"]))
-    free = solve(p, method(), max_steps=1)
-    assert np.all(np.isinf(free.stats["relative_error"])) and np.all(np.isfinite(free.value))
-    steps = jnp.array([2, 200, 300, 0])
-    mixed = solve(p, method(upper=1.0), steps=steps)
-    assert np.all(mixed.stats["num_steps"] <= steps)
-    np.testing.assert_array_equal(mixed.result == SUCCESS, [False, True, True, False])
-
-
 @solvers
 def test_no_fixed_point_is_no_success(method):
     w = jnp.full((3, 3), 0.4)  # spectral radius 1.2

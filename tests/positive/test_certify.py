@@ -244,7 +244,7 @@ def test_a_logarithm_of_one_plus_is_not_trusted():
 def test_structural_mistakes_raise():
     f = lambda z, _: jnp.tanh(z + 1)
     with pytest.raises(ValueError, match="floating-point"):
-        deqjax.certify(f, jnp.ones(3, int))
+        deqjax.certify(f, jnp.ones(3, bool))
     with pytest.raises(ValueError, match="structure, shapes and dtypes"):
         deqjax.certify(lambda z, _: z[:2], jnp.ones(3))
     with pytest.raises(ValueError, match="batch of the same length"):

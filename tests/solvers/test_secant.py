@@ -253,3 +253,40 @@ def test_scalars_empty_leaves_and_a_state_that_does_not_move(solver):
     sol = deqjax.fixed_point(lambda z, _: jnp.full_like(z, 2.0), solver, jnp.ones(4))
     assert sol.result == RESULTS.successful
     assert bool(jnp.all(sol.value == 2))
+
+
+def saturated(z, kind):
+    """Steps of one length nearly everywhere, towards 4: secants tell nothing of how far it is."""
+    y = z - 4
+    scale = jnp.linspace(0.2, 1, y.size, dtype=y.dtype)
+    steps = [
+        jnp.where(jnp.abs(y) > 0.5, jnp.sign(y), y),
+        jnp.clip(y, -1, 1),
+        jnp.tanh(y),
+        jnp.tanh(3 * y) / 2,
+        scale * jnp.clip(y, -1, 1),
+        y / jnp.maximum(jnp.linalg.norm(y), 1),
+        jnp.clip(y - 0.3 * jnp.roll(y, 1), -1, 1),
+    ]
+    return z - jnp.stack(steps)[kind]
+
+
+@pytest.mark.parametrize("dtype, tol", [(jnp.float64, 1e-8), (jnp.float32, 1e-4)])
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_steps_are_no_longer_than_what_is_known(n, dtype, tol):
+    """Three times Picard's evaluations at most, a dozen more where it takes a few; and the fixed
+    point, which a z at 1e7 is not whatever its relative residual."""
+    rng = np.random.default_rng(n)
+    starts = [np.full(n, 19.0), np.full(n, 100.0), *rng.uniform(-60, 60, (4, n)).round(1)]
+    z0 = jnp.asarray(np.repeat(starts, 7, 0), dtype)
+    kinds = jnp.tile(jnp.arange(7), 6)
+    count = {}
+    for solver in (deqjax.FixedPointIteration, deqjax.Anderson, deqjax.Broyden):
+        fn, method = jax.vmap(saturated), solver(tol, tol)
+        sol = deqjax.fixed_point(fn, method, z0, kinds, batched=True, max_steps=2000)
+        assert jnp.all(sol.result == RESULTS.successful)
+        np.testing.assert_allclose(sol.value, 4.0, atol=100 * tol)
+        count[solver] = np.asarray(sol.stats["num_fn_evals"])
+    picard = count.pop(deqjax.FixedPointIteration)
+    for found in count.values():
+        assert np.all(found <= np.maximum(3 * picard, picard + 12))

@@ -1,0 +1,204 @@
+"""What two programs are compared by: a hashable form of a jaxpr, and of what is beside it.
+
+Every equation, parameter, literal and abstract value is in it. What cannot be compared, or would
+keep more alive than the user does, raises `Fleeting`.
+"""
+
+import functools as ft
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jaxtyping import PyTree
+
+from ._tree import is_traced
+
+# Entries of an array inside the program above which it is not compared: a program would keep it.
+_LARGEST = 1024
+# A derivative rule may call its own function; its rule is looked into so many times.
+_DEEPEST = 2
+# Whose functions, objects and modules read nothing that changes.
+_LIBRARIES = (
+    "builtins",
+    "math",
+    "numpy",
+    "jax",
+    "jaxlib",
+    "equinox",
+    "lineax",
+    "optimistix",
+    "deqjax",
+)
+
+
+class Fleeting(Exception):
+    """Raised for what cannot be compared, or may not be kept: no program with it is looked up."""
+
+
+def alone(jaxpr: Jaxpr, eqn: Any) -> Callable:
+    """One equation of `jaxpr` as a function of its inputs, of which literals are ignored."""
+    names = [None if isinstance(v, Literal) else v for v in eqn.invars]
+    unique: Any = list(dict.fromkeys(v for v in names if v is not None))
+    one = jaxpr.replace(constvars=[], invars=unique, outvars=eqn.outvars, eqns=[eqn])
+
+    def call(*inputs):
+        values = dict(zip(names, inputs, strict=True))
+        return jax.core.eval_jaxpr(one, (), *(values[v] for v in unique))
+
+    return call
+
+
+def jaxpr_key(jaxpr: Jaxpr, rules: tuple) -> Hashable:
+    """All of `jaxpr`, within the derivative `rules` of calls of which it is a part."""
+    names = {v: i for i, v in enumerate((*jaxpr.constvars, *jaxpr.invars))}
+
+    def name(v):
+        if isinstance(v, Literal):
+            aval: Any = v.aval
+            return _value(np.asarray(v.val, aval.dtype)), aval
+        return names[v]
+
+    lines = []
+    for eqn in jaxpr.eqns:
+        inputs = tuple(map(name, eqn.invars))
+        for v in eqn.outvars:
+            names[v] = len(names)
+        outputs = tuple(v.aval for v in eqn.outvars)
+        ruled = eqn.primitive.name in _RULES
+        params = _rule(jaxpr, eqn, rules) if ruled else _param(eqn.params, rules)
+        lines.append((eqn.primitive, inputs, outputs, params, _context(eqn)))
+    avals = tuple(v.aval for v in (*jaxpr.constvars, *jaxpr.invars))
+    return len(jaxpr.constvars), avals, tuple(lines), tuple(map(name, jaxpr.outvars))
+
+
+def _context(eqn: Any) -> Hashable:
+    """The settings under which an equation was traced, the mesh for instance."""
+    names = [s for s in getattr(type(eqn.ctx), "__slots__", ()) if not s.startswith("_")]
+    return tuple(static_key(getattr(eqn.ctx, s, None)) for s in names) or static_key(eqn.ctx)
+
+
+def _param(x: Any, rules: tuple) -> Hashable:
+    if isinstance(x, ClosedJaxpr):
+        return "closed", jaxpr_key(x.jaxpr, rules), tuple(map(_value, x.consts))
+    if isinstance(x, Jaxpr):
+        return "open", jaxpr_key(x, rules)
+    return static_key(x, lambda y: _param(y, rules))
+
+
+def _rule(jaxpr: Jaxpr, eqn: Any, rules: tuple) -> Hashable:
+    """What a call does that has a derivative rule: its parameters are functions, new every time."""
+    kept = {k: v for k, v in eqn.params.items() if isinstance(v, bool | int | ClosedJaxpr | Jaxpr)}
+    this = _param(kept, rules)
+    # A rule may call its own function (that of `jax.nn.relu` does), which has the same rule.
+    if rules.count(this) == _DEEPEST:
+        return "again", rules.index(this)
+    # Arrays of the function or of its rule would be kept by both; a rule that is told which
+    # tangents are zero is another one for each answer.
+    closes = eqn.params.get("num_consts", 0) or eqn.params.get("symbolic_zeros", True)
+    if closes or len(rules) > 2 * _DEEPEST:
+        raise Fleeting
+    inputs, outputs = ([v.aval for v in vs] for vs in (eqn.invars, eqn.outvars))
+    rule, f = _RULES[eqn.primitive.name], alone(jaxpr, eqn)
+    seeds = [a for a in (inputs if rule is _pushed else outputs) if _moves(a)]
+    like = lambda avals: [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+    try:
+        derivative = jax.make_jaxpr(ft.partial(rule, f))(like(inputs), like(seeds))
+    except Exception as error:  # a rule that raises, of a function that may never be differentiated
+        raise Fleeting from error
+    return this, jaxpr_key(derivative.jaxpr, (*rules, this)), tuple(map(_value, derivative.consts))
+
+
+def _moves(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _seeded(xs: list, seeds: list) -> list:
+    """`seeds` for those of `xs` that have a tangent, and what stands for one for the others."""
+    left = iter(seeds)
+    return [next(left) if _moves(x) else np.zeros(x.shape, jax.dtypes.float0) for x in xs]
+
+
+def _pushed(f: Callable, primals: list, tangents: list) -> PyTree:
+    out, moved = jax.jvp(f, primals, _seeded(primals, tangents))
+    return out, [t for x, t in zip(out, moved, strict=True) if _moves(x)]
+
+
+def _pulled(f: Callable, primals: list, cotangents: list) -> PyTree:
+    out, pull = jax.vjp(f, *primals)
+    back = pull(_seeded(out, cotangents))
+    return out, [g for x, g in zip(primals, back, strict=True) if _moves(x)]
+
+
+_RULES = {"custom_jvp_call": _pushed, "custom_vjp_call": _pulled}
+
+
+def _value(x: Any) -> Hashable:
+    if is_traced(x) or x.size > _LARGEST or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        raise Fleeting
+    x = np.asarray(x)
+    return "value", x.dtype, x.shape, x.tobytes()
+
+
+def static_key(x: Any, part: Callable | None = None) -> Hashable:
+    """What is compared of something that is no array of the inputs, `part` by part."""
+    part = part or static_key
+    if isinstance(x, tuple | list):
+        return type(x), *map(part, x)
+    if isinstance(x, dict):
+        return dict, *((k, part(x[k])) for k in sorted(x))
+    if isinstance(x, float | complex):
+        return type(x), repr(x)  # 0.0 is not -0.0, and NaN is NaN
+    if eqx.is_array(x):
+        return _value(x)
+    if isinstance(x, types.FunctionType):
+        return _function(x, 0)
+    if not isinstance(x, Hashable) or _changes(x):
+        raise Fleeting
+    slots = [s for c in type(x).__mro__ for s in getattr(c, "__slots__", ())]
+    parts = (*getattr(x, "__dict__", {}).values(), *(getattr(x, s, None) for s in slots))
+    # A callback, for instance: it would be kept, and what it reads with it.
+    if not isinstance(x, type) and any(map(_changes, parts)):
+        raise Fleeting
+    return type(x), x
+
+
+def _changes(x: Any) -> bool:
+    """Whether this may be called, and read what it did not read before."""
+    if isinstance(x, types.FunctionType):
+        return not _of_library(x) or "<locals>" in x.__qualname__
+    if isinstance(x, types.MethodType | ft.partial):
+        return True
+    return callable(x) and not isinstance(x, type) and not _of_library(type(x))
+
+
+def _of_library(x: Any) -> bool:
+    """Of a module, or of a function or class in one."""
+    name = x.__name__ if isinstance(x, types.ModuleType) else x.__module__ or ""
+    return name.partition(".")[0] in _LIBRARIES
+
+
+def _function(fn: types.FunctionType, depth: int) -> Hashable:
+    """The code of a function that reads nothing but its arguments, libraries, and its like."""
+    if not _changes(fn):
+        return fn
+    if fn.__closure__ or depth > 4:
+        raise Fleeting
+    reads, codes = [], [fn.__code__]
+    for code in codes:
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        for name in code.co_names:
+            x = fn.__globals__.get(name)
+            if isinstance(x, types.FunctionType):
+                reads.append((name, _function(x, depth + 1)))
+            elif x is None or (isinstance(x, types.ModuleType) and _of_library(x)):
+                reads.append((name, x))
+            else:
+                raise Fleeting
+    defaults = static_key([fn.__defaults__, fn.__kwdefaults__])
+    return fn.__code__, defaults, tuple(reads)

@@ -1,0 +1,98 @@
+"""Compiled programs of eager calls, found by what was traced.
+
+`jax.jit` with the user's function as a static argument compares functions by `==`: a bound method
+or a function that reads a global is then run as it was at its first call, its arrays are kept for
+ever, and so is its program. Here a function is traced at each call, and `deqjax._traced.Traced`
+compares what it does.
+"""
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from ._compare import Fleeting, static_key
+from ._traced import Traced
+
+# A program holds some dozens of memory maps, of which Linux gives a process 65,530.
+_MOST = 64
+_programs: OrderedDict[Hashable, Callable] = OrderedDict()
+_lock = threading.Lock()
+
+
+class _Rest:
+    """What a program returns beside arrays: one thing to JAX, which does not look into it."""
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+
+
+class _Out(eqx.Module):
+    arrays: Any
+    rest: _Rest = eqx.field(static=True)
+
+
+def run(engine: Callable, *inputs: Any) -> Any:
+    """`engine(*inputs)`, jitted: arrays are arguments of the program, all else is in its key.
+
+    Functions have to come as `Traced`. Inside another program the same is found, which is then
+    traced and lowered once for all its uses.
+    """
+    leaves, treedef = jax.tree.flatten(inputs)
+    dynamic = [x for x in leaves if eqx.is_array(x)]
+    static = [None if eqx.is_array(x) else x for x in leaves]
+    # A list of arrays and nothing else: JAX's caches keep the structure of what they have seen.
+    out = _program(engine, inputs, static, treedef)(dynamic)
+    return eqx.combine(out.arrays, out.rest.tree)
+
+
+def _program(engine: Callable, inputs: tuple, static: list, treedef: Any) -> Callable:
+    key = _key(engine, inputs, static, treedef)
+    if key is None:
+        return _compiled(engine, static, treedef)
+    with _lock:
+        program = _programs.pop(key, None) or _compiled(engine, static, treedef)
+        _programs[key] = program  # the last one used is the last to go
+        if len(_programs) > _MOST:
+            _programs.popitem(last=False)
+    return program
+
+
+def _compiled(engine: Callable, static: list, treedef: Any) -> Callable:
+    def call(dynamic):
+        left = iter(dynamic)
+        leaves = [next(left) if x is None else x for x in static]
+        out = engine(*jax.tree.unflatten(treedef, leaves))
+        arrays, rest = eqx.partition(out, eqx.is_array)
+        return _Out(arrays, _Rest(rest))
+
+    call.__name__ = engine.__name__.lstrip("_")  # which a profile shows
+    return jax.jit(call)
+
+
+def _key(engine: Callable, inputs: tuple, static: list, treedef: Any) -> Hashable | None:
+    try:
+        fields = tuple(map(static_key, _fields(inputs)))
+        return engine, treedef, fields, tuple(map(static_key, static))
+    except Fleeting:
+        return None
+
+
+def _fields(x: Any) -> Iterator[Any]:
+    """The static fields of all modules in a tree, which `treedef` would compare by `==`."""
+    if isinstance(x, Traced):
+        if x.body.key is None:
+            raise Fleeting
+    elif isinstance(x, eqx.Module):
+        for field in dataclasses.fields(x):
+            value = getattr(x, field.name, None)
+            yield from [value] if field.metadata.get("static", False) else _fields(value)
+    elif isinstance(x, list | tuple):
+        for y in x:
+            yield from _fields(y)
+    elif isinstance(x, dict):
+        yield from _fields([*x.values()])

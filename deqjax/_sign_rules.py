@@ -1,0 +1,168 @@
+"""The sign of what each operation of f makes of numbers of one sign, and what that asks of arrays.
+
+In the language of `_signs.py`: `Moving` is what depends on z, and anything else a value that does
+not: a scalar that is written into f, whose sign is known, or an array, known when f runs.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._equations import SWITCHES, terms
+
+ODD = frozenset(("tanh", "erf", "atan"))
+_POSITIVE = frozenset("cbrt integer_pow log1p logistic pow rsqrt softplus sqrt square".split())
+_PRODUCTS = frozenset("conv_general_dilated deqjax_conv2d deqjax_dense div dot_general mul".split())
+_KEEPING = frozenset(
+    "broadcast_in_dim convert_element_type copy dynamic_slice expand_dims gather name pcast pvary "
+    "reduce_max reduce_min reduce_window_max reshape rev sharding_constraint slice split squeeze "
+    "stop_gradient tile transpose".split()
+)
+# By how many of their operands are numbers; the rest are indices.
+_JOINING = {"add": 2, "add_any": 2, "concatenate": None, "stack": None}
+_JOINING |= {"dynamic_update_slice": 2, "pad": 2}
+_MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
+_CANCELS = "of numbers of opposite signs may cancel"
+
+
+class Moving(NamedTuple):
+    """What depends on z: all of it >= 0, or all of it <= 0."""
+
+    sign: int = 1
+    axis: int | None = None  # the one that enumerates problems, where it is known
+    always: bool | None = None  # of a comparison, its outcome if that is known
+
+
+class Held(NamedTuple):
+    """Operand i, or what is used of it, as it has to be: of this sign, and not 0 if `strictly`."""
+
+    i: int
+    value: Any
+    sign: int
+    strictly: bool = False
+
+
+class Rule(NamedTuple):
+    """The sign of a result, for operands as they are `held` to be, or why it has none."""
+
+    sign: int = 1
+    held: tuple[Held, ...] = ()
+    always: bool | None = None
+    refused: str | None = None
+
+
+def written(x: Any) -> bool:
+    """Whether this is a scalar whose value is known."""
+    return not isinstance(x, Moving | jax.Array) and np.ndim(x) == 0
+
+
+def _sign(x: Any) -> int:
+    """That of a scalar, and that which an array should have."""
+    return x.sign if isinstance(x, Moving) else -1 if written(x) and x < 0 else 1
+
+
+def join(values: list[tuple[int, Any]]) -> Rule:
+    """Numbers that are to have the sign of those among them that depend on z, or else are >= 0."""
+    sign = next((x.sign for _, x in values if isinstance(x, Moving)), 1)
+    return _all(sign, values)
+
+
+def _all(sign: int, values: list[tuple[int, Any]]) -> Rule:
+    settled = lambda x: isinstance(x, Moving) or written(x)
+    wrong = any(settled(x) and _sign(x) != sign and not (written(x) and x == 0) for _, x in values)
+    held = tuple(Held(i, x, sign) for i, x in values if not settled(x))
+    return Rule(sign, held, refused=_CANCELS if wrong else None)
+
+
+def vouched(inputs: list[Any]) -> Rule:
+    """A result of which the user says that it is nonnegative."""
+    floats = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+    return _all(1, [(i, x) for i, x in enumerate(inputs) if floats(x)])
+
+
+def rule(eqn: Any, kind: str, inputs: list[Any]) -> Rule:
+    """That of an equation in which something depends on z."""
+    first = inputs[0]
+    if kind in _PRODUCTS:
+        sign = 1
+        for x in inputs:
+            sign *= _sign(x)
+        arrays = [(i, x) for i, x in enumerate(inputs) if not isinstance(x, Moving)]
+        by = lambda i: kind == "div" and i == 1
+        return Rule(sign, tuple(Held(i, x, 1, by(i)) for i, x in arrays if not written(x)))
+    if kind in _JOINING:
+        return join([*enumerate(inputs)][: _JOINING[kind]])
+    if kind in _KEEPING or terms(eqn) is not None:
+        kept = join([(0, first)])
+        fill = eqn.params.get("fill_value")
+        if fill is not None and not kept.sign * fill >= 0:
+            return kept._replace(refused="fills in numbers of another sign")
+        return kept._replace(always=first.always if isinstance(first, Moving) else None)
+    if kind in ("neg", "abs"):
+        return Rule(-first.sign if kind == "neg" else 1)
+    if kind in ("max", "min"):
+        return _extremum(1 if kind == "max" else -1, [*enumerate(inputs)])
+    if kind == "clamp":
+        return _clamp(inputs)
+    if kind == "select_n":
+        return _select(inputs)
+    if kind in SWITCHES or eqn.outvars[0].aval.dtype == bool:
+        return Rule(always=_outcome(kind, inputs))
+    if kind in ODD or kind in _POSITIVE or kind == "expm1":
+        sign = _sign(first)
+        if kind == "expm1" and sign > 0:
+            return Rule(refused="of a positive number multiplies its relative error")
+        if kind in _POSITIVE and sign < 0:
+            return Rule(refused="of a negative number multiplies its relative error")
+        return Rule(sign, _all(sign, [*enumerate(inputs)][:1]).held)
+    what = "may cancel" if kind == "sub" else "is none whose rounding is known"
+    return Rule(refused=what)
+
+
+def _extremum(sign: int, values: list[tuple[int, Any]]) -> Rule:
+    """A maximum (sign 1) is >= 0 if one number is, whatever the other; a minimum likewise."""
+    if any(isinstance(x, Moving) and x.sign == sign for _, x in values):
+        return Rule(sign)
+    return _all(-sign, values)
+
+
+def _clamp(inputs: list[Any]) -> Rule:
+    low, x, high = inputs
+    if not isinstance(x, Moving):
+        return join([*enumerate(inputs)])
+    above = _extremum(1, [(0, low), (1, x)])
+    below = _extremum(-1, [(1, Moving(above.sign)), (2, high)])
+    return below._replace(held=above.held + below.held, refused=above.refused or below.refused)
+
+
+def _select(inputs: list[Any]) -> Rule:
+    which, *cases = inputs
+    if isinstance(which, Moving):
+        chosen = [*enumerate(cases, 1)]
+        return join(chosen if which.always is None else [chosen[which.always]])
+    # Of a case only what is selected has to have a sign.
+    mask = jnp.asarray(which).astype(jnp.int32)
+    used = lambda i, x: x if isinstance(x, Moving) else jnp.where(mask == i, jnp.asarray(x), 0)
+    return join([(i + 1, used(i, x)) for i, x in enumerate(cases)])
+
+
+def _outcome(kind: str, inputs: list[Any]) -> bool | None:
+    """Of a comparison of what depends on z with a number that it is not beyond."""
+    left, *right = inputs
+    if kind == "not" and left.always is not None:
+        return not left.always
+    if kind not in _MIRRORED:
+        return None
+    (right,) = right
+    if isinstance(right, Moving):
+        left, right, kind = right, left, _MIRRORED[kind]
+    if isinstance(right, Moving) or not written(right):
+        return None
+    if left.sign < 0:
+        kind, right = _MIRRORED[kind], -right
+    # Of a number u >= 0 now.
+    if kind in ("lt", "ge"):
+        return kind == "ge" if right <= 0 else None
+    return kind == "gt" if right < 0 else None

@@ -1,0 +1,108 @@
+"""A function of arrays as it reads now: traced, with every array that it reads as an argument.
+
+Two of them are equal if and only if every equation, parameter, literal and abstract value is. What
+cannot be compared is equal to itself alone.
+"""
+
+import functools as ft
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jaxtyping import Array, PyTree
+
+from ._compare import Fleeting, alone, jaxpr_key, static_key
+
+
+class Body:
+    """The jaxpr of a function of a list of arrays, and the form of what it returns."""
+
+    def __init__(self, jaxpr: Jaxpr, out_tree: Any, out_static: PyTree):
+        self.jaxpr, self.out_tree, self.out_static = jaxpr, out_tree, out_static
+
+    @ft.cached_property
+    def key(self) -> Hashable:
+        """What equality compares; None for what is equal to itself alone."""
+        leaves, treedef = jax.tree.flatten(self.out_static)
+        try:
+            return jaxpr_key(self.jaxpr, ()), self.out_tree, tuple(map(static_key, leaves)), treedef
+        except Fleeting:
+            return None
+
+    @ft.cached_property
+    def _hash(self) -> int:
+        return id(self) if self.key is None else hash(self.key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Body) and self.key is not None and self.key == other.key
+
+
+class Traced(eqx.Module):
+    """A function as it read when it was traced: what is static in its inputs counts no more."""
+
+    consts: list[Array]
+    body: Body = eqx.field(static=True)
+
+    def __call__(self, *inputs: PyTree) -> PyTree:
+        arrays = jax.tree.leaves(eqx.filter(inputs, eqx.is_array))
+        out = jax.core.eval_jaxpr(self.body.jaxpr, self.consts, *arrays)
+        return eqx.combine(jax.tree.unflatten(self.body.out_tree, out), self.body.out_static)
+
+    @property
+    def out_struct(self) -> PyTree:
+        """Shapes and dtypes of what it returns."""
+        avals: list[Any] = [v.aval for v in self.body.jaxpr.outvars]
+        structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+        return eqx.combine(jax.tree.unflatten(self.body.out_tree, structs), self.body.out_static)
+
+
+def trace(fn: Callable, *inputs: PyTree) -> Traced:
+    """`fn` as it reads now, for inputs like these."""
+    arrays, static = eqx.partition(inputs, eqx.is_array)
+    leaves, treedef = jax.tree.flatten(arrays)
+    form = []
+
+    def flat(*leaves):
+        out = fn(*eqx.combine(jax.tree.unflatten(treedef, leaves), static))
+        out, rest = eqx.partition(out, eqx.is_array)
+        out, out_tree = jax.tree.flatten(out)
+        form.append((out_tree, rest))
+        return out
+
+    closed = jax.make_jaxpr(flat)(*leaves)
+    if _holds(closed.jaxpr):
+        inlined = lambda *leaves: _inlined(closed.jaxpr, closed.consts, leaves)
+        closed = jax.make_jaxpr(inlined)(*leaves)
+    return Traced(closed.consts, Body(closed.jaxpr, *form[0]))
+
+
+def _nested(eqn: Any) -> ClosedJaxpr | None:
+    return eqn.params["jaxpr"] if eqn.primitive.name in ("jit", "pjit") else None
+
+
+def _holds(jaxpr: Jaxpr) -> bool:
+    """Whether a nested `jax.jit` has arrays of its own, which a program of it would keep."""
+    bodies = [body for eqn in jaxpr.eqns if (body := _nested(eqn)) is not None]
+    return any(body.consts or _holds(body.jaxpr) for body in bodies)
+
+
+def _inlined(jaxpr: Jaxpr, consts: Any, inputs: Any) -> list[Array]:
+    """The values of `jaxpr`, those calls undone that have arrays of their own."""
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+    read = lambda v: v.val if isinstance(v, Literal) else values[v]
+    for eqn in jaxpr.eqns:
+        body, found = _nested(eqn), [read(v) for v in eqn.invars]
+        if body is not None and (body.consts or _holds(body.jaxpr)):
+            outs = _inlined(body.jaxpr, body.consts, found)
+        else:
+            outs = alone(jaxpr, eqn)(*found)
+        values |= dict(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars]

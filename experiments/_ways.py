@@ -1,0 +1,33 @@
+"""The names of what is measured, which the options of the scripts are made of."""
+
+from typing import Literal
+
+Method = Literal[
+    "exact", "float", "float64 state", "segmented", "checkpointed", "implicit", "phantom"
+]
+
+TITLES: dict[Method, str] = {
+    "exact": "exact reversal (integer state)",
+    "float": "float reversal",
+    "float64 state": "float reversal, float64 state",
+    "segmented": "segmented float reversal",
+    "checkpointed": "checkpointed autodiff",
+    "implicit": "implicit gradient",
+    "phantom": "phantom gradient (5 damped steps)",
+}
+# These differentiate the fixed point and not the steps: they differ from the reference by design
+# until the iteration has converged, and the phantom gradient ever after.
+OF_THE_FIXED_POINT: tuple[Method, ...] = ("implicit", "phantom")
+
+DType = Literal["float32", "bfloat16"]
+Variant = Literal["exact", "float", "checkpointed", "explicit", "explicit, checkpointed"]
+# Evaluations of f that a variant needs for each one, beyond that of the VJP itself. Checkpointed
+# autodiff of a loop evaluates f forwards and again to recompute a stretch of it; of a stack, whose
+# blocks are checkpointed one by one, the second is the VJP's own.
+EXTRA: dict[Variant, int] = {
+    "exact": 2,
+    "float": 1,
+    "checkpointed": 2,
+    "explicit": 0,
+    "explicit, checkpointed": 1,
+}

@@ -1,0 +1,123 @@
+"""A search for wrong numbers: certificates, gradients and what eager calls leave behind.
+
+Shown: how many of some ten thousand random bounds of maps that are not this library's are false,
+with arrays of both signs in f too; how many cells are outside their enclosures; how many gradients
+are lost in random programs of exact reversal; how many finite implicit gradients are further off
+than ten times what is estimated; what 2,000 eager calls of each entry point leave of programs. The
+references are in long double between two points that prove them, or in loops of their own in
+float64: nothing is judged by the library itself.
+
+    python experiments/soundness.py                            # everything, in two processes
+    python experiments/soundness.py --sections reversal programs
+    python experiments/soundness.py --smoke                    # the same in seconds, tiny
+
+Writes results.json (all numbers) and table.md into runs/soundness/, over those of an earlier run; a
+section that isn't asked for is kept from there. Each counterexample is written with the seed that
+draws it again. All options: --help. Ends with status 1 if anything is false or lost.
+"""
+
+# ruff: noqa: E402
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from _flags import Count, Positive, Seed, Whole, read
+
+Section = Literal["certificates", "layers", "reversal", "implicit", "programs"]
+SECTIONS: tuple[Section, ...] = ("certificates", "layers", "reversal", "implicit", "programs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Look for false bounds, lost gradients and programs that stay."""
+
+    sections: tuple[Section, ...] = SECTIONS
+    """What to try."""
+    certificates: Count = 120
+    """Certificates of each of 54 families, in each of two dtypes."""
+    solves: Count = 40
+    """Certified solves of each, by each of two solvers."""
+    normalised: Count = 504
+    """Cells that divide by their largest entry."""
+    others: Count = 40
+    """Cells of each other kind with a theorem of its own."""
+    programs: Count = 300
+    """Programs of exact reversal."""
+    jacobians: Count = 204
+    """J of which an implicit gradient is taken, of six kinds."""
+    calls: Count = 2_000
+    """Eager calls of each entry point."""
+    seconds: Positive = 60.0
+    """After which the calls of an entry point end."""
+    some: Count | None = None
+    """So many families, cells and kinds alone, in float32; None: all."""
+    workers: Whole = 2
+    """Processes; 0: this one does it all."""
+    seed: Seed = 0
+    """Of everything."""
+    out: Path | None = None
+    """The folder of the results; None: runs/soundness, smoke runs beside it."""
+    smoke: bool = False
+    """A few of each: everything is run through, nothing is shown by it."""
+
+
+# These are forced: a smoke run is quick whatever else is asked for.
+SMOKE: dict[str, Any] = {
+    "certificates": 8,
+    "solves": 4,
+    "normalised": 8,
+    "others": 4,
+    "programs": 6,
+    "jacobians": 12,
+    "calls": 3,
+    "some": 2,
+    "workers": 0,
+}
+
+if __name__ == "__main__":  # before the rest, which takes seconds to import
+    read(Config)
+
+# For programs on two devices; where it is set already there may be more of them.
+if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+    devices = "--xla_force_host_platform_device_count=2"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices}"
+
+import jax
+from _compare_run import record
+from _soundness_certificates import certificates
+from _soundness_implicit import implicit
+from _soundness_layers import layers
+from _soundness_programs import programs
+from _soundness_report import claims, tables
+from _soundness_reversal import reversal
+
+
+def measure(section: Section, config: Config) -> dict[str, Any]:
+    c = config
+    match section:
+        case "certificates":
+            found: Any = certificates(c.certificates, c.solves, c.some, c.seed, c.workers)
+        case "layers":
+            found = layers(c.normalised, c.others, c.some, c.seed, c.workers)
+        case "reversal":
+            found = reversal(c.programs, c.some, c.seed, c.workers)
+        case "implicit":
+            found = implicit(c.jacobians, c.seed, c.workers)
+        case "programs":
+            found = programs(c.calls, c.seconds, c.seed, c.workers)
+    return {section: found}
+
+
+def main(config: Config) -> None:
+    if config.smoke:
+        config = dataclasses.replace(config, **SMOKE)
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
+    _, results = record("soundness", config, measure, claims, tables)
+    failed = [line["claim"] for line in results["claims"] if line["holds"] is False]
+    if failed and not config.smoke:
+        raise SystemExit(f"{len(failed)} claims do not hold, the first: {failed[0]}.")
+
+
+if __name__ == "__main__":
+    main(read(Config))
