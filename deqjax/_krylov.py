@@ -10,7 +10,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
 from ._secant import combine, products
-from ._tree import lincomb, select, two_norm
+from ._tree import dot, lincomb, select, two_norm
 from .solvers import AbstractSolver
 
 # Above this rate the method needs fewer products than the series, by a half and more.
@@ -29,7 +29,8 @@ class Window(NamedTuple):
     y: PyTree  # differences of g = f(z) - z, in rows of unit length; 0 where there is none
     v: PyTree  # differences of f(z), in the same unit
     gram: Inexact[Array, "m m"]  # <y_i, y_j>
-    count: Int[Array, ""]  # rows written; -1 before the first iterate
+    turn: Int[Array, ""]  # steps taken, of all problems of a batch alike: where the next row goes
+    rows: Int[Array, ""]  # rows written
     size: Inexact[Array, ""]  # ||g|| / ||f(z)|| at the last iterate
     slow: Bool[Array, ""]  # whether the series has been given up
 
@@ -50,67 +51,77 @@ class Krylov(AbstractSolver):
         rows = jax.tree.map(lambda x: jnp.zeros((_DEPTH, *x.shape), x.dtype), z0)
         gram = jnp.zeros((_DEPTH, _DEPTH), two_norm(z0).dtype)
         size, slow = jnp.asarray(jnp.inf, gram.dtype), jnp.asarray(False)
-        return Window(z0, z0, rows, rows, gram, jnp.asarray(-1, jnp.int32), size, slow)
+        zero = jnp.asarray(0, jnp.int32)
+        return Window(z0, z0, rows, rows, gram, zero, zero, size, slow)
 
     def mix(self, z: PyTree, fz: PyTree, memory: Window) -> tuple[PyTree, Window]:
         """One step."""
-        m, g = memory, lincomb(1, fz, -1, z)
-        size = two_norm(g) / two_norm(fz)
+        m = memory
+        ahead, (y, v), gram, rows = _advanced(m.turn % _DEPTH, z, fz, m)
+        size = two_norm(lincomb(1, fz, -1, z)) / two_norm(fz)
         slow = m.slow | (size > _SLOW * m.size)
-        v = lincomb(1, fz, -1, m.f)
-        y = lincomb(1, v, -1, lincomb(1, z, -1, m.z))
-        norm = two_norm(y)
-        # The first iterate has none before it, and a frozen problem meets the same one again.
-        new = (m.count >= 0) & (norm > 0) & jnp.isfinite(norm)
-        k = jnp.maximum(m.count, 0) % _DEPTH
-
-        def put(rows, x):
-            def leaf(rows, x):
-                x = jnp.where(new, x / norm.astype(x.dtype), rows[k])
-                return jax.lax.dynamic_update_index_in_dim(rows, x, k, 0)
-
-            return jax.tree.map(leaf, rows, x)
-
-        count = jnp.where(slow, jnp.maximum(m.count, 0) + new.astype(m.count.dtype), m.count)
-        ys, vs = put(m.y, y), put(m.v, v)
-        ahead, gram = _if_slow(slow, fz, g, ys, vs, m.gram, k, count)
-        return ahead, Window(z, fz, ys, vs, gram, count, size, slow)
+        return ahead, Window(z, fz, y, v, gram, m.turn + 1, rows, size, slow)
 
     def keep(self, go, live, new: Window, old: Window) -> Window:
-        """All of it: at the same z nothing is written."""
-        del go, live, old
-        return new
+        """No copy of the window: at the same z nothing is written. But what has stopped is slow."""
+        del live
+        size, slow = select(go, (new.size, new.slow), (old.size, old.slow))
+        return new._replace(size=size, slow=slow)
+
+
+def _at(k, rows: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, 0, keepdims=False), rows)
+
+
+def _put(k, rows: PyTree, row: PyTree) -> PyTree:
+    put = lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, k, 0)
+    return jax.tree.map(put, rows, row)
 
 
 @custom_vmap
-def _if_slow(slow, fz, g, ys, vs, gram, k, count) -> tuple[PyTree, Array]:
-    """f(z), or where accelerated steps lead, and the Gram matrix.
+def _advanced(k, z, fz, m: Window):
+    """The next iterate; and the rows with number k renewed, their Gram matrix and number.
 
-    The window is not read before it is of use, which would cost more than a cheap f; nor handed
+    The window is not touched before it is of use, which would cost more than a cheap f; nor handed
     through a branch, which would copy it.
     """
-    args = slow, fz, g, ys, vs, gram, k, count
-    return jax.lax.cond(slow, _accelerated, _plain, *args)
+    ahead, row, gram, rows = jax.lax.cond(m.slow, _accelerated, _plain, k, z, fz, m)
+    return ahead, _put(k, (m.y, m.v), row), gram, rows
 
 
-@_if_slow.def_vmap
+@_advanced.def_vmap
 def _(size, batched, *args):
     spread = lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape))
-    args = jax.tree.map(spread, args, tuple(batched))
-    out = jax.lax.cond(jnp.any(args[0]), jax.vmap(_accelerated), _plain, *args)
+    k, z, fz, m = jax.tree.map(spread, args, tuple(batched))
+    # One k for all, so that no row is gathered or scattered.
+    over = lambda fn: jax.vmap(fn, (None, 0, 0, 0))
+    branches = over(_accelerated), over(_plain)
+    ahead, row, gram, rows = jax.lax.cond(jnp.any(m.slow), *branches, k[0], z, fz, m)
+    out = ahead, jax.vmap(_put, (None, 0, 0))(k[0], (m.y, m.v), row), gram, rows
     return out, jax.tree.map(lambda _: True, out)
 
 
-def _plain(slow, fz, g, ys, vs, gram, k, count):
-    del slow, g, ys, vs, k, count
-    return fz, gram
+def _plain(k, z, fz, m: Window):
+    del z
+    return fz, _at(k, (m.y, m.v)), m.gram, m.rows
 
 
-def _accelerated(slow, fz, g, ys, vs, gram, k, count):
-    column = products(ys, jax.tree.map(lambda rows: rows[k], ys))
-    gram = gram.at[k].set(column).at[:, k].set(column)
-    c = _eliminated(gram, count, products(ys, g)[:, None])[:, 0]
-    return select(slow, lincomb(1, fz, -1, combine(c, vs)), fz), gram
+def _accelerated(k, z, fz, m: Window):
+    g, v = lincomb(1, fz, -1, z), lincomb(1, fz, -1, m.f)
+    y = lincomb(1, v, -1, lincomb(1, z, -1, m.z))
+    norm = two_norm(y)
+    # A problem that has stopped meets the same iterate again.
+    new = m.slow & (norm > 0) & jnp.isfinite(norm)
+    unit = jax.tree.map(lambda x: x / norm.astype(x.dtype), (y, v))
+    y, v = row = select(new, unit, _at(k, (m.y, m.v)))
+
+    inner = lambda x: products(m.y, x).at[k].set(dot(y, x))
+    column = inner(y)
+    gram = m.gram.at[k].set(column).at[:, k].set(column)
+    rows = m.rows + new.astype(m.rows.dtype)
+    c = _eliminated(gram, rows, inner(g)[:, None])[:, 0]
+    back = lincomb(1, combine(c.at[k].set(0), m.v), c[k], v)
+    return select(m.slow, lincomb(1, fz, -1, back), fz), row, gram, rows
 
 
 def inverse_bound(m: Window) -> Inexact[Array, ""]:
@@ -120,15 +131,16 @@ def inverse_bound(m: Window) -> Inexact[Array, ""]:
     """
     s = lincomb(1, m.v, -1, m.y)
     inner = jax.vmap(lambda row: products(s, row))(s)
-    return jnp.sqrt(jnp.maximum(jnp.trace(_eliminated(m.gram, m.count, inner)), 1))
+    bound = jnp.sqrt(jnp.maximum(jnp.trace(_eliminated(m.gram, m.rows, inner)), 1))
+    return bound.astype(m.size.dtype)
 
 
 def _eliminated(
-    gram: Inexact[Array, "m m"], count: Int[Array, ""], b: Inexact[Array, "m k"]
+    gram: Inexact[Array, "m m"], rows: Int[Array, ""], b: Inexact[Array, "m k"]
 ) -> Inexact[Array, "m k"]:
     """`(gram + ridge) c = b`; no pivot is below the ridge, and LAPACK compiles for longer."""
     eps = max(float(jnp.finfo(gram.dtype).eps), _RIDGE)
-    ridge = eps * jnp.clip(count, 1, _DEPTH).astype(gram.dtype)
+    ridge = eps * jnp.clip(rows, 1, _DEPTH).astype(gram.dtype)
     eye = jnp.eye(_DEPTH, dtype=gram.dtype)
     table = jnp.concatenate([gram + ridge * eye, b.astype(gram.dtype)], 1)
 

@@ -21,7 +21,7 @@ from ._residual import (
     units,
 )
 from ._solution import RESULTS
-from ._tree import add, cast, lincomb, max_abs, mesh_axes, per_problem, select, unify, widen
+from ._tree import add, cast, lincomb, max_abs, mesh_axes, per_problem, select, unify, vary, widen
 from .solvers import AbstractSolver
 
 LinearMap = Callable[[PyTree], PyTree]
@@ -99,8 +99,13 @@ def by_iteration(
     budget = Budget(max_steps, limit, rank, fixed=False)
     y, (num_steps, _, state) = iterate((fn, method, start, unit, budget, lax_while))
 
-    def outcome(measure, error, y, b, coupled, window):
-        inverse = inverse_bound(window) if solver is None else jnp.ones_like(error)
+    inverse = vary(jnp.ones_like(state.error), mesh_axes(state.error))
+    if solver is None:
+        of = lambda window: per_problem(inverse_bound, rank)(window)
+        window = state.memory
+        inverse = jax.lax.cond(jnp.any(window.slow), of, lambda _: inverse, window)
+
+    def outcome(measure, error, y, b, coupled, inverse):
         good = measure.accepts(error, growth(y, b, coupled), inverse)
         code = RESULTS.where(good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
         return measure.report(error) | {"result": code}
@@ -108,7 +113,7 @@ def by_iteration(
     restore = lambda y, s, b: jax.tree.map(
         lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b
     )
-    stats = per_problem(outcome, rank)(measure, state.error, y, unit, coupled, state.memory)
+    stats = per_problem(outcome, rank)(measure, state.error, y, unit, coupled, inverse)
     return per_problem(restore, rank)(y, size, b), {"num_steps": num_steps} | stats
 
 
