@@ -194,7 +194,7 @@ def _changes(x: Any) -> bool:
 def _of_library(x: Any) -> bool:
     """Of a module, or of a function or class in one."""
     if isinstance(x, types.FunctionType):  # whose __module__ may be copied from another
-        name = x.__globals__["__name__"]
+        name = x.__globals__.get("__name__", "")
     else:
         name = x.__name__ if isinstance(x, types.ModuleType) else x.__module__
     return name.partition(".")[0] in _LIBRARIES

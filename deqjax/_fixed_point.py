@@ -96,9 +96,9 @@ def fixed_point(
     Inside `jax.shard_map`, `fn` may not communicate between devices, which stop at different steps.
 
     **Raises:** `ValueError` when traced, if `fn` changes the structure, a shape or a dtype of z, if
-    z0 holds booleans or no numbers, for `max_steps < 1`, a solver field out of its range, a solver and
-    an adjoint that do not go together, batch axes of unequal length, `steps` out of place, or an
-    Optimistix solver inside `jax.shard_map`.
+    z0 holds booleans or no numbers, for `max_steps < 1`, a solver field out of its range, a solver
+    and an adjoint that do not go together, batch axes of unequal length, `steps` out of place, or
+    an Optimistix solver inside `jax.shard_map`.
     """
     options = {"has_aux": has_aux, "batched": batched, "max_steps": max_steps, "steps": steps}
     sol = solve(fn, solver, z0, args, adjoint=adjoint, best=True, **options)
