@@ -156,7 +156,8 @@ def static_key(x: Any, part: Callable | None = None) -> Hashable:
     of_library = x if isinstance(x, type | types.ModuleType) else type(x)
     if not isinstance(x, Hashable) or _changes(x) or not _of_library(of_library):
         raise Fleeting
-    slots = [s for c in type(x).__mro__ for s in getattr(c, "__slots__", ())]
+    classes: Any = type(x).__mro__
+    slots = [s for c in classes for s in getattr(c, "__slots__", ())]
     parts = (*getattr(x, "__dict__", {}).values(), *(getattr(x, s, None) for s in slots))
     # A callback, for instance: it would be kept, and what it reads with it.
     if not isinstance(x, type) and any(map(_changes, parts)):

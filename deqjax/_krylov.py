@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
 from ._secant import combine, products
 from ._tree import dot, lincomb, select, two_norm
-from .solvers import AbstractSolver
+from .solvers._base import AbstractSolver, Number
 
 # Above this rate the method needs fewer products than the series, by a half and more.
 _SLOW = 0.7
@@ -42,8 +42,8 @@ class Krylov(AbstractSolver):
     the residual worse tells as much as any other. This is GMRES, truncated to the last steps.
     """
 
-    rtol: float = 0.0
-    atol: float = 0.0
+    rtol: Number = 0.0
+    atol: Number = 0.0
     norm: Callable[[PyTree], Any] = optimistix.max_norm
 
     def blank(self, z0: PyTree) -> Window:

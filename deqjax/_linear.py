@@ -94,7 +94,8 @@ def by_iteration(
     coupled = coupling(matvec, b, rank)
     measure = sharper(residual_of(b, tol, coupled))
     unit_ = None if coupled is None else per_problem(units, rank)(start, coupled)
-    method = _Linear(Krylov() if solver is None else solver, measure, unit_)
+    inner = Krylov() if solver is None else solver
+    method = _Linear(inner=inner, measure=measure, unit=unit_)
     limit = jnp.asarray(max_steps, jnp.int32)
     budget = Budget(max_steps, limit, rank, fixed=False)
     y, (num_steps, _, state) = iterate((fn, method, start, unit, budget, lax_while))
@@ -143,7 +144,8 @@ def by_lineax(
     asked = getattr(linear_solver, "rtol", None) if tol is None else tol
     measure = residual_of(b, asked, coupled, finest=False)
     said = RESULTS.promote(sol.result)
-    said = RESULTS.where(said == RESULTS.successful, RESULTS.singular, said)
+    singular: Any = RESULTS.singular
+    said = RESULTS.where(said == RESULTS.successful, singular, said)
 
     def outcome(measure, y, left, b, coupled):
         y, left, b = (jax.tree.map(widen, x) for x in (y, left, b))
