@@ -24,10 +24,14 @@ CELLS = {
     "exp": lambda z, p: jnp.tanh(0.1 * jnp.exp(p[0]) @ z + p[1]),
     "norm": lambda z, p: jnp.tanh(0.8 * (p[0] / jnp.linalg.norm(p[0])) @ z + p[1]),
     "gate": lambda z, p: jax.nn.sigmoid(p[1]) * jnp.tanh(p[0] @ z) + jnp.log1p(jnp.exp(p[1])),
-    "loop": lambda z, p: jax.lax.fori_loop(
+    "loop": lambda z, p: jax.lax.fori_loop(0, 2, lambda _, z: jnp.tanh(p[0] @ z + p[0] @ p[1]), z),
+    "deep": lambda z, p: jax.lax.fori_loop(
         0, 2, lambda _, z: jnp.tanh(p[0] @ z + jnp.exp(p[0]) @ p[1]), z
     ),
 }
+# Before JAX 0.10 XLA made other machine code of the same loop where it reads constants: refused.
+if jax.__version_info__ < (0, 10):
+    del CELLS["deep"]
 
 
 def drawn():
