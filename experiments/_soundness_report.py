@@ -98,7 +98,7 @@ def _programs(table: Claims, rows: list[Row]) -> None:
     table.add("compilations for new lambdas of the same body", total(rows, "compilations"), 0)
     # A tanh cell, at the least work that there is: what f's tracing and the call cost.
     solve = next((row["ms"] for row in rows if row["entry"] == "fixed_point"), None)
-    table.add("ms of an eager solve of 64 units with a new lambda", solve, MOST_MS)
+    table.add("CPU ms of an eager solve of 64 units with a new lambda", solve, MOST_MS)
 
 
 CLAIMS = {
@@ -180,7 +180,7 @@ def implicit_table(rows: list[Row]) -> str:
 
 
 def programs_table(rows: list[Row]) -> str:
-    table = [["entry point", "calls", "compilations", "maps", "MiB", "ms a call"]]
+    table = [["entry point", "calls", "compilations", "maps", "MiB", "CPU ms a call"]]
     for row in rows:
         name, size, ms = row["entry"], f"{row['MiB']:.0f}", f"{row['ms']:.1f}"
         counts = [f"{row[k]:,}" for k in ("calls", "compilations", "maps")]
