@@ -124,7 +124,7 @@ KINDS: tuple[Kind, ...] = (
 def layers(normalised: int, others: int, some: int | None, seed: int, workers: int) -> list[Row]:
     """`normalised` linear cells that divide by their largest entry in all, `others` of each."""
     each = -(-normalised // sum(kind.normalised for kind in KINDS))
-    picked = range(0, len(KINDS), 1 if some is None else len(KINDS) // some)
+    picked = range(0, len(KINDS), 1 if some is None else -(-len(KINDS) // some))
     tasks = [(i, each if KINDS[i].normalised else others, seed) for i in picked]
     return work(_kind, tasks, workers)
 

@@ -145,6 +145,23 @@ def _layer(w, x):
     return _deq(cell)(x)[0]
 
 
+def _rule(w, x):
+    """relu6 has a derivative rule, which is compared too."""
+    fn = lambda z, a: jax.nn.relu6(w @ z + a)
+    return _arrays(deqjax.fixed_point(fn, deqjax.FixedPointIteration(), x, x, max_steps=32))
+
+
+def _certified(w, x):
+    fn = lambda z, a: jnp.tanh(w @ z + a)
+    return _arrays(deqjax.fixed_point(fn, deqjax.Bracketing(upper=1.0), x, x, max_steps=32))
+
+
+def _layer_certified(w, x):
+    """A batch, of a layer that is the same every time but for its arrays."""
+    cell = deqjax.nn.PositiveConcave(lambda z, a: jnp.tanh(w @ z + a))
+    return tuple(_deq(cell).certify(x[None], x[None], batched=True))
+
+
 def _layer_batch(w, x):
     cell = lambda z, a: jnp.tanh(w @ z + a)
     return _deq(cell).batch(x[None])[0]
@@ -162,4 +179,7 @@ ENTRIES: dict[str, Callable[[Any, Any], Any]] = {
     "fixed_point_path": _path,
     "nn.DEQ": _layer,
     "nn.DEQ.batch": _layer_batch,
+    "nn.DEQ.certify, batched": _layer_certified,
+    "Bracketing": _certified,
+    "a cell with a rule": _rule,
 }

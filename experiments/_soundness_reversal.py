@@ -33,7 +33,7 @@ _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passe
 def reversal(count: int, some: int | None, seed: int, workers: int) -> list[Row]:
     """`count` pairs of a cell and a context, as evenly as can be."""
     rng = np.random.default_rng([seed, 3])
-    cells = range(len(CELLS)) if some is None else range(0, len(CELLS), len(CELLS) // some)
+    cells = range(len(CELLS)) if some is None else range(0, len(CELLS), -(-len(CELLS) // some))
     pairs = _pairs(rng, list(cells), list(CONTEXTS), count)
     tasks = [(i, [(name, int(rng.integers(2**31))) for k, name in pairs if k == i]) for i in cells]
     return [row for rows in work(_cell, tasks, workers) for row in rows]
