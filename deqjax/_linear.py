@@ -91,6 +91,8 @@ def by_iteration(
         product = matvec(cast(y, b))
         return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, product, unit), None
 
+    if tol is None and solver is not None:
+        tol = solver.rtol
     coupled = coupling(matvec, b, rank)
     measure = sharper(residual_of(b, tol, coupled))
     unit_ = None if coupled is None else per_problem(units, rank)(start, coupled)

@@ -177,6 +177,15 @@ def test_a_singular_system_is_none_of_lineax_either(linear):
         assert all(bool(jnp.all(jnp.isnan(x))) for x in jax.tree.leaves(grad))
 
 
+def test_the_tolerance_of_a_linear_solver_is_that_of_the_solve():
+    """And no finer one: 0.9 to the power of the steps."""
+    for rtol in (1e-2, 1e-4):
+        adjoint = deqjax.ImplicitAdjoint(deqjax.FixedPointIteration(rtol))
+        _, stats = solve([[0.9]], [1.0], adjoint=adjoint)
+        steps = np.log(rtol / 0.1) / np.log(0.9)
+        assert abs(int(stats["num_steps"]) - steps) < 5
+
+
 @pytest.mark.x64
 def test_what_lineax_calls_stagnated_is_right():
     """It asks for less than rounding leaves; what was measured is 1e-15."""
