@@ -1,6 +1,5 @@
 """Tasks in processes of their own: each core has one, and programs die with their process."""
 
-import functools
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +13,9 @@ def work(fn: Callable[..., Any], tasks: Sequence[tuple], workers: int) -> list[A
     """`fn(*task)` of each, in order; `workers=0` in this process."""
     if workers == 0:
         return [fn(*task) for task in tasks]
-    pool = functools.partial(ProcessPoolExecutor, workers, multiprocessing.get_context("spawn"))
-    with pool(max_tasks_per_child=_TASKS_OF_A_PROCESS) as processes:
-        return [f.result() for f in [processes.submit(fn, *task) for task in tasks]]
+    found, many = [], _TASKS_OF_A_PROCESS * workers
+    # A pool for so many tasks: one that replaces its own processes may wait for ever.
+    for i in range(0, len(tasks), many):
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            found += pool.map(fn, *zip(*tasks[i : i + many], strict=True))
+    return found
