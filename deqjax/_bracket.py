@@ -50,9 +50,9 @@ def _margin(slack: Slack, dtype) -> Float[Array, "*b 1"]:
     return 1.01 * slack + 2 * float(jnp.finfo(dtype).eps)
 
 
-def _least(dtype) -> float:
-    # A sum of which this is left has lost less than its rounding to terms that were flushed to 0.
-    return float(jnp.finfo(dtype).tiny) * 2.0**40
+# A sum of which this is left has lost less than its rounding to terms that were flushed to 0. Of
+# float32, which a leaf of a float64 state may be too.
+_LEAST = 2.0**-126 * 2.0**40
 
 
 def at_most(fy: Float[Array, "*b n"], slack: Slack) -> Float[Array, "*b n"]:
@@ -76,7 +76,7 @@ def narrow(
     below = jnp.all(low >= y, -1) | jnp.all(y <= bracket.lower, -1)
     # f is what it is on y >= 0, and positive there; what has nearly vanished on the way to f(y) has
     # lost its digits, and what is not finite has overflowed.
-    normal = jnp.all((y >= 0) & jnp.isfinite(fy) & (fy >= _least(fy.dtype)), -1)
+    normal = jnp.all((y >= 0) & jnp.isfinite(fy) & (fy >= _LEAST), -1)
     above, below = above & normal, below & normal
     upper = jnp.where(above[..., None], jnp.minimum(bracket.upper, high), bracket.upper)
     lower = jnp.where(below[..., None], jnp.maximum(bracket.lower, low), bracket.lower)

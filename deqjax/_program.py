@@ -45,7 +45,15 @@ def run(engine: Callable, *inputs: Any) -> Any:
     dynamic = [x for x in leaves if eqx.is_array(x)]
     static = [None if eqx.is_array(x) else x for x in leaves]
     # A list of arrays and nothing else: JAX's caches keep the structure of what they have seen.
-    out = _program(engine, inputs, static, treedef)(dynamic)
+    try:
+        out = _program(engine, inputs, static, treedef)(dynamic)
+    except (
+        jax.errors.JaxRuntimeError
+    ) as error:  # as `eqx.filter_jit` shows what `eqx.error_if` said
+        _, found, message = str(error).partition("_EquinoxRuntimeError: ")
+        if not found:
+            raise
+        raise eqx.EquinoxRuntimeError(message.partition("\n")[0]) from None
     return eqx.combine(out.arrays, out.rest.tree)
 
 

@@ -60,7 +60,7 @@ def rounding(
 
     Of what depends on z, each sum counts its terms and each function its units in the last place.
     Infinite where an array in f has not the sign that this needs, and where a number passes through
-    a dtype of fewer exponents than the widest leaf has: digits vanish there that no one misses.
+    float16, where digits vanish that no one misses; unless a `slack` vouches for it.
     `fn` is as `convert` returns it;
     `slack`, or a `fan_in` (the number of terms of one sum, followed by one addition and one
     function) takes the place of what is counted, but not of the signs of arrays.
@@ -71,11 +71,11 @@ def rounding(
     counted = slack is None and fan_in is None
     if slack is not None:
         slack = _relative(slack)
+    elif not _normal(jaxpr.jaxpr):
+        slack = math.inf
     else:
         slack = count(jaxpr, name) if fan_in is None else of_one_sum(z, fan_in, name)
     leaves = unify([widen(x) for x in jax.tree.leaves(z)])
-    if not _as_small(jaxpr.jaxpr, leaves[0].dtype):
-        slack = math.inf
     good = signs(jaxpr, leaves[0].shape[:rank], name, strict=counted)
     return jnp.where(good, jnp.asarray(slack, leaves[0].dtype), jnp.inf)
 
@@ -97,18 +97,15 @@ def of_one_sum(z: PyTree, fan_in: int, name: str) -> float:
     return _relative((fan_in + 1 + 8) * unit)
 
 
-def _as_small(jaxpr: Jaxpr, dtype: Any) -> bool:
-    """Whether all floats in it can be as small as those of `dtype`, without losing digits."""
+def _normal(jaxpr: Jaxpr) -> bool:
+    """Whether no float in it has fewer exponents than float32: none is float16."""
     aval = lambda v: getattr(v.aval, "dtype", None)
     dtypes = [aval(v) for v in (*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars))]
-    floats = [d for d in dtypes if d is not None and jnp.issubdtype(d, jnp.floating)]
-    tiny = float(jnp.finfo(dtype).tiny)
-    return all(float(jnp.finfo(d).tiny) <= tiny for d in floats) and all(
-        _as_small(p.jaxpr if isinstance(p, ClosedJaxpr) else p, dtype)
-        for eqn in jaxpr.eqns
-        for param in eqn.params.values()
-        for p in (param if isinstance(param, tuple | list) else (param,))
-        if isinstance(p, Jaxpr | ClosedJaxpr)
+    params = [p for eqn in jaxpr.eqns for p in eqn.params.values()]
+    inner = [p for param in params for p in (param if isinstance(param, tuple | list) else [param])]
+    bodies = [p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in inner]
+    return jnp.dtype(jnp.float16) not in dtypes and all(
+        _normal(b) for b in bodies if isinstance(b, Jaxpr)
     )
 
 

@@ -92,7 +92,7 @@ def certify(
     What is enclosed is the fixed point of f in exact arithmetic, of the parameters as they are
     stored; inputs that fn computes without z are taken as they come. Rounding is counted for
     numbers in the normal range of their dtype: an end is not proved where an entry of f is below
-    2^40 times the smallest normal number (1e-26 in float32), and where f multiplies what is smaller
+    2^40 times the smallest normal number of float32 (1e-26), and where f multiplies what is smaller
     by as much again inside, nothing here sees it. Functions were measured on a CPU alone. Where f
     compares what it has computed with a number other than 0, what decides should be what is
     selected (`where(u > 1, 1, u)`), or a function of it: f is taken to be continuous there.
