@@ -187,9 +187,10 @@ def test_arrays_live_no_longer_than_the_closure(entry):
 
     for f in (call, gradient):
         f(0)
+        f(1)  # JAX 0.12 may keep what it has seen last
         gc.collect()
         before = len(jax.live_arrays())
-        for i in range(1, 6):
+        for i in range(2, 7):
             f(i)
         gc.collect()
         assert len(jax.live_arrays()) == before
