@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PyTree
 
-from ._tree import cast, lincomb, mesh_axes, per_problem, select, unify, vary, widen
+from ._tree import cast, lincomb, mesh_axes, per_problem, quotient, select, unify, vary, widen
 
 LinearMap = Callable[[PyTree], PyTree]
 # `(b, transpose) -> (y, stats)` with A y = b, or A^T y = b.
@@ -40,7 +40,7 @@ def one_norm_of_inverse(
 
     def body(c: _Carry) -> _Carry:
         u, stats = solve(cast(c.x, like), False)
-        value = norm(u) / norm(matvec(u))
+        value = quotient(norm(u), norm(matvec(u)))
         value = jnp.where(stats["residual"] <= _USABLE, value, jnp.inf)
         # The column in which the norm grows fastest from here.
         slope, _ = solve(jax.tree.map(lambda u: jnp.where(u < 0, -1, 1).astype(u.dtype), u), True)

@@ -10,7 +10,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
 from ._secant import combine, products
-from ._tree import dot, lincomb, select, two_norm
+from ._tree import dot, lincomb, quotient, select, two_norm
 from .solvers._base import AbstractSolver, Number
 
 # Above this rate the method needs fewer products than the series, by a half and more.
@@ -58,13 +58,14 @@ class Krylov(AbstractSolver):
         """One step."""
         m = memory
         ahead, (y, v), gram, rows = _advanced(m.turn % _DEPTH, z, fz, m)
-        size = two_norm(lincomb(1, fz, -1, z)) / two_norm(fz)
+        size = quotient(two_norm(lincomb(1, fz, -1, z)), two_norm(fz))
         slow = m.slow | (size > _SLOW * m.size)
         return ahead, Window(z, fz, y, v, gram, m.turn + 1, rows, size, slow)
 
     def keep(self, go, live, new: Window, old: Window) -> Window:
-        """No copy of the window: at the same z nothing is written. But what has stopped is slow."""
+        """Without a copy of the window, in which nothing is written at the same z."""
         del live
+        # What has stopped shrinks no more, which is no reason to give up a series.
         size, slow = select(go, (new.size, new.slow), (old.size, old.slow))
         return new._replace(size=size, slow=slow)
 
@@ -112,7 +113,8 @@ def _accelerated(k, z, fz, m: Window):
     norm = two_norm(y)
     # A problem that has stopped meets the same iterate again.
     new = m.slow & (norm > 0) & jnp.isfinite(norm)
-    unit = jax.tree.map(lambda x: x / norm.astype(x.dtype), (y, v))
+    length = jnp.where(new, norm, 1)
+    unit = jax.tree.map(lambda x: x / length.astype(x.dtype), (y, v))
     y, v = row = select(new, unit, _at(k, (m.y, m.v)))
 
     inner = lambda x: products(m.y, x).at[k].set(dot(y, x))
