@@ -17,6 +17,8 @@ Solve = Callable[[PyTree, bool], tuple[PyTree, dict[str, Any]]]
 _COLUMNS = 4
 # With a larger residual a solve tells nothing; below that, what it tells is measured.
 _USABLE = 0.1
+# What a solve leaves out may be the very direction that is amplified, by up to the condition.
+_TELLING = 1e-3
 # Three samples, of |J^T| |y| by products with signs that look random, and of what it leads to.
 _SEEDS = (1009, 2003, 3001)
 
@@ -85,7 +87,7 @@ def error_estimate(
     def one(b):
         d, stats = solve(cast(b, y), True)
         size = per_problem(sizes, rank)(d)
-        usable = (stats["residual"] <= _USABLE)[..., None]
+        usable = (stats["residual"] <= _TELLING)[..., None]
         return jnp.where(jnp.broadcast_to(usable, size.shape), size, jnp.inf)
 
     missed = jax.lax.map(one, sides)

@@ -235,8 +235,9 @@ def _implicit_vjp(own, z, cotangent, adjoint, max_steps, rank, condition):
             matvec = transposed if transpose else plain
             return free.solve(matvec, b, known, transpose=transpose, **options)
 
-        stats["condition"] = one_norm_of_inverse(solve, plain, x, rank)
+        size = one_norm_of_inverse(solve, plain, x, rank)
         error = error_estimate(solve, transposed, y, b, rank)
-        failed = stats["result"] != RESULTS.successful
-        stats["error_estimate"] = jnp.where(failed, jnp.inf, error)
+        unknown = (stats["result"] != RESULTS.successful) | jnp.isinf(error)
+        stats["condition"] = jnp.where(unknown, jnp.inf, size)
+        stats["error_estimate"] = jnp.where(unknown, jnp.inf, error)
     return pull(y)[0], stats
