@@ -109,7 +109,7 @@ def _reference(cell: Cell):
         beta = 1 - sign / d
         integers = lambda v: jnp.round(jax.lax.stop_gradient(v) * scale).astype(jnp.int64)
         # Rounding has no derivative of its own.
-        passed = lambda z, s: s + jax.lax.stop_gradient(z / scale - s)
+        passed = lambda z, s: s + jax.lax.stop_gradient(z.astype(s.dtype) / scale - s)
 
         def step(state, k):
             before, now, s_before, s = state
