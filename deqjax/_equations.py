@@ -1,7 +1,7 @@
 """What the walks over a jaxpr have in common: its parts, and what is refused."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -38,14 +38,18 @@ def body(eqn: Any) -> ClosedJaxpr | None:
     return found if len(found.jaxpr.invars) == len(eqn.invars) else None
 
 
+def everything(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
+    """`jaxpr` and those that its equations hold, however deep."""
+    is_body = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
+    yield jaxpr
+    for eqn in jaxpr.eqns:
+        for x in filter(is_body, jax.tree.leaves([*eqn.params.values()], is_leaf=is_body)):
+            yield from everything(x.jaxpr if isinstance(x, ClosedJaxpr) else x)
+
+
 def calls(jaxpr: Jaxpr, name: str) -> bool:
     """Whether an operation whose name begins so is anywhere in it."""
-    if any(eqn.primitive.name.startswith(name) for eqn in jaxpr.eqns):
-        return True
-    is_body = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
-    params = [jax.tree.leaves([*eqn.params.values()], is_leaf=is_body) for eqn in jaxpr.eqns]
-    bodies = [x for found in params for x in found if is_body(x)]
-    return any(calls(x.jaxpr if isinstance(x, ClosedJaxpr) else x, name) for x in bodies)
+    return any(e.primitive.name.startswith(name) for j in everything(jaxpr) for e in j.eqns)
 
 
 def scan_parts(eqn: Any) -> Scan:

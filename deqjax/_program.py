@@ -44,12 +44,12 @@ def run(engine: Callable, *inputs: Any) -> Any:
     leaves, treedef = jax.tree.flatten(inputs)
     dynamic = [x for x in leaves if eqx.is_array(x)]
     static = [None if eqx.is_array(x) else x for x in leaves]
-    # A list of arrays and nothing else: JAX's caches keep the structure of what they have seen.
+    program = _program(engine, inputs, static, treedef)
     try:
-        out = _program(engine, inputs, static, treedef)(dynamic)
-    except (
-        jax.errors.JaxRuntimeError
-    ) as error:  # as `eqx.filter_jit` shows what `eqx.error_if` said
+        # A list of arrays and nothing else: JAX's caches keep the structure of what they have seen.
+        out = program(dynamic)
+    except jax.errors.JaxRuntimeError as error:
+        # What `eqx.error_if` says is raised as `eqx.filter_jit` raises it.
         _, found, message = str(error).partition("_EquinoxRuntimeError: ")
         if not found:
             raise

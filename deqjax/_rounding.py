@@ -17,7 +17,17 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, Float, PyTree
 
-from ._equations import SWITCHES, body, constants, is_softplus, refusal, scan_parts, terms, trace
+from ._equations import (
+    SWITCHES,
+    body,
+    constants,
+    everything,
+    is_softplus,
+    refusal,
+    scan_parts,
+    terms,
+    trace,
+)
 from ._signs import signs
 from ._tree import unify, widen
 
@@ -99,14 +109,9 @@ def of_one_sum(z: PyTree, fan_in: int, name: str) -> float:
 
 def _normal(jaxpr: Jaxpr) -> bool:
     """Whether no float in it has fewer exponents than float32: none is float16."""
-    aval = lambda v: getattr(v.aval, "dtype", None)
-    dtypes = [aval(v) for v in (*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars))]
-    params = [p for eqn in jaxpr.eqns for p in eqn.params.values()]
-    inner = [p for param in params for p in (param if isinstance(param, tuple | list) else [param])]
-    bodies = [p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in inner]
-    return jnp.dtype(jnp.float16) not in dtypes and all(
-        _normal(b) for b in bodies if isinstance(b, Jaxpr)
-    )
+    each = lambda j: (*j.invars, *(v for eqn in j.eqns for v in eqn.outvars))
+    dtypes = {getattr(v.aval, "dtype", None) for j in everything(jaxpr) for v in each(j)}
+    return jnp.dtype(jnp.float16) not in dtypes
 
 
 def _relative(total: float) -> float:

@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jaxtyping import Array, Bool
 
 from ._axes import after
+from ._compare import alone
 from ._equations import body, is_softplus, refusal, scan_parts
 from ._sign_rules import Held, Moving, Rule, join, rule, vouched
 
@@ -61,7 +62,7 @@ class _Walk:
             if eqn.outvars:
                 now = [read(v) for v in eqn.invars]
                 moving = any(isinstance(x, Moving) for x in now)
-                outs = self.equation(eqn, now) if moving else _evaluate(eqn, now)
+                outs = self.equation(eqn, now) if moving else alone(jaxpr, eqn)(*now)
                 values |= dict(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
@@ -176,14 +177,6 @@ class _Walk:
         last, (ys, good) = jax.lax.scan(run, carry(), _still(xs), length, reverse)
         self.found.append(jnp.all(good, 0))
         return [*_fill(state, last), *_fill(made, ys)]
-
-
-def _evaluate(eqn: Any, values: list[Any]) -> list[Any]:
-    params = eqn.primitive.get_bind_params(eqn.params)
-    # JAX 0.8 has the functions that an operation calls beside its parameters.
-    functions, params = params if isinstance(params, tuple) else ((), params)
-    out = eqn.primitive.bind(*functions, *values, **params)
-    return out if eqn.primitive.multiple_results else [out]
 
 
 def _choose(index: Any, cases: Any) -> Array:

@@ -114,7 +114,7 @@ def certify(
     """
     check_real("certify", z, "bounds need an order. Certify the real and imaginary parts as z.")
     with jax.default_matmul_precision("highest"):
-        fn, z, args, axes = convert(*stop_gradient((fn, point(z, batched), args)))
+        fn, z, args, axes = convert(fn, *stop_gradient((point(z, batched), args)))
         return run(_certify, stop_gradient(fn), z, args, fan_in, int(batched), axes)
 
 
