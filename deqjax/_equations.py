@@ -99,6 +99,12 @@ def terms(eqn: Any) -> int | None:
             return None
 
 
+def asks_highest(precision: Any) -> bool:
+    """Whether both operands of a product are taken as they are, on whatever platform."""
+    both = precision if isinstance(precision, tuple) else (precision,)
+    return all(str(p).lower().endswith("highest") for p in both)
+
+
 def refusal(name: str, kind: str, what: str) -> ValueError:
     """For an operation of which nothing is known, or that cancels."""
     return ValueError(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ._equations import (
     SWITCHES,
+    asks_highest,
     body,
     constants,
     everything,
@@ -69,8 +70,9 @@ def rounding(
     """A bound of `|f^(z) - f(z)| / f(z)` of each problem, entry by entry, for z >= 0.
 
     Of what depends on z, each sum counts its terms and each function its units in the last place.
-    Infinite where an array in f has not the sign that this needs, and where a number passes through
-    float16, where digits vanish that no one misses; unless a `slack` vouches for it.
+    Infinite where an array in f has not the sign that this needs, and, unless a `slack` vouches for
+    it, where a number passes through float16, in which digits vanish that no one misses, or through
+    a convolution for which the highest precision is not asked, and which may then cancel.
     `fn` is as `convert` returns it;
     `slack`, or a `fan_in` (the number of terms of one sum, followed by one addition and one
     function) takes the place of what is counted, but not of the signs of arrays.
@@ -81,7 +83,7 @@ def rounding(
     counted = slack is None and fan_in is None
     if slack is not None:
         slack = _relative(slack)
-    elif not _normal(jaxpr.jaxpr):
+    elif not _normal(jaxpr.jaxpr) or _filtered(jaxpr.jaxpr):
         slack = math.inf
     else:
         slack = count(jaxpr, name) if fan_in is None else of_one_sum(z, fan_in, name)
@@ -112,6 +114,13 @@ def _normal(jaxpr: Jaxpr) -> bool:
     each = lambda j: (*j.invars, *(v for eqn in j.eqns for v in eqn.outvars))
     dtypes = {getattr(v.aval, "dtype", None) for j in everything(jaxpr) for v in each(j)}
     return jnp.dtype(jnp.float16) not in dtypes
+
+
+def _filtered(jaxpr: Jaxpr) -> bool:
+    """Whether a convolution in it may be lowered to minimal filtering, which cancels."""
+    convs = [e for j in everything(jaxpr) for e in j.eqns if e.primitive.name == "deqjax_conv2d"]
+    small = lambda e: e.invars[1].aval.shape[:2] == (3, 3) and e.params["stride"] == 1
+    return any(small(e) and not asks_highest(e.params["precision"]) for e in convs)
 
 
 def _relative(total: float) -> float:
@@ -165,7 +174,8 @@ class _Walk:
             # XLA divides by multiplying with a rounded reciprocal, of a square root by rsqrt.
             return total + (3 if kind == "div" else 1) * unit
         if kind in _MATRIX:
-            fast = unit >= 2.0**-24 and not _highest(eqn)
+            exact = asks_highest(eqn.params.get("precision"))
+            fast = unit >= 2.0**-24 and not exact
             return total + (length or 1) * unit + _cast(eqn) + fast * _FAST_PRODUCTS
         if length is not None:
             return largest + length * unit
@@ -209,10 +219,3 @@ def _cast(eqn: Any) -> float:
     """Of a weight that a product takes in a shorter dtype than it has."""
     units = [float(jnp.finfo(v.aval.dtype).eps) / 2 for v in eqn.invars]
     return units[0] if eqn.primitive.name == "deqjax_dense" and units[0] > units[1] else 0.0
-
-
-def _highest(eqn: Any) -> bool:
-    """Whether both operands of a product are taken as they are, on whatever platform."""
-    precision = eqn.params.get("precision")
-    both = precision if isinstance(precision, tuple) else (precision,)
-    return all(str(p).lower().endswith("highest") for p in both)

@@ -7,7 +7,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ._base import check_kernel_size, conv2d
+from ._base import check_kernel_size
+from ._convolution import conv2d
 
 
 class Conv2d(eqx.Module):
@@ -34,8 +35,13 @@ class Conv2d(eqx.Module):
     (ceil(H / stride), ceil(W / stride), out_channels) in the same dtype. `jax.vmap` merges the
     examples into one convolution whose kernel cotangent is one sum, in float32 or wider.
 
-    **Cost:** that of the stock convolution forward. The image cotangent at stride 2 is computed at
-    the input's resolution: four times the necessary products.
+    **Cost:** on a CPU, 3 x 3 at stride 1 with at least 32 channels is computed by minimal filtering
+    (Winograd), in half the time of the stock convolution, with ten more copies of x; its rounding,
+    no larger than that of the direct sums, is relative to the largest entry of y. Under
+    `jax.default_matmul_precision("highest")`, as in every certificate, the sums are formed as
+    written. Anything else costs what the stock convolution does forward; the image cotangent at
+    stride 2 is computed at the input's resolution: four times the necessary products. On
+    accelerators the stock rules are lowered.
 
     **When not to use it:** for one kernel per example (right, but as slow as the stock grouped
     convolution), channels first, dilation or groups: `equinox.nn.Conv2d`.

@@ -14,9 +14,9 @@ from ._base import (
     Weight,
     certify_concave,
     check_kernel_size,
-    conv2d,
     nonnegative_weight,
 )
+from ._convolution import conv2d
 
 
 class AbstractPositiveConcave(AbstractPositiveCell):
@@ -28,6 +28,10 @@ class AbstractPositiveConcave(AbstractPositiveCell):
     def __call__(self, z: Float[Array, "*s"], x: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """`sigma(W z + x)` of one example; `x` has been through `inject`."""
         return self.activation(self.product(z) + x)
+
+    def start(self, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """`sigma(x)`, which is f(0) without the product: below the fixed point."""
+        return self.activation(x)
 
     def certify(
         self,

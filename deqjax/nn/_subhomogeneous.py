@@ -23,9 +23,9 @@ from ._base import (
     Nonnegative,
     Weight,
     check_kernel_size,
-    conv2d,
     nonnegative_weight,
 )
+from ._convolution import conv2d
 
 
 class AbstractSubhomogeneous(AbstractPositiveCell):

@@ -71,7 +71,8 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         (`deqjax.positive.properties(activation).supremum`): a bound from the start, and where the
         iteration starts where z0 is 0 or above it. `None`, or infinity, starts at z0.
     - `fan_in`: as in `deqjax.certify`; it has to be given in Optimistix's own front door, where f
-        comes with the matrix precision that it was traced with, and bounds are the solver's own.
+        comes with the matrix precision that it was traced with, and bounds are the solver's own
+        (nothing is proved there of a 3 x 3 `nn.Conv2d`, unless the precision is the highest).
     - `slack`: the bound of the relative rounding of f itself, in the place of what is counted. As
         with `fan_in`, arrays still have to be nonnegative.
     - `depth`: of Anderson's window, an int of at least 1.

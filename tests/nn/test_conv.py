@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from deqjax.nn import Conv2d
-from deqjax.nn._base import conv2d
+from deqjax.nn._convolution import conv2d
 
 
 def stock(x, kernel, stride=1):
@@ -30,6 +30,9 @@ def problem(getkey, size=(6, 5), kernel=3, batch=4):
     return jax.random.normal(getkey(), (kernel, kernel, 2, 3)), x
 
 
+WIDE = 33  # channels: by minimal filtering
+
+
 def agree(ours, theirs, tolerance=1e-12):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -39,6 +42,73 @@ def agree(ours, theirs, tolerance=1e-12):
 
 
 strides = pytest.mark.parametrize("stride", [1, 2])
+
+
+def filtered(getkey, size, batch=2):
+    """As `problem`, of a kind that is computed by minimal filtering."""
+    x = jax.random.normal(getkey(), (batch, *size, WIDE))
+    return jax.random.normal(getkey(), (3, 3, WIDE, WIDE + 1)), x
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("size", [(4, 6), (5, 4), (3, 7), (1, 2), (1, 1)])
+def test_minimal_filtering(getkey, size):
+    w, x = filtered(getkey, size)
+    g = jax.random.normal(getkey(), (2, *size, WIDE + 1))
+
+    @partial(jax.jit, static_argnums=0)
+    def both(conv, w, x, g):
+        y, pull = jax.vjp(lambda w, x: conv(x, w), w, x)
+        return y, pull(g)
+
+    agree(both(conv2d, w, x, g), both(stock, w, x, g))
+    assert "convolution" not in jax.jit(conv2d).lower(x, w).as_text()
+
+
+@pytest.mark.x64
+def test_derivatives_of_minimal_filtering(getkey):
+    w, x = filtered(getkey, (3, 4))
+    dw, dx = (jax.random.normal(getkey(), a.shape) for a in (w, x))
+    run = jax.jit(derivatives, static_argnums=(0, 1))
+    ours, theirs = (run(c, 1, w, x, dw, dx) for c in (conv2d, stock))
+    for name in theirs:
+        agree(ours[name], theirs[name], 1e-11)
+
+
+def test_minimal_filtering_is_as_right_as_the_sums(getkey):
+    w, x = filtered(getkey, (14, 14))
+    g = jax.random.normal(getkey(), (2, 14, 14, WIDE + 1))
+
+    def all_three(conv, *arrays):
+        y, pull = jax.vjp(conv, *arrays[:2])
+        return y, *pull(arrays[2])
+
+    with jax.enable_x64():
+        exact = all_three(stock, *(jnp.asarray(np.float64(a)) for a in (x, w, g)))
+    exact = list(map(np.asarray, exact))
+    error = lambda a, b: np.max(np.abs(np.float64(a) - b)) / np.max(np.abs(b))
+    off = lambda conv: list(map(error, all_three(conv, x, w, g), exact))
+    assert max(off(conv2d)) < 1.5 * max(off(stock)) < 1e-5
+
+
+def test_the_highest_precision_asks_for_the_sums_as_they_are(getkey):
+    w, x = filtered(getkey, (4, 6))
+    with jax.default_matmul_precision("highest"):
+        text = jax.jit(conv2d).lower(x, w).as_text()
+        # Far from the one entry that is not 0 every sum is 0, and no other number.
+        z = jnp.zeros_like(x).at[0, 1, 1].set(x[0, 1, 1])
+        assert jnp.all(jax.jit(conv2d)(z, w)[:, 3:] == 0)
+    assert "convolution" in text
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+@strides
+def test_stock_rules_on_accelerators(getkey, stride, platform):
+    w, x = filtered(getkey, (4, 6))
+    step = lambda conv: jax.jit(jax.grad(partial(loss, conv, stride), (0, 1)))
+    lower = lambda conv: step(conv).trace(w, x).lower(lowering_platforms=(platform,)).as_text()
+    kinds = lambda text: sorted(re.findall(r"dim_numbers = (.*?->\[.*?\])", text))
+    assert len(kinds(lower(conv2d))) == 3 and kinds(lower(conv2d)) == kinds(lower(stock))
 
 
 @pytest.mark.x64

@@ -11,7 +11,7 @@ import deqjax
 from deqjax._check import convert
 from deqjax._dense import dense
 from deqjax._rounding import rounding
-from deqjax.nn._base import conv2d
+from deqjax.nn._convolution import conv2d
 
 SUCCESS = deqjax.RESULTS.successful
 SOLVERS = [deqjax.PositiveConcaveSolver, deqjax.Bracketing]

@@ -1,0 +1,199 @@
+"""A channels-last convolution whose value and cotangents are fast inside a loop.
+
+    y[n, i, j] = sum_ab x[n, s i + a - p, s j + b - p] w[a, b]              p = k // 2, stride s
+
+It is linear in x and in w, and with an image g of the shape of y the three cotangents of
+
+    <g, y(x, w)>
+
+are y itself, that of x and that of w: three primitives, each of which has the two others as its
+transposes. On a CPU, XLA reaches its fast kernel only for a plain NHWC/HWIO convolution; inside a
+`while` the stock cotangents (swapped axes, dilated kernels) fall to a naive loop nest. There all
+three are written as something that the forward pass is good at:
+
+    dx         = the stride-1 convolution of zero-stuffed g with w flipped, its channels swapped
+    dw[a, b]   = sum_nij x[n, s i + a - p, s j + b - p] g[n, i, j]^T        k * k matrix products
+
+or by minimal filtering (`_winograd.py`) where that is faster. On any other platform the stock rules
+are lowered. They are primitives because the alternatives lose a transformation: `jax.custom_vjp`
+has no forward mode and, under `jax.vmap` with a shared kernel, makes one kernel cotangent per
+example; `jax.custom_derivatives.linear_call` cannot be batched.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+from .._equations import asks_highest
+from .._tree import mesh_axes, vary
+from . import _winograd
+
+# The time of minimal filtering over that of the direct sums, in a loop of 10 on two cores, of f
+# alone and of f with both cotangents; below 32 channels moving tiles takes what products save:
+#
+#     images, pixels, channels   f     VJP        images, pixels, channels   f     VJP
+#     64      28 x 28  12        1.13  1.00       64      14 x 14  32        0.46  0.60
+#     64      28 x 28  16        1.21  1.24       16      33 x 33  64        0.42  0.59
+#     64      28 x 28  24        0.78  0.96       64       7 x 7   48        0.75  0.56
+#     64      14 x 14  24        1.16  0.93       64       8 x 8   80        0.56  0.51
+#     64      28 x 28  32        0.57  0.70        1      32 x 32  64        0.66  0.49
+#     64      28 x 28  48        0.54  0.64       64      32 x 32  125       0.61  0.56
+_CHANNELS = 32
+
+
+def conv2d(
+    x: Float[Array, "n h w i"], kernel: Float[Array, "k k i o"], stride: int = 1
+) -> Float[Array, "n h2 w2 o"]:
+    """Convolve a batch of channels-last images, zero padding `k // 2` on each side, `k` odd.
+
+    Where the highest matrix precision is asked for, by the direct sums, which do not cancel.
+    """
+    if x.ndim != 4 or x.shape[-1] != kernel.shape[2] or x.dtype != kernel.dtype:
+        raise ValueError(
+            f"The convolution expected images (..., {kernel.shape[2]} channels) of dtype "
+            f"{kernel.dtype}, channels last; got {x.shape} of {x.dtype}. Move the channels to the "
+            "last axis, or cast one of the two."
+        )
+    # Read here, since the convolution itself is traced when it is compiled, outside of the context
+    # that may have set it.
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return _bind(forward_p, x, kernel, stride=stride, precision=precision)
+
+
+def _bind(primitive: Primitive, a: Array, b: Array, **params: Any) -> Array:
+    axes = mesh_axes(a, b)
+    return primitive.bind(vary(a, axes), vary(b, axes), **params)
+
+
+def _stock(x, w, *, stride, precision):
+    pad = [(k // 2, k // 2) for k in w.shape[:2]]
+    layout = ("NHWC", "HWIO", "NHWC")
+    strides = (stride,) * 2
+    return lax.conv_general_dilated(
+        x, w, strides, pad, dimension_numbers=layout, precision=precision
+    )
+
+
+def _like(x, shape):
+    return vary(jnp.zeros(shape, x.dtype), mesh_axes(x))
+
+
+def _stock_image(g, w, *, size, **params):
+    x = _like(g, (g.shape[0], *size, w.shape[2]))
+    return jax.linear_transpose(lambda x: _stock(x, w, **params), x)(g)[0]
+
+
+def _stock_kernel(x, g, *, size, **params):
+    w = _like(x, (*size, x.shape[-1], g.shape[-1]))
+    return jax.linear_transpose(lambda w: _stock(x, w, **params), w)(g)[0]
+
+
+def _filtered(size: Any, inputs: int, outputs: int, dtype: Any, **params: Any) -> bool:
+    """Whether minimal filtering is possible, the faster way, and precise enough."""
+    possible = size == (3, 3) and params["stride"] == 1 and jnp.finfo(dtype).bits >= 32
+    return possible and min(inputs, outputs) >= _CHANNELS and not asks_highest(params["precision"])
+
+
+def _forward(x, w, **params):
+    if _filtered(w.shape[:2], w.shape[2], w.shape[3], x.dtype, **params):
+        return _winograd.convolve(x, w)
+    return _stock(x, w, **params)
+
+
+def _image(g, w, *, size, stride, precision):
+    # Zeros between the entries of g, and after the last one if the stride skipped a row of x.
+    gaps = [(0, (n - 1) % stride, stride - 1) for n in size]
+    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *gaps, (0, 0, 0)])
+    return _forward(g, jnp.flip(w, (0, 1)).swapaxes(2, 3), stride=1, precision=precision)
+
+
+def _kernel(x, g, *, size, stride, precision):
+    if _filtered(size, x.shape[-1], g.shape[-1], x.dtype, stride=stride, precision=precision):
+        return _winograd.kernel_cotangent(x, g)
+    return _taps(x, g, size=size, stride=stride, precision=precision)
+
+
+def _taps(x, g, *, size, stride, precision):
+    n, h, w, c = x.shape
+    x = jnp.pad(x, ((0, 0), *((k // 2,) * 2 for k in size), (0, 0)))
+    wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
+    g = g.reshape(math.prod(g.shape[:3]), g.shape[-1])
+
+    def product(a, b):
+        shifted = lax.slice(x, (0, a, b, 0), (n, a + h, b + w, c), (1, stride, stride, 1))
+        # Flat, since XLA's CPU products of three contracted axes take half as long again.
+        left = shifted.reshape(g.shape[0], c).T
+        return jnp.matmul(left, g, precision=precision, preferred_element_type=wide)
+
+    taps = [product(a, b) for a in range(size[0]) for b in range(size[1])]
+    return jnp.stack(taps).reshape(*size, c, g.shape[-1]).astype(x.dtype)
+
+
+def _forward_shape(x, w, *, stride, **_):
+    n, h, k, _ = x.shape
+    return n, -(-h // stride), -(-k // stride), w.shape[3]
+
+
+def _image_shape(g, w, *, size, **_):
+    return g.shape[0], *size, w.shape[2]
+
+
+def _kernel_shape(x, g, *, size, **_):
+    return *size, x.shape[3], g.shape[3]
+
+
+def _merged(primitive: Primitive, stock: Callable, args, dims, **params):
+    """Of images and a shared kernel: one convolution of more images."""
+    images, kernel = args
+    if dims[1] is None:
+        images = jnp.moveaxis(images, dims[0], 0)
+        out = _bind(primitive, images.reshape(-1, *images.shape[2:]), kernel, **params)
+        return out.reshape(*images.shape[:2], *out.shape[1:]), 0
+    return jax.vmap(partial(stock, **params), dims)(images, kernel), 0
+
+
+def _each(args, dims, **params):
+    """One cotangent per example."""
+    return jax.vmap(partial(_taps, **params), dims)(*args), 0
+
+
+def _primitive(name: str, ours: Callable, stock: Callable, shape: Callable) -> Primitive:
+    primitive = Primitive(name)
+    bind = lambda a, b, **params: primitive.bind(a, b, **params)
+    primitive.def_impl(jax.jit(bind, static_argnames=("stride", "precision", "size")))
+    # `update` keeps the mesh axes that both vary over, see `_bind`.
+    primitive.def_abstract_eval(lambda a, b, **p: a.update(shape=shape(a, b, **p), weak_type=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(stock, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(ours, multiple_results=False), platform="cpu")
+    return primitive
+
+
+forward_p = _primitive("deqjax_conv2d", _forward, _stock, _forward_shape)
+image_p = _primitive("deqjax_conv2d_image", _image, _stock_image, _image_shape)
+kernel_p = _primitive("deqjax_conv2d_kernel", _kernel, _stock_kernel, _kernel_shape)
+ad.defbilinear(
+    forward_p,
+    lambda g, x, w, **p: _bind(image_p, g, w, size=x.aval.shape[1:3], **p),
+    lambda g, x, w, **p: _bind(kernel_p, x, g, size=w.aval.shape[:2], **p),
+)
+ad.defbilinear(
+    image_p,
+    lambda x, g, w, *, size, **p: _bind(forward_p, x, w, **p),
+    lambda x, g, w, *, size, **p: _bind(kernel_p, x, g, size=w.aval.shape[:2], **p),
+)
+ad.defbilinear(
+    kernel_p,
+    lambda w, x, g, *, size, **p: _bind(image_p, g, w, size=x.aval.shape[1:3], **p),
+    lambda w, x, g, *, size, **p: _bind(forward_p, x, w, **p),
+)
+batching.primitive_batchers[forward_p] = partial(_merged, forward_p, _stock)
+batching.primitive_batchers[image_p] = partial(_merged, image_p, _stock_image)
+batching.primitive_batchers[kernel_p] = _each
