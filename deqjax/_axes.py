@@ -60,8 +60,10 @@ def after(eqn: Any, kind: str, i: int, axis: int | None) -> int | None:
             numbers = p["dimension_numbers"]
             plain = i == 0 and axis == numbers.lhs_spec[0] and p["batch_group_count"] == 1
             return numbers.out_spec[0] if plain else None
-        case "deqjax_conv2d" | "deqjax_dense":
+        case "deqjax_conv2d":
             return 0 if i == 0 and axis == 0 else None
+        case "deqjax_dense":
+            return axis if i == 0 and axis < len(shape) - 1 else None
     return None
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from equinox import AbstractVar
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
-from ._dense import dense
 from ._number import check_size, number
+from ._product import dense
 from ._tree import widen
 
 

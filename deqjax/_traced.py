@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, PyTree
 
 from ._compare import Fleeting, alone, jaxpr_key, static_fields, static_key
+from ._product import replaced
 
 
 class Body:
@@ -37,6 +38,11 @@ class Body:
     def _hash(self) -> int:
         return id(self) if self.key is None else hash(self.key)
 
+    @ft.cached_property
+    def multiplies(self) -> bool:
+        """Whether it has matrix products of which `_product.py` knows a better form."""
+        return _multiplies(self.jaxpr)
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -54,7 +60,12 @@ class Traced(eqx.Module):
 
     def __call__(self, *inputs: PyTree) -> PyTree:
         arrays = jax.tree.leaves(eqx.filter(inputs, eqx.is_array))
-        out = jax.core.eval_jaxpr(self.body.jaxpr, self.consts, *arrays)
+        jaxpr = self.body.jaxpr
+        if self.body.multiplies:
+            opened = lambda body: _multiplies(body.jaxpr)
+            out = _evaluated(jaxpr, self.consts, arrays, opened, replaced)
+        else:
+            out = jax.core.eval_jaxpr(jaxpr, self.consts, *arrays)
         return eqx.combine(jax.tree.unflatten(self.body.out_tree, out), self.body.out_static)
 
     @property
@@ -80,7 +91,8 @@ def trace(fn: Callable, *inputs: PyTree) -> Traced:
 
     closed = jax.make_jaxpr(flat)(*leaves)
     if _holds(closed.jaxpr):
-        inlined = lambda *leaves: _inlined(closed.jaxpr, closed.consts, leaves)
+        opened = lambda body: bool(body.consts) or _holds(body.jaxpr)
+        inlined = lambda *leaves: _evaluated(closed.jaxpr, closed.consts, leaves, opened)
         closed = jax.make_jaxpr(inlined)(*leaves)
     return Traced(closed.consts, Body(closed.jaxpr, *form[0]))
 
@@ -89,20 +101,37 @@ def _nested(eqn: Any) -> ClosedJaxpr | None:
     return eqn.params["jaxpr"] if eqn.primitive.name in ("jit", "pjit") else None
 
 
+def _bodies(jaxpr: Jaxpr) -> list[ClosedJaxpr]:
+    return [body for eqn in jaxpr.eqns if (body := _nested(eqn)) is not None]
+
+
 def _holds(jaxpr: Jaxpr) -> bool:
     """Whether a nested `jax.jit` has arrays of its own, which a program of it would keep."""
-    bodies = [body for eqn in jaxpr.eqns if (body := _nested(eqn)) is not None]
-    return any(body.consts or _holds(body.jaxpr) for body in bodies)
+    return any(body.consts or _holds(body.jaxpr) for body in _bodies(jaxpr))
 
 
-def _inlined(jaxpr: Jaxpr, consts: Any, inputs: Any) -> list[Array]:
-    """The values of `jaxpr`, those calls undone that have arrays of their own."""
+def _multiplies(jaxpr: Jaxpr) -> bool:
+    """Whether it, or a nested `jax.jit`, has products to be replaced."""
+    return any(map(replaced, jaxpr.eqns)) or any(_multiplies(b.jaxpr) for b in _bodies(jaxpr))
+
+
+def _evaluated(
+    jaxpr: Jaxpr,
+    consts: Any,
+    inputs: Any,
+    opened: Callable[[ClosedJaxpr], bool],
+    other: Callable[[Any], Any] = lambda _: None,
+) -> list[Array]:
+    """The values of `jaxpr`: calls that are to be `opened` undone, equations that have an `other`
+    form computed by that."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
     read = lambda v: v.val if isinstance(v, Literal) else values[v]
     for eqn in jaxpr.eqns:
         body, found = _nested(eqn), [read(v) for v in eqn.invars]
-        if body is not None and (body.consts or _holds(body.jaxpr)):
-            outs = _inlined(body.jaxpr, body.consts, found)
+        if body is not None and opened(body):
+            outs = _evaluated(body.jaxpr, body.consts, found, opened, other)
+        elif (form := other(eqn)) is not None:
+            outs = [form(*found)]
         else:
             outs = alone(jaxpr, eqn)(*found)
         values |= dict(zip(eqn.outvars, outs, strict=True))

@@ -1,6 +1,5 @@
 """Equinox layers and cells."""
 
-from .._dense import Linear as Linear
 from .._splitting import (
     ForwardBackward as ForwardBackward,
     PeacemanRachford as PeacemanRachford,
@@ -13,6 +12,7 @@ from ._attention import (
 from ._conv import Conv2d as Conv2d
 from ._deq import DEQ as DEQ, shard_solves as shard_solves
 from ._dropout import VariationalDropout as VariationalDropout, draw_masks as draw_masks
+from ._linear import Linear as Linear
 from ._monotone import MonotoneLinear as MonotoneLinear
 from ._norm import GroupNorm as GroupNorm
 from ._positive import (

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
-from .._dense import Linear
 from .._tree import widen
+from ._linear import Linear
 
 
 class AttentionCache(NamedTuple):

@@ -15,9 +15,7 @@ three are written as something that the forward pass is good at:
     dw[a, b]   = sum_nij x[n, s i + a - p, s j + b - p] g[n, i, j]^T        k * k matrix products
 
 or by minimal filtering (`_winograd.py`) where that is faster. On any other platform the stock rules
-are lowered. They are primitives because the alternatives lose a transformation: `jax.custom_vjp`
-has no forward mode and, under `jax.vmap` with a shared kernel, makes one kernel cotangent per
-example; `jax.custom_derivatives.linear_call` cannot be batched.
+are lowered.
 """
 
 import math
@@ -29,9 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jaxtyping import Array, Float
 
+from .._bilinear import bind, default_precision, primitive
 from .._equations import asks_highest
 from .._tree import mesh_axes, vary
 from . import _winograd
@@ -62,15 +61,7 @@ def conv2d(
             f"{kernel.dtype}, channels last; got {x.shape} of {x.dtype}. Move the channels to the "
             "last axis, or cast one of the two."
         )
-    # Read here, since the convolution itself is traced when it is compiled, outside of the context
-    # that may have set it.
-    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return _bind(forward_p, x, kernel, stride=stride, precision=precision)
-
-
-def _bind(primitive: Primitive, a: Array, b: Array, **params: Any) -> Array:
-    axes = mesh_axes(a, b)
-    return primitive.bind(vary(a, axes), vary(b, axes), **params)
+    return bind(forward_p, x, kernel, stride=stride, precision=default_precision())
 
 
 def _stock(x, w, *, stride, precision):
@@ -155,7 +146,7 @@ def _merged(primitive: Primitive, stock: Callable, args, dims, **params):
     images, kernel = args
     if dims[1] is None:
         images = jnp.moveaxis(images, dims[0], 0)
-        out = _bind(primitive, images.reshape(-1, *images.shape[2:]), kernel, **params)
+        out = bind(primitive, images.reshape(-1, *images.shape[2:]), kernel, **params)
         return out.reshape(*images.shape[:2], *out.shape[1:]), 0
     return jax.vmap(partial(stock, **params), dims)(images, kernel), 0
 
@@ -165,34 +156,23 @@ def _each(args, dims, **params):
     return jax.vmap(partial(_taps, **params), dims)(*args), 0
 
 
-def _primitive(name: str, ours: Callable, stock: Callable, shape: Callable) -> Primitive:
-    primitive = Primitive(name)
-    bind = lambda a, b, **params: primitive.bind(a, b, **params)
-    primitive.def_impl(jax.jit(bind, static_argnames=("stride", "precision", "size")))
-    # `update` keeps the mesh axes that both vary over, see `_bind`.
-    primitive.def_abstract_eval(lambda a, b, **p: a.update(shape=shape(a, b, **p), weak_type=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(stock, multiple_results=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(ours, multiple_results=False), platform="cpu")
-    return primitive
-
-
-forward_p = _primitive("deqjax_conv2d", _forward, _stock, _forward_shape)
-image_p = _primitive("deqjax_conv2d_image", _image, _stock_image, _image_shape)
-kernel_p = _primitive("deqjax_conv2d_kernel", _kernel, _stock_kernel, _kernel_shape)
+forward_p = primitive("deqjax_conv2d", _forward, _stock, _forward_shape)
+image_p = primitive("deqjax_conv2d_image", _image, _stock_image, _image_shape)
+kernel_p = primitive("deqjax_conv2d_kernel", _kernel, _stock_kernel, _kernel_shape)
 ad.defbilinear(
     forward_p,
-    lambda g, x, w, **p: _bind(image_p, g, w, size=x.aval.shape[1:3], **p),
-    lambda g, x, w, **p: _bind(kernel_p, x, g, size=w.aval.shape[:2], **p),
+    lambda g, x, w, **p: bind(image_p, g, w, size=x.aval.shape[1:3], **p),
+    lambda g, x, w, **p: bind(kernel_p, x, g, size=w.aval.shape[:2], **p),
 )
 ad.defbilinear(
     image_p,
-    lambda x, g, w, *, size, **p: _bind(forward_p, x, w, **p),
-    lambda x, g, w, *, size, **p: _bind(kernel_p, x, g, size=w.aval.shape[:2], **p),
+    lambda x, g, w, *, size, **p: bind(forward_p, x, w, **p),
+    lambda x, g, w, *, size, **p: bind(kernel_p, x, g, size=w.aval.shape[:2], **p),
 )
 ad.defbilinear(
     kernel_p,
-    lambda w, x, g, *, size, **p: _bind(image_p, g, w, size=x.aval.shape[1:3], **p),
-    lambda w, x, g, *, size, **p: _bind(forward_p, x, w, **p),
+    lambda w, x, g, *, size, **p: bind(image_p, g, w, size=x.aval.shape[1:3], **p),
+    lambda w, x, g, *, size, **p: bind(forward_p, x, w, **p),
 )
 batching.primitive_batchers[forward_p] = partial(_merged, forward_p, _stock)
 batching.primitive_batchers[image_p] = partial(_merged, image_p, _stock_image)

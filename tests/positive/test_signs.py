@@ -9,7 +9,7 @@ from jax import lax
 
 import deqjax
 from deqjax._check import convert
-from deqjax._dense import dense
+from deqjax._product import dense
 from deqjax._rounding import rounding
 from deqjax.nn._convolution import conv2d
 
