@@ -47,5 +47,5 @@ def bind(primitive: Primitive, a: Array, b: Array, **params: Any) -> Array:
 
 
 def default_precision() -> Any:
-    """That of matrix products as set now; a lowering happens outside of the context that sets it."""
+    """That of matrix products as set now; lowering happens outside of the context that sets it."""
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
