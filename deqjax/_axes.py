@@ -63,7 +63,8 @@ def after(eqn: Any, kind: str, i: int, axis: int | None) -> int | None:
         case "deqjax_conv2d":
             return 0 if i == 0 and axis == 0 else None
         case "deqjax_dense":
-            return axis if i == 0 and axis < len(shape) - 1 else None
+            kept = axis < len(shape) - 1 if i == 0 else axis == 1
+            return (axis if i == 0 else len(out) - 1) if kept else None
     return None
 
 

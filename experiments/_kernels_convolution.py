@@ -1,0 +1,72 @@
+"""The convolution of `nn.Conv2d` over the stock one, with its cotangents, in a loop."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from _compare_time import median_ratio
+from _fidelity_memory import compiled
+from _fidelity_time import Calls, interleaved
+from jaxtyping import Array, PRNGKeyArray
+
+from deqjax.nn._convolution import conv2d
+
+# Images, pixels a side, channels.
+SIZES = [(64, 28, 12), (64, 28, 24), (64, 28, 32), (64, 28, 82), (64, 14, 48), (64, 7, 48),
+         (16, 33, 64), (1, 32, 64), (64, 32, 128)]  # fmt: skip
+TINY = [(1, 4, 33)]
+
+
+def stock(x: Array, kernel: Array) -> Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+
+def sums(x: Array, kernel: Array) -> Array:
+    """With our cotangents, and the direct sums."""
+    with jax.default_matmul_precision("highest"):
+        return conv2d(x, kernel)
+
+
+FORMS = {"ours": conv2d, "sums": sums, "stock": stock}
+
+
+def convolution(key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool) -> list[dict[str, Any]]:
+    """One row a size: seconds of an evaluation, and ratios."""
+    rows = []
+    for n, side, channels in TINY if smoke else SIZES:
+        k1, k2, k3 = jax.random.split(key, 3)
+        x, cotangent = jax.random.normal(k1, (2, n, side, side, channels))
+        w = jax.random.normal(k2, (3, 3, channels, channels)) / (3 * channels**0.5)
+        bias = jax.random.normal(k3, x.shape)
+        calls: Calls = {}
+        for name, conv in FORMS.items():
+            f = lambda z, w, bias, conv=conv: jnp.tanh(conv(z, w) + bias)
+
+            def forward(x, w, bias, f=f):
+                return jax.lax.fori_loop(0, loop, lambda _, z: f(z, w, bias), x)
+
+            def both(x, w, bias, g, f=f):
+                def body(_, carry):
+                    z, g, total = carry
+                    y, pull = jax.vjp(lambda z, w: f(z, w, bias), z, w)
+                    dz, dw = pull(g)
+                    return y, dz, total + dw
+
+                return jax.lax.fori_loop(0, loop, body, (x, g, jnp.zeros_like(w)))
+
+            for part, fn, inputs in (
+                ("f", forward, (x, w, bias)),
+                ("vjp", both, (x, w, bias, cotangent)),
+            ):
+                program = compiled(fn, *inputs)
+                calls[f"{name} {part}"] = lambda p=program, a=inputs: p(*a)
+        found = interleaved(calls, rounds, {})
+        row: dict[str, Any] = {"images": n, "pixels": side, "channels": channels}
+        for part in ("f", "vjp"):
+            row[part] = sorted(found[f"ours {part}"])[rounds // 2] / loop
+            for other in ("stock", "sums"):
+                ratio = median_ratio(found[f"ours {part}"], found[f"{other} {part}"])
+                row[f"{part}, ours / {other}"] = ratio
+        rows.append(row)
+    return rows

@@ -1,0 +1,70 @@
+"""What the layers' own matrix products and convolutions save on a CPU, beside the stock ones.
+
+Shown: the convolution by minimal filtering, value and both cotangents in a loop, over the stock
+rules; reversal of an attention block with products of two matrices, over a loop written by hand;
+value and gradient of a positive concave convolution, over PyTorch, if that is installed; what a
+step of Anderson's method costs in evaluations of that cell.
+
+    python experiments/kernels.py                              # everything, on two cores
+    python experiments/kernels.py --sections convolution
+    python experiments/kernels.py --smoke                      # the same, tiny
+
+Writes results.json (all numbers) and table.md into runs/kernels/, over those of an earlier run; a
+section that isn't asked for is kept from there. All options: --help.
+"""
+
+# ruff: noqa: E402
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from _flags import Count, Seed, read
+
+Section = Literal["convolution", "attention", "concave"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure the kernels."""
+
+    sections: tuple[Section, ...] = ("convolution", "attention", "concave")
+    """What to measure."""
+    rounds: Count = 7
+    """Interleaved rounds; every ratio is the median of theirs."""
+    loop: Count = 8
+    """Evaluations in a loop."""
+    seed: Seed = 0
+    """Of arrays."""
+    out: Path | None = None
+    """The folder of the results; None: runs/kernels, smoke runs beside it."""
+    smoke: bool = False
+    """Tiny sizes, two rounds: everything is run through, nothing is shown by it."""
+
+
+SMOKE: dict[str, Any] = {"rounds": 2, "loop": 2}
+
+if __name__ == "__main__":  # before the rest, which takes seconds to import
+    read(Config)
+
+import jax
+from _compare_run import record
+from _kernels_attention import attention
+from _kernels_concave import concave
+from _kernels_convolution import convolution
+from _kernels_report import claims, tables
+
+
+def measure(section: Section, config: Config) -> dict[str, Any]:
+    options = {"rounds": config.rounds, "loop": config.loop, "smoke": config.smoke}
+    run = {"convolution": convolution, "attention": attention, "concave": concave}[section]
+    return {section: run(jax.random.key(config.seed), **options)}
+
+
+def main(config: Config) -> None:
+    if config.smoke:
+        config = dataclasses.replace(config, **SMOKE)
+    record("kernels", config, measure, claims, tables)
+
+
+if __name__ == "__main__":
+    main(read(Config))
