@@ -1,0 +1,163 @@
+"""The record of one section of `accelerator.py`: its cases, its programs, its times."""
+
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+from _accelerator_report import begun, read, write
+
+Size = Literal["smoke", "reduced", "full"]
+# A function and its inputs, which are arrays: what is compiled here, and exported by the tests.
+Program = tuple[Callable[..., Any], tuple[Any, ...]]
+
+_WORKERS = 8  # programs that are compiled at once, where there are as many cores
+
+
+def size_of(smoke: bool) -> Size:
+    """The sizes for this machine."""
+    if smoke:
+        return "smoke"
+    return "reduced" if jax.default_backend() == "cpu" else "full"
+
+
+def last_line(error: BaseException) -> str:
+    """The name of the exception and the first line of what it says."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    return text.splitlines()[0][:300]
+
+
+class Run:
+    """Writes each result at once; starts no case after `until`."""
+
+    def __init__(self, out: Path, section: str, size: Size, seed: int, until: float):
+        self.path = out / "results.jsonl"
+        self.section, self.size, self.seed, self.until = section, size, seed, until
+
+    @property
+    def key(self) -> jax.Array:
+        return jax.random.key(self.seed)
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - time.time()
+
+    def pick(self, smoke: Any, reduced: Any, full: Any) -> Any:
+        """One of three, by the size of this run."""
+        return {"smoke": smoke, "reduced": reduced, "full": full}[self.size]
+
+    def write(self, **line: Any) -> None:
+        write(self.path, {"section": self.section, "at": round(time.time(), 2), **line})
+
+    def add(
+        self,
+        case: str,
+        value: str,
+        *,
+        limit: str = "",
+        ok: bool | None = None,
+        note: str = "",
+        **numbers: Any,
+    ) -> None:
+        """One row of the table; `ok=None`: nothing is asked of it."""
+        verdict = note or {None: "", True: "ok", False: "red"}[ok]
+        self.write(case=case, value=value, limit=limit, verdict=verdict, **numbers)
+        print(f"{self.section}: {case}: {value} {limit} {verdict}".rstrip(), flush=True)
+
+    def known(self, name: str) -> dict[str, Any]:
+        """What an earlier section left under this name."""
+        found: dict[str, Any] = {}
+        for line in read(self.path):
+            found |= line.get(name, {})
+        return found
+
+    def cases(self, cases: dict[str, Callable[[], None]]) -> None:
+        """Runs them in order while there is time; one that fails is a red row, and loses nothing.
+
+        Those that an earlier process began are left out: it may have died of them.
+        """
+        before = begun(read(self.path), self.section)
+        self.write(plan=list(cases))
+        for name, case in cases.items():
+            if self.left <= 0:
+                return
+            if name in before:
+                continue
+            self.write(start=name)
+            try:
+                case()
+            except Exception as error:
+                traceback.print_exc()
+                self.add(name, last_line(error), ok=False)
+            self.write(done=name)
+
+
+class Compiled(NamedTuple):
+    """A program, with the inputs that it was made for and the bytes that it allocates."""
+
+    program: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    bytes: int
+
+    def call(self) -> Any:
+        return self.program(*self.inputs)
+
+
+def compiled(programs: dict[str, Program]) -> dict[str, Compiled | Exception]:
+    """All of them, several at once: nearly all of the time of a short run is compilation.
+
+    One that cannot be compiled, or has no room on the device, is the exception.
+    """
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+
+    def compile(lowered: Any, inputs: tuple[Any, ...]) -> Compiled:
+        program = lowered.compile()
+        size = program.memory_analysis().temp_size_in_bytes
+        if size > limit:
+            raise MemoryError(f"does not fit: {size / 2**30:.1f} GiB of temporary memory")
+        return Compiled(program, inputs, size)
+
+    found: dict[str, Any] = {}
+    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
+        for name, (fn, inputs) in programs.items():
+            try:
+                found[name] = pool.submit(compile, jax.jit(fn).lower(*inputs), inputs)
+            except Exception as error:
+                found[name] = error
+        for name, task in found.items():
+            if not isinstance(task, Exception):
+                found[name] = task.exception() or task.result()
+    return found
+
+
+def good(found: Compiled | Exception) -> Compiled:
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def seconds(calls: dict[str, Callable[[], Any]], rounds: int, limit: float) -> dict[str, float]:
+    """Medians of interleaved rounds after one that warms up; fewer rounds than asked for if
+    these take longer than `limit` seconds."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + limit
+    for i in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            taken[name].append(time.perf_counter() - start)
+        if i and time.perf_counter() > end:
+            break
+    return {name: statistics.median(each) for name, each in taken.items()}
+
+
+def milliseconds(s: float) -> str:
+    return f"{s * 1e3:.3g} ms"
