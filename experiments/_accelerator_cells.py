@@ -32,10 +32,10 @@ class Kind(NamedTuple):
     """One of the six, with inputs for a batch."""
 
     one: Callable[[Array, Any, Array], Array]
-    z0: Float[Array, "b *s"]
+    z0: Float[Array, "b ..."]
     params: PyTree
-    x: Float[Array, "b *s"]
-    cotangent: Float[Array, "b *s"]
+    x: Float[Array, "b ..."]
+    cotangent: Float[Array, "b ..."]
 
     def astype(self, dtype: DTypeLike) -> "Kind":
         cast = lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x

@@ -163,10 +163,11 @@ def cost(run: Run) -> None:
 
 def over_the_floor(run: Run, case: str, size: Any, batch: int, dtype: DType, made: Any) -> None:
     cells = made(dtype)
-    forms = pieces(cells) | {v: gradient(v, cells, EVALUATIONS, size.d) for v in VARIANTS}
+    variants = VARIANTS[: run.pick(1, None, None)]
+    forms = pieces(cells) | {v: gradient(v, cells, EVALUATIONS, size.d) for v in variants}
     found = compiled(forms)
     f, vjp = good(found["f"]), good(found["vjp"])
-    fits = {v: p for v in VARIANTS if not isinstance(p := found[v], Exception)}
+    fits = {v: p for v in variants if not isinstance(p := found[v], Exception)}
     calls = {"f": f.call, "vjp": vjp.call} | {v: p.call for v, p in fits.items()}
     taken = seconds(calls, run.pick(1, 5, 10), max(run.left / 4, 1.0))
     once, both = taken["f"] / LOOP, taken["vjp"] / LOOP
@@ -175,7 +176,7 @@ def over_the_floor(run: Run, case: str, size: Any, batch: int, dtype: DType, mad
     about = f"{once * 1e3:.3g} and {both * 1e3:.3g} ms, {flop / once / rate:.0%}"
     about += f" and {_VJP_FLOP * flop / both / rate:.0%} of the rate of products"
     run.add(f"{case}: f, f with its VJP", about, f=once, vjp=both)
-    for v in VARIANTS:
+    for v in variants:
         if v not in fits:
             run.add(f"{case}: {v}", str(found[v])[:200], note="note")
             continue
@@ -190,7 +191,7 @@ def memory(run: Run) -> None:
     """The language block: the smallest first, since the device counts the most it ever held."""
     (cell,) = language(run.size, "float32", run.key)
     depths = DEPTHS[:2] if run.size == "smoke" else DEPTHS
-    every: tuple[Variant, ...] = ("exact", "checkpointed")
+    every: tuple[Variant, ...] = run.pick(VARIANTS[:1], ("exact", "checkpointed"), VARIANTS[:3])
     found = compiled({f"{v}, {n}": gradient(v, [cell], n, 2) for v in every for n in depths})
     for v in every:
         sizes, held = [], []
@@ -214,7 +215,10 @@ def isolation(run: Run) -> None:
     (cell,) = language(run.size, "float32", run.key)
     (small,) = language(run.size, "float32", run.key, smallest=True)
     forms: dict[str, Program] = {}
-    for name, each in (("full size", cell), ("one token", small)):
+    sizes = {"full size": cell, "one token": small}
+    if run.size == "smoke":
+        del sizes["full size"]
+    for name, each in sizes.items():
         forms |= {f"loop {k}: {name}": p for k, p in loops(each).items()}
         both: tuple[Variant, ...] = ("exact", "float")
         forms |= {f"gradient, {v}: {name}": gradient(v, [each], LONG, 2) for v in both}
@@ -226,7 +230,7 @@ def isolation(run: Run) -> None:
         said = f"{us[name]:.4g} us an evaluation, {idle:.4g} us with nothing to compute: "
         said += f"{min(idle / us[name], 1):.0%} at most"
         run.add(f"isolation, {case}", said, full=us[name], least=idle)
-    for name in ("full size", "one token"):
+    for name in sizes:
         plain, alone = (us[f"loop of known length{x}: {name}"] for x in ("", ", f isolated"))
         exact, real = (us[f"gradient, {v}: {name}"] for v in ("exact", "float"))
         said = f"{alone - plain:+.3g} us an evaluation of f, {exact - real:+.3g} us of a gradient"

@@ -195,7 +195,7 @@ def exactness(run: Run) -> None:
     """All cases; some at a time, which are compiled together."""
     cases = design()
     if run.size == "smoke":
-        cases = cases[:2] + [Case("MLP", "bfloat16", 5, "stopping")]
+        cases = [*cases[:2], Case("MLP", "bfloat16", 5, "stopping")]
     elif run.size == "reduced" and "deterministic" in run.section:
         cases = cases[:1]  # A CPU has no other algorithms.
     at_once = run.pick(1, 2, 8)

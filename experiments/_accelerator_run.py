@@ -35,8 +35,10 @@ def last_line(error: BaseException) -> str:
 class Run:
     """Writes each result at once; starts no case after `until`."""
 
-    def __init__(self, out: Path, section: str, size: Size, seed: int, until: float):
-        self.path = out / "results.jsonl"
+    def __init__(
+        self, out: Path, section: str, size: Size, seed: int, until: float, text: Path | None
+    ):
+        self.path, self.text = out / "results.jsonl", text
         self.section, self.size, self.seed, self.until = section, size, seed, until
 
     @property

@@ -78,8 +78,8 @@ def child(config: argparse.Namespace) -> None:
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
     for name in config.child:
         module = SECTIONS[name].module
-        run = Run(config.out, name, size_of(config.smoke), config.seed, config.until)
-        run.text = config.text
+        size = size_of(config.smoke)
+        run = Run(config.out, name, size, config.seed, config.until, config.text)
         getattr(importlib.import_module(f"_accelerator_{module}"), module)(run)
 
 
@@ -96,6 +96,7 @@ class Parent:
         forget(self.path, self.wanted)
         (self.config.out / "log.txt").write_text("")
         if self.config.smoke:
+            self.wanted = [name for name in self.wanted if not SECTIONS[name].flags]
             return self.section(self.wanted, self.end - time.time(), DETERMINISTIC)
         for i, name in enumerate(self.wanted):
             weights = [SECTIONS[each].weight for each in self.wanted[i:]]
@@ -123,9 +124,7 @@ class Parent:
             if code is None or self.begun(names) == before:
                 return
 
-    def process(
-        self, names: list[str], until: float, limit: float, flags: str
-    ) -> int | None:
+    def process(self, names: list[str], until: float, limit: float, flags: str) -> int | None:
         """Its exit status; None if it had to be ended."""
         c = self.config
         command = [sys.executable, *(f"-W{w}" for w in sys.warnoptions), __file__]
