@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _accelerator_run import Program, Run, Size, compiled, good
+from _accelerator_run import Compiled, Program, Run, Size, compiled, good
 from jaxtyping import Array, PRNGKeyArray
 
 import deqjax
@@ -45,7 +45,8 @@ FUNCTIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Any], Any]]] = {
     "rsqrt": (jax.lax.rsqrt, lambda x: 1 / np.sqrt(x)),
     "cbrt": (jnp.cbrt, np.cbrt),
     **{
-        f"pow, {p}": ((lambda x, p=p: jnp.power(x, p)), (lambda x, p=p: np.power(x, p)))
+        # The exponent as it is stored: of a rounded one the 23 of log 1e-10 would make nine units.
+        f"pow, {p}": ((lambda x, p=p: jnp.power(x, p)), (lambda x, p=p: x ** float(np.float32(p))))
         for p in _POWERS
     },
     "division, x / (x + 3)": (lambda x: x / (x + 3), lambda x: x / np.float32(x + np.float32(3))),
@@ -80,7 +81,7 @@ FORMS: dict[str, Form] = {
 COUNT: dict[Size, int] = {"smoke": 8, "reduced": 200, "full": 200}
 _DENSE: dict[Size, int] = {"smoke": 4, "reduced": 32, "full": 64}
 _IMAGE: dict[Size, tuple[int, int]] = {"smoke": (3, 2), "reduced": (6, 4), "full": (8, 8)}
-_STEPS = 2_000  # of Picard, on the host
+_STEPS = 1_000  # of Picard, on the host
 
 
 def points(n: int, seed: int) -> np.ndarray:
@@ -130,8 +131,8 @@ def bracket(form: Form, w: Any, x: Any, steps: int) -> tuple[np.ndarray, np.ndar
     f = lambda z: on_host(form, w, x, z)
     low, high = np.zeros_like(x), np.ones_like(x)
     axes = tuple(range(1, x.ndim))
-    for _ in range(200):
-        high = np.where(np.any(f(high) > high, axes, keepdims=True), 2 * high, high)
+    while np.any(under := np.any(f(high) > high, axes, keepdims=True)):
+        high = np.where(under, 2 * high, high)
     for _ in range(steps):
         low, high = f(low), f(high)
         if np.all(high - low <= 1e-13 * high):
@@ -176,8 +177,15 @@ def programs(size: Size, key: PRNGKeyArray) -> Iterator[tuple[str, Program]]:
 def certificates(run: Run) -> None:
     names = list(FUNCTIONS)[: run.pick(3, None, None)]
     forms = dict(list(FORMS.items())[run.pick(5, 0, 0) :])
+    found: dict[str, Any] = {}
+
+    def check(name: str) -> None:
+        if not found:
+            found.update(compiled({n: certified(f, run.size, run.seed) for n, f in forms.items()}))
+        judged(run, name, forms[name], good(found[name]))
+
     cases: dict[str, Callable[[], None]] = {"functions": lambda: functions(run, names)}
-    run.cases(cases | {n: (lambda n=n: judged(run, n, forms[n])) for n in forms})
+    run.cases(cases | {name: (lambda name=name: check(name)) for name in forms})
 
 
 def functions(run: Run, names: list[str]) -> None:
@@ -199,17 +207,20 @@ def functions(run: Run, names: list[str]) -> None:
         run.add(f"units of {name}", said, limit=str(table), ok=bool(units[worst] <= table))
 
 
-def judged(run: Run, name: str, form: Form) -> None:
-    program = good(compiled({"": certified(form, run.size, run.seed)})[""])
+def judged(run: Run, name: str, form: Form, program: Compiled) -> None:
     w, x, z = (np.asarray(a, np.float64) for a in program.inputs)
     lower, upper, error, holds = (np.asarray(a) for a in program.call())
     low, high = bracket(form, w, x, _STEPS)
-    axes = tuple(range(1, x.ndim))
+    false = np.flatnonzero(holds & violated(z, (low, high), lower, upper, error))
+    said = f"{len(false)} violations, {int(np.sum(holds))} of {len(holds)} hold, median bound "
+    said += f"{np.median(error):.1e}, Picard within {np.max(high / low - 1):.0e}"
+    which = false[:5].tolist()
+    run.add(f"certificates, {name}", said, limit="0", ok=len(false) == 0, which=which)
+
+
+def violated(z: Any, bracket: tuple[Any, Any], lower: Any, upper: Any, error: Any) -> np.ndarray:
+    """Which problems contradict a bracket of their fixed point, wherever in it that is."""
+    (low, high), axes = bracket, tuple(range(1, np.ndim(z)))
     # The least distance of z from anything in the bracket.
     least = np.maximum(np.maximum(z / high - 1, 1 - z / low), 0)
-    false = np.any((lower > high) | (upper < low), axes) | (np.max(least, axes) > error)
-    count = int(np.sum(false & holds))
-    said = f"{count} violations, {int(np.sum(holds))} of {len(holds)} hold, median bound "
-    said += f"{np.median(error):.1e}, Picard within {np.max(high / low - 1):.0e}"
-    seeds = np.flatnonzero(false & holds)[:5].tolist()
-    run.add(f"certificates, {name}", said, limit="0", ok=count == 0, which=seeds)
+    return np.any((lower > high) | (upper < low), axes) | (np.max(least, axes) > error)

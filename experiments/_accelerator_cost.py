@@ -33,12 +33,12 @@ import deqjax
 
 LANGUAGE: dict[Size, Language] = {
     "smoke": Language(8, 2, (8,), 4, 32),
-    "reduced": Language(192, 3, (768, 768), 64, 2048),
+    "reduced": Language(64, 2, (256, 256), 32, 2048),
     "full": Language(768, 12, (3072, 3072), 448, 50_304),
 }
 IMAGES: dict[Size, Images] = {
     "smoke": Images((8,), (1,), 4),
-    "reduced": Images((16, 32, 32, 16), (1, 3, 3, 1), 32),
+    "reduced": Images((16, 32), (1, 3), 16),
     "full": Images((128, 256, 256, 128), (1, 3, 3, 1), 32),
 }
 BATCH: dict[Size, tuple[int, int]] = {"smoke": (1, 1), "reduced": (4, 4), "full": (32, 64)}
@@ -151,8 +151,8 @@ def cost(run: Run) -> None:
     of = {"language block": (text, BATCH[run.size][0], cells)}
     of |= {"multi-scale blocks": (pictures, BATCH[run.size][1], more)}
     cases: dict[str, Callable[[], None]] = {}
-    for dtype in two:
-        for name, (at, batch, made) in of.items():
+    for name, (at, batch, made) in of.items():
+        for dtype in two:
             case = f"{name}, {dtype}"
             cases[case] = lambda a=(case, at, batch, dtype, made): over_the_floor(run, *a)
     first, *rest = cases

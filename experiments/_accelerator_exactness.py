@@ -145,14 +145,16 @@ def reference(case: Case, k: Kind) -> Program:
 
 
 def programs(size: Size, key: PRNGKeyArray) -> Iterator[tuple[str, Program]]:
-    """All of them, each once."""
-    references: set[Case] = set()
+    """Each kind and each context in both dtypes; another beta is another number in them."""
+    seen: set[Any] = set()
     for case in design():
-        k = made(case, size, key)
-        yield str(case), tested(case, k)
-        if case.inputs not in references:
-            references.add(case.inputs)
-            yield f"reference of {case.inputs}", reference(case, k)
+        new = {(case.kind, case.dtype), (case.context, case.dtype)} - seen
+        if new:
+            k = made(case, size, key)
+            yield str(case), tested(case, k)
+            if (case.kind, case.dtype) in new:
+                yield f"reference of {case.inputs}", reference(case, k)
+        seen |= new
 
 
 def made(case: Case, size: Size, key: PRNGKeyArray) -> Kind:
@@ -179,7 +181,7 @@ def distance(got: PyTree, truth: PyTree, *, ordered: bool = True) -> float:
     order of first use. A leaf of next to nothing is measured by the largest.
     """
     ours, theirs = ([np.asarray(x, np.float64) for x in jax.tree.leaves(t)] for t in (got, truth))
-    if len(ours) != len(theirs):
+    if len(ours) != len(theirs) or not all(np.all(np.isfinite(x)) for x in ours):
         return np.inf
     floor = 1e-3 * max(map(np.linalg.norm, theirs))
     gap = lambda a, b: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), floor))
@@ -187,7 +189,6 @@ def distance(got: PyTree, truth: PyTree, *, ordered: bool = True) -> float:
     for a, b in zip(ours, theirs, strict=True):
         each = [b] if ordered else [x for x in theirs if x.shape == a.shape]
         worst = max(worst, min((gap(a, x) for x in each), default=np.inf))
-        worst = np.inf if np.isnan(worst) else worst
     return worst
 
 
@@ -195,7 +196,7 @@ def exactness(run: Run) -> None:
     """All cases; some at a time, which are compiled together."""
     cases = design()
     if run.size == "smoke":
-        cases = [*cases[:2], Case("MLP", "bfloat16", 5, "stopping")]
+        cases = [cases[0], Case("MLP", "bfloat16", 5, "stopping")]
     elif run.size == "reduced" and "deterministic" in run.section:
         cases = cases[:1]  # A CPU has no other algorithms.
     at_once = run.pick(1, 2, 8)

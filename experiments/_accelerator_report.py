@@ -56,7 +56,7 @@ def rows(lines: list[Line], sections: list[str]) -> list[Line]:
         found += [line for line in mine if "verdict" in line]
         planned = [name for line in mine for name in line.get("plan", ())]
         ended = {line["done"] for line in mine if "done" in line}
-        ended |= {line["case"] for line in mine if line.get("verdict") == RED}
+        ended |= {line["case"] for line in mine if line.get("verdict") in (RED, LATE)}
         left = [name for name in dict.fromkeys(planned) if name not in ended]
         found += [row(section, name, verdict=LATE) for name in left]
         if not mine:

@@ -1,5 +1,7 @@
 """The record of one section of `accelerator.py`: its cases, its programs, its times."""
 
+import dataclasses
+import math
 import os
 import statistics
 import time
@@ -32,14 +34,20 @@ def last_line(error: BaseException) -> str:
     return text.splitlines()[0][:300]
 
 
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Writes each result at once; starts no case after `until`."""
 
-    def __init__(
-        self, out: Path, section: str, size: Size, seed: int, until: float, text: Path | None
-    ):
-        self.path, self.text = out / "results.jsonl", text
-        self.section, self.size, self.seed, self.until = section, size, seed, until
+    out: Path
+    section: str
+    size: Size
+    seed: int = 0
+    until: float = math.inf
+    text: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.out / "results.jsonl"
 
     @property
     def key(self) -> jax.Array:
@@ -111,21 +119,22 @@ class Compiled(NamedTuple):
         return self.program(*self.inputs)
 
 
-def compiled(programs: dict[str, Program]) -> dict[str, Compiled | Exception]:
+def compiled(programs: dict[Any, Program]) -> dict[Any, Compiled | Exception]:
     """All of them, several at once: nearly all of the time of a short run is compilation.
 
     One that cannot be compiled, or has no room on the device, is the exception.
     """
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
 
     def compile(lowered: Any, inputs: tuple[Any, ...]) -> Compiled:
         program = lowered.compile()
-        size = program.memory_analysis().temp_size_in_bytes
+        analysis = program.memory_analysis()  # None where the platform has none
+        size = analysis.temp_size_in_bytes if analysis else 0
         if size > limit:
             raise MemoryError(f"does not fit: {size / 2**30:.1f} GiB of temporary memory")
         return Compiled(program, inputs, size)
 
-    found: dict[str, Any] = {}
+    found: dict[Any, Any] = {}
     with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
         for name, (fn, inputs) in programs.items():
             try:
@@ -144,12 +153,12 @@ def good(found: Compiled | Exception) -> Compiled:
     return found
 
 
-def seconds(calls: dict[str, Callable[[], Any]], rounds: int, limit: float) -> dict[str, float]:
+def seconds(calls: dict[Any, Callable[[], Any]], rounds: int, limit: float) -> dict[Any, float]:
     """Medians of interleaved rounds after one that warms up; fewer rounds than asked for if
     these take longer than `limit` seconds."""
     for call in calls.values():
         jax.block_until_ready(call())
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[Any, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + limit
     for i in range(rounds):
         for name, call in calls.items():

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _accelerator_run import Program, Run, Size, compiled, good
+from _accelerator_run import Compiled, Program, Run, Size, compiled, good
 from _throughput_blocks import Language
 from _ways import EXTRA
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
@@ -78,13 +78,15 @@ def updated(loss: Callable[..., Array], optimiser: Any) -> Callable[..., Any]:
 
     def fn(params, state, *data):
         value, gradient = jax.value_and_grad(loss)(params, *data)
-        updates, state = optimiser.update(gradient, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax itself is not strict.
+            updates, state = optimiser.update(gradient, state, params)
         return value, optax.apply_updates(params, updates), state
 
     return fn
 
 
-def text_step(size: Size, key: PRNGKeyArray, dtype: Any) -> Program:
+def text_programs(size: Size, key: PRNGKeyArray, dtype: Any) -> tuple[Program, Program]:
+    """A step of training, of `(params, state, tokens)`; and the loss, of `(params, tokens)`."""
     t = TEXT[size]
     b = t.block
     how: Any = {"width": b.width, "heads": b.heads, "hidden": b.hidden, "compute_dtype": dtype}
@@ -99,13 +101,14 @@ def text_step(size: Size, key: PRNGKeyArray, dtype: Any) -> Program:
         return jnp.mean(entropy)
 
     tokens = jnp.zeros((t.batch, b.length + 1), jnp.int32)
-    return updated(loss, optimiser), (params, optimiser.init(params), tokens)
+    step = updated(loss, optimiser), (params, optimiser.init(params), tokens)
+    return step, (loss, (params, tokens))
 
 
-def image_step(size: Size, key: PRNGKeyArray, dtype: Any) -> Program:
+def image_step(size: Size, key: PRNGKeyArray) -> Program:
     p = PICTURES[size]
     solver = deqjax.Reversible(beta=0.8, rtol=0.0, atol=0.0)
-    how: Any = {"channels": p.channels, "width": p.widths, "compute_dtype": dtype}
+    how: Any = {"channels": p.channels, "width": p.widths}
     how |= {"solver": solver, "max_steps": p.steps, "key": key}
     shape = (p.pixels, p.pixels, 3)
     net, norms = eqx.nn.make_with_state(ImplicitResNet)(shape, 10, **how)
@@ -124,20 +127,21 @@ def image_step(size: Size, key: PRNGKeyArray, dtype: Any) -> Program:
 
 def programs(size: Size, key: PRNGKeyArray) -> Iterator[tuple[str, Program]]:
     for dtype in (None, jnp.bfloat16):
-        yield f"text, {dtype}", text_step(size, key, dtype)
-        yield f"images, {dtype}", image_step(size, key, dtype)
+        step, loss = text_programs(size, key, dtype)
+        yield from ((f"text, {dtype}", step), (f"held out, {dtype}", loss))
+    yield "images", image_step(size, key)
 
 
 def training(run: Run) -> None:
-    # A CPU emulates bfloat16.
-    dtype = jnp.bfloat16 if run.size == "full" else None
     made: dict[str, Any] = {}
 
     def text() -> None:
-        steps = {"text": text_step(run.size, run.key, dtype)}
-        steps["images"] = image_step(run.size, run.key, dtype)
-        made.update(compiled(steps))
-        train_text(run, good(made["text"]))
+        # A CPU emulates bfloat16.
+        dtype = jnp.bfloat16 if run.size == "full" else None
+        step, loss = text_programs(run.size, run.key, dtype)
+        some = {"step": step, "loss": loss, "images": image_step(run.size, run.key)}
+        made.update(compiled(some))
+        train_text(run, good(made["step"]), good(made["loss"]))
 
     def images() -> None:
         train_images(run, good(made["images"]))
@@ -145,49 +149,53 @@ def training(run: Run) -> None:
     run.cases({"text": text, "images": images})
 
 
-def train_text(run: Run, program: Any) -> None:
-    t = TEXT[run.size]
-    data, rng = corpus(run.text), np.random.default_rng(run.seed)
-    params, state, _ = program.inputs
-    rows = np.arange(t.block.length + 1)
-    # A fifth is left to the images.
-    start, end = time.time(), time.time() + 0.8 * run.left
-    pending: list[Any] = []
+def train_text(run: Run, step: Compiled, loss: Compiled) -> None:
+    t, rng = TEXT[run.size], np.random.default_rng(run.seed)
+    length, data = t.block.length, corpus(run.text)
+    cut = len(data) * 9 // 10
+    params, state, _ = step.inputs
+
+    def batch(some: np.ndarray) -> Array:
+        at = rng.integers(0, len(some) - length - 1, (t.batch, 1))
+        return jnp.asarray(some[at + np.arange(length + 1).reshape(1, -1)], jnp.int32)
+
+    held_out = [batch(data[cut:]) for _ in range(4)]
+    spoken = start = time.time()
+    end = start + 0.8 * run.left  # a fifth is left to the images
     losses: list[float] = []
-    spoken, least = start, 6
-    while len(losses) + len(pending) < least or time.time() < end:
-        at = rng.integers(0, len(data) - t.block.length - 1, (t.batch, 1))
-        tokens = jnp.asarray(data[at + rows.reshape(1, -1)], jnp.int32)
-        loss, params, state = program.program(params, state, tokens)
-        pending.append(loss)
-        # A few steps ahead of the device, and no more, so that the clock is its own.
+    pending: list[Array] = []
+    tested = 0.0  # seconds
+    while len(losses) < (9 if run.size == "smoke" else 6) or time.time() < end:
+        value, params, state = step.program(params, state, batch(data[:cut]))
+        pending.append(value)
+        # A few steps ahead of the device and no more, so that the clock is its own.
         if len(pending) == 4:
             losses.append(float(pending.pop(0)))
         if time.time() - spoken > 10:
-            spoken = time.time()
-            run.write(at_second=spoken - start, step=len(losses), nats=float(losses[-1]))
-        if run.size == "smoke" and len(losses) > 8:
+            losses += [float(x) for x in pending]
+            pending, spoken = [], time.time()
+            other = float(np.mean([loss.program(params, x) for x in held_out]))
+            run.write(second=spoken - start, step=len(losses), nats=losses[-1], held_out=other)
+            tested += time.time() - spoken
+        if run.size == "smoke" and len(losses) == 9:
             break
     losses += [float(x) for x in pending]
-    taken = time.time() - start
-    tenth = max(len(losses) // 10, 3)
-    first, last = losses[0], float(np.mean(losses[-tenth:]))
-    n, tokens = len(losses), t.batch * t.block.length
-    head = 3 * 2 * t.block.width * BYTES * tokens
+    taken, n = time.time() - start - tested, len(losses)
+    other = float(np.mean([loss.program(params, x) for x in held_out]))
+
+    last = float(np.mean(losses[-max(n // 10, 3) :]))
+    tokens = t.batch * length
+    head = _VJP_FLOP * 2 * t.block.width * BYTES * tokens
     flop = t.steps * (EXTRA["exact"] + _VJP_FLOP) * sum(t.block.flop(t.batch)) + head
     rate = run.known("rates").get("bfloat16", math.nan)
-    said = f"{first:.3f} nats, {last:.3f} after {n} steps and {taken:.0f} s; "
-    said += f"{n * tokens / taken:.4g} tokens/s, {n * flop / taken / rate:.1%} of the bfloat16 rate"
-    ok = bool(np.all(np.isfinite(losses))) and last < first
-    numbers = {
-        "seconds": taken,
-        "steps": n,
-        "nats": [round(x, 4) for x in losses[:: max(n // 200, 1)]],
-    }
-    run.add(f"text, {t.block}", said, limit="falls", ok=ok, **numbers)
+    said = f"{losses[0]:.3f} nats, {last:.3f} after {n} steps and {taken:.0f} s ({other:.3f} on "
+    said += f"text held out); {n * tokens / taken:.4g} tokens/s, "
+    said += f"{n * flop / taken / rate:.1%} of the bfloat16 rate"
+    ok = bool(np.all(np.isfinite(losses))) and last < losses[0]
+    run.add(f"text, {t.block}", said, limit="falls", ok=ok, seconds=taken, steps=n)
 
 
-def train_images(run: Run, program: Any) -> None:
+def train_images(run: Run, program: Compiled) -> None:
     p = PICTURES[run.size]
     params, state, *data = program.inputs
     losses: list[float] = []

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _accelerator_report import RED, begun, forget, read, row, rows, running, table, write
+from _accelerator_report import LATE, RED, begun, forget, read, row, rows, running, table, write
 
 
 class Section(NamedTuple):
@@ -51,10 +51,11 @@ SECTIONS: dict[str, Section] = {
 }
 NAMES = list(dict.fromkeys(section.module for section in SECTIONS.values()))
 SOFT = 0.85  # of its time, after which a section starts nothing new; at its end it is ended
+HANGS = 90.0  # seconds that no case needs on a machine that works
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--minutes", type=float, default=8.0, help="of the whole run (default: %(default)s)")
     add("--sections", nargs="+", choices=NAMES, default=NAMES, help="default: all")
@@ -115,13 +116,15 @@ class Parent:
             lines = read(self.path)
             at = [(name, case) for name in names if (case := running(lines, name))]
             name, case = at[-1] if at else (names[0], "the section")
-            said = "cut off at the end of its time"
-            # A case that took most of the time hangs; another was started too late.
-            late = [x for x in lines if x["section"] == name and x.get("start") == case]
-            if code is not None or (late and time.time() - late[-1]["at"] > share / 2):
-                said = f"took over {share / 2:.0f} s" if code is None else self.last_words(code)
-                write(self.path, row(name, case, said, verdict=RED))
-            if code is None or self.begun(names) == before:
+            if code is None:
+                # A case that hangs is a fault; one that was started too late is not.
+                at = [x["at"] for x in lines if x["section"] == name and x.get("start") == case]
+                taken = time.time() - max(at, default=start)
+                verdict = RED if taken > HANGS else LATE
+                write(self.path, row(name, case, f"cut off after {taken:.0f} s", verdict=verdict))
+                return
+            write(self.path, row(name, case, self.last_words(code), verdict=RED))
+            if self.begun(names) == before:
                 return
 
     def process(self, names: list[str], until: float, limit: float, flags: str) -> int | None:
