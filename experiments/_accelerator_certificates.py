@@ -85,7 +85,7 @@ _STEPS = 1_000  # of Picard, on the host
 
 
 def points(n: int, seed: int) -> np.ndarray:
-    """Log-uniform in [1e-10, 60], of float32."""
+    """Random float32 numbers, log-uniform in [1e-10, 60]."""
     u = np.random.default_rng(seed).uniform(math.log(1e-10), math.log(60), n)
     return np.exp(u).astype(np.float32)
 
@@ -219,7 +219,7 @@ def judged(run: Run, name: str, form: Form, program: Compiled) -> None:
 
 
 def violated(z: Any, bracket: tuple[Any, Any], lower: Any, upper: Any, error: Any) -> np.ndarray:
-    """Which problems contradict a bracket of their fixed point, wherever in it that is."""
+    """Marks the problems that contradict their bracket, wherever in it the fixed point is."""
     (low, high), axes = bracket, tuple(range(1, np.ndim(z)))
     # The least distance of z from anything in the bracket.
     least = np.maximum(np.maximum(z / high - 1, 1 - z / low), 0)

@@ -18,7 +18,7 @@ to end a solve.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from _accelerator_run import Program, Run, Size, compiled, good, milliseconds, s
 from _fidelity_cells import Cell
 from _fidelity_methods import ADJOINTS
 from _throughput_blocks import Images, Language, distinct, unrolled
-from _ways import EXTRA, DType, Variant
+from _ways import EXTRA, DType, Method, Variant
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 import deqjax
@@ -48,6 +48,7 @@ LOOP = 8
 DEPTHS = (4, 16, 64, 256)
 LONG = 64
 _VJP_FLOP = 3  # of those of f: f itself, and two products for each of its own
+_NOT_LOST = "no NaN"
 _FLAT = 1.1  # of the memory at the smallest depth, the digits not counted
 
 
@@ -66,8 +67,8 @@ def gradient(variant: Variant, cells: list[Cell], n: int, d: int) -> Program:
         if variant == "explicit":
             z = unrolled(cell.fn, args[0], z0, args[1], False)
         else:
-            adjoint = ADJOINTS[variant]
-            options: dict[str, Any] = {"batched": True, "max_steps": n, "adjoint": adjoint}
+            options: dict[str, Any] = {"batched": True, "max_steps": n}
+            options["adjoint"] = ADJOINTS[cast(Method, variant)]
             z = deqjax.fixed_point(cell.fn, solver, z0, args, **options).value
         return jnp.sum(z * cotangent)
 
@@ -79,7 +80,7 @@ def gradient(variant: Variant, cells: list[Cell], n: int, d: int) -> Program:
 
 
 def pieces(cells: list[Cell]) -> dict[str, Program]:
-    """f, and f with its VJP, so many times in a loop; of all cells together."""
+    """f of all cells, and f with its VJP, so many times in a loop."""
     loop = lambda body, c: jax.lax.fori_loop(0, LOOP, lambda _, c: body(c), c)
 
     def once(fn: Callable, z: Array, args: Any, cotangent: Array, total: PyTree):
@@ -103,7 +104,7 @@ def pieces(cells: list[Cell]) -> dict[str, Program]:
 
 
 def loops(cell: Cell) -> dict[str, Program]:
-    """So many evaluations of f: in a loop of known length, of unknown length, and isolated."""
+    """Evaluations of f in a loop of known length, of unknown length, and isolated."""
 
     def isolated(i: Array, z: Array, args: Any) -> Array:
         # A bound that is known is no loop to XLA.
@@ -133,7 +134,7 @@ def images(size: Size, dtype: DType, key: PRNGKeyArray) -> list[Cell]:
 
 
 def programs(size: Size, key: PRNGKeyArray) -> Iterator[tuple[str, Program]]:
-    """One of each form; only their sizes and numbers differ from those that are timed."""
+    """One program of each form. Those that are timed differ in sizes and numbers alone."""
     for dtype in ("float32", "bfloat16"):
         for name, cells in (("language", language), ("images", images)):
             made = cells(size, dtype, key)
@@ -184,22 +185,24 @@ def over_the_floor(run: Run, case: str, size: Any, batch: int, dtype: DType, mad
         each = taken[v] / EVALUATIONS
         said = f"{milliseconds(each)} an evaluation, {taken[v] / floor:.2f} of the floor, "
         said += f"{size.units(batch) / taken[v]:.4g} {size.unit}/s, {fits[v].bytes / 2**20:.4g} MiB"
-        run.add(f"{case}: {v}", said, seconds=taken[v], floor=floor, bytes=fits[v].bytes)
+        ok = finite(fits[v].call()) if v == "exact" else None
+        numbers = {"seconds": taken[v], "floor": floor, "bytes": fits[v].bytes}
+        run.add(f"{case}: {v}", said, limit=_NOT_LOST if v == "exact" else "", ok=ok, **numbers)
 
 
 def memory(run: Run) -> None:
-    """The language block: the smallest first, since the device counts the most it ever held."""
+    """Memory of the language block, of few evaluations first: a device counts its peak so far."""
     (cell,) = language(run.size, "float32", run.key)
     depths = DEPTHS[:2] if run.size == "smoke" else DEPTHS
     every: tuple[Variant, ...] = run.pick(VARIANTS[:1], ("exact", "checkpointed"), VARIANTS[:3])
     found = compiled({f"{v}, {n}": gradient(v, [cell], n, 2) for v in every for n in depths})
     for v in every:
-        sizes, held = [], []
+        sizes, held, kept = [], [], True
         for n in depths:
             program = good(found[f"{v}, {n}"])
             digits = 4 * math.ceil(n / 32) * cell.z0.size if v == "exact" else 0
             sizes.append(program.bytes - digits)
-            jax.block_until_ready(program.call())
+            kept &= finite(program.call())
             held.append((jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"))
         case = f"memory at {', '.join(map(str, depths))} evaluations, {v}"
         said = " ".join(f"{x / 2**20:.4g}" for x in sizes) + " MiB"
@@ -207,8 +210,15 @@ def memory(run: Run) -> None:
         if held[0]:
             said += "; held at most " + " ".join(f"{x / 2**20:.4g}" for x in held)
         ratio = max(sizes) / sizes[0]
-        limit, ok = (f"{_FLAT} of the first", ratio <= _FLAT) if v == "exact" else ("", None)
+        exact = v == "exact"
+        limit = f"{_FLAT} of the first, {_NOT_LOST}" if exact else ""
+        ok = ratio <= _FLAT and kept if exact else None
         run.add(case, said, limit=limit, ok=ok, bytes=sizes, held=held)
+
+
+def finite(tree: PyTree) -> bool:
+    """Whether there is no NaN, which a lost reversal leaves."""
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
 
 
 def isolation(run: Run) -> None:
@@ -233,7 +243,8 @@ def isolation(run: Run) -> None:
     for name in sizes:
         plain, alone = (us[f"loop of known length{x}: {name}"] for x in ("", ", f isolated"))
         exact, real = (us[f"gradient, {v}: {name}"] for v in ("exact", "float"))
-        said = f"{alone - plain:+.3g} us an evaluation of f, {exact - real:+.3g} us of a gradient"
+        said = f"{alone - plain:+.3g} us an evaluation of f; a gradient's, with one more f, "
+        said += f"{exact - real:+.3g} us"
         run.add(f"isolation, cost of the loop of one trip, {name}", said)
 
 
@@ -246,4 +257,4 @@ def long_and_short(run: Run) -> None:
     taken = seconds(calls, run.pick(1, 3, 10), max(run.left / 4, 1.0))
     said = f"{milliseconds(taken['long'])} and {milliseconds(taken['short'])}: "
     said += f"{1 - taken['long'] / taken['short']:.1%} to start and end a solve"
-    run.add(f"one solve of {LONG}, {many} of {short} evaluations, exact", said, **taken)
+    run.add(f"one solve of {LONG}, {many} of {short} evaluations, exact", said, seconds=taken)

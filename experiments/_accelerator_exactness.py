@@ -7,8 +7,7 @@ meet at least once. The numbers of evaluations share a program, in which they ar
 The residual has to be 0. The reference rounds f otherwise than the program that is tested, so that
 the gradients differ by rounding. How much that is, the reference says itself: all its inputs are
 moved by a unit in the last place of the products, at random, and four times what that makes of its
-gradient is allowed, but no more than a tenth (what a lost reversal leaves is off by a third or is
-NaN).
+gradient is allowed, but no more than a quarter: a lost reversal leaves NaN, or is off by a third.
 """
 
 import itertools
@@ -31,6 +30,7 @@ DTYPES: tuple[str, ...] = ("float32", "bfloat16")
 INVERSES: tuple[int, ...] = (2, 5, -5)  # d in 1 - beta = 1 / d
 DEPTHS = (8, 64, 256)
 _MOST = DEPTHS[-1]
+_MOST_OFF = 0.25
 
 
 class Case(NamedTuple):
@@ -42,11 +42,12 @@ class Case(NamedTuple):
     context: Context
 
     def __str__(self) -> str:
-        return f"{self.kind}, {self.dtype}, 1 - beta = 1/{self.d}, {self.context}"
+        sign = "-" if self.d < 0 else ""
+        return f"{self.kind}, {self.dtype}, 1 - beta = {sign}1/{abs(self.d)}, {self.context}"
 
     @property
     def inputs(self) -> "Case":
-        """What has the same reference."""
+        """The case that stands for all of the same reference."""
         return self._replace(context="arguments")
 
 
@@ -75,7 +76,7 @@ def batched(k: Kind) -> Any:
 
 
 def tested(case: Case, k: Kind) -> Program:
-    """`(cotangents of (params, x), residual, steps)` by exact reversal, in its context."""
+    """Exact reversal in its context: `(cotangents of (params, x), residual, steps)`."""
     fn, how = batched(k), solver(case)
     options: dict[str, Any] = {"max_steps": _MOST}
     moving, fixed = eqx.partition(k.params, eqx.is_inexact_array)
@@ -85,9 +86,9 @@ def tested(case: Case, k: Kind) -> Program:
 
     def whole(z0, args, cotangent, steps):
         together = case.context == "stopping"
-        more = options | {"steps": jnp.full(z0.shape[0], steps) if together else steps}
+        steps = jnp.full(z0.shape[0], steps) if together else steps
         (_, d, _), stats = deqjax.reversible_vjp(
-            mine, how, z0, args, cotangent, batched=together, **more
+            mine, how, z0, args, cotangent, batched=together, steps=steps, **options
         )
         return d, stats["reversal_residual"], stats["num_steps"]
 
@@ -145,7 +146,7 @@ def reference(case: Case, k: Kind) -> Program:
 
 
 def programs(size: Size, key: PRNGKeyArray) -> Iterator[tuple[str, Program]]:
-    """Each kind and each context in both dtypes; another beta is another number in them."""
+    """Each kind and each context in both dtypes. Another beta is another number in the program."""
     seen: set[Any] = set()
     for case in design():
         new = {(case.kind, case.dtype), (case.context, case.dtype)} - seen
@@ -162,13 +163,13 @@ def made(case: Case, size: Size, key: PRNGKeyArray) -> Kind:
 
 
 def unit(case: Case) -> float:
-    """In the last place of what this machine's products take in: TF32 has 11 bits, bfloat16 8."""
+    """The last place of what this machine's products take in: TF32 has 11 bits, bfloat16 8."""
     inputs = {"cpu": 2.0**-23, "gpu": 2.0**-10}.get(jax.default_backend(), 2.0**-7)
     return 2.0**-7 if case.dtype == "bfloat16" else inputs
 
 
 def moved(tree: PyTree, size: float, seed: int) -> PyTree:
-    """Each entry by up to `size` of itself."""
+    """Moves each entry by up to `size` of itself."""
     rng = np.random.default_rng(seed)
     factor = lambda x: jnp.asarray(1 + size * rng.uniform(-1, 1, x.shape), jnp.float32)
     return jax.tree.map(lambda x: (x.astype(jnp.float32) * factor(x)).astype(x.dtype), tree)
@@ -193,7 +194,7 @@ def distance(got: PyTree, truth: PyTree, *, ordered: bool = True) -> float:
 
 
 def exactness(run: Run) -> None:
-    """All cases; some at a time, which are compiled together."""
+    """Judges all cases; a few at a time are compiled together."""
     cases = design()
     if run.size == "smoke":
         cases = [cases[0], Case("MLP", "bfloat16", 5, "stopping")]
@@ -202,24 +203,29 @@ def exactness(run: Run) -> None:
     at_once = run.pick(1, 2, 8)
     found: dict[Any, Compiled | Exception] = {}
 
+    def prepare(some: list[Case]) -> None:
+        needed: dict[Any, Program] = {}
+        for case in some:
+            k = made(case, run.size, run.key)
+            try:
+                needed[case] = tested(case, k)
+            except Exception as error:  # of the solve before its pull
+                found[case] = error
+            if (case.inputs, "reference") not in found:
+                needed[case.inputs, "reference"] = reference(case, k)
+        found.update(compiled(needed))
+
     def check(case: Case) -> None:
         if case not in found:
-            some = cases[cases.index(case) :][:at_once]
-            needed: dict[Any, Program] = {}
-            for each in some:
-                k = made(each, run.size, run.key)
-                needed[each] = tested(each, k)
-                if (each.inputs, "reference") not in found:
-                    needed[each.inputs, "reference"] = reference(each, k)
-            found.update(compiled(needed))
+            prepare(cases[cases.index(case) :][:at_once])
         judge(run, case, good(found[case]), good(found[case.inputs, "reference"]))
-        del found[case]
+        del found[case]  # and its program with it
 
     run.cases({str(case): (lambda case=case: check(case)) for case in cases})
 
 
 def judge(run: Run, case: Case, ours: Compiled, theirs: Compiled) -> None:
-    """One row: the worst of all numbers of evaluations."""
+    """Writes one row, of the worst number of evaluations."""
     k = made(case, run.size, run.key)
     moving = eqx.filter(k.params, eqx.is_inexact_array)
     inputs = (k.z0, (moving, k.x), k.cotangent)
@@ -237,12 +243,13 @@ def judge(run: Run, case: Case, ours: Compiled, theirs: Compiled) -> None:
         taken = jnp.broadcast_to(taken, k.z0.shape[0])
         truth, other = (theirs.program(*each, taken) for each in (inputs, nudged))
         error = distance(d, truth, ordered=case.context != "closed over")
-        allowed = min(4 * distance(other, truth), 0.1)
+        allowed = min(max(4 * distance(other, truth), unit(case)), _MOST_OFF)
         worst["residual"] = max(worst["residual"], float(np.max(residual)))
         if error / allowed >= worst["share"]:
             worst |= {"error": error, "allowed": allowed, "share": error / allowed}
         steps += [int(np.min(taken)), int(np.max(taken))]
     ok = worst["residual"] == 0 and worst["error"] <= worst["allowed"]
-    said = f"residual {worst['residual']:g}, gradient off by {worst['error']:.1e}"
+    seen = f"{worst['residual']:g}" if case.context != "jit(pull)" else "not told"
+    said = f"residual {seen}, gradient off by {worst['error']:.1e}"
     said += f", {min(steps)} to {max(steps)} steps"
     run.add(str(case), said, limit=f"0, {worst['allowed']:.1e}", ok=ok, steps=steps, **worst)

@@ -20,7 +20,7 @@ _LOOP = 8
 
 
 def product(n: int, dtype: Any, precision: Any) -> Program:
-    """So many products of square matrices, one after the other."""
+    """Products of square matrices, one after the other in a loop."""
 
     def fn(x, a):
         step = lambda _, x: jnp.matmul(x, a, precision=precision)
@@ -32,7 +32,7 @@ def product(n: int, dtype: Any, precision: Any) -> Program:
 
 
 def copy(n: int) -> Program:
-    """So many times n bytes read and written."""
+    """A loop that reads and writes n bytes each time."""
     step = lambda _, x: x + 1.0
     return lambda x: jax.lax.fori_loop(0, _LOOP, step, x), (jnp.zeros(n // 4),)
 

@@ -14,7 +14,7 @@ COLUMNS = ("section", "case", "value", "limit", "verdict")
 
 
 def read(path: Path) -> list[Line]:
-    """All whole lines; the last one may have been cut off."""
+    """Reads all whole lines; the last one may have been cut off."""
     found = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -25,13 +25,13 @@ def read(path: Path) -> list[Line]:
 
 
 def write(path: Path, line: Line) -> None:
-    """At once, so that nothing is lost with the process."""
+    """Appends a line at once, so that nothing is lost with the process."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def forget(path: Path, sections: list[str]) -> None:
-    """Drop what earlier runs found of these sections, and keep the rest."""
+    """Drops what earlier runs found of these sections, and keeps the rest."""
     kept = [line for line in read(path) if line["section"] not in sections]
     path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
@@ -49,7 +49,7 @@ def running(lines: list[Line], section: str) -> str | None:
 
 
 def rows(lines: list[Line], sections: list[str]) -> list[Line]:
-    """What was measured, and what was planned and has not been."""
+    """The rows of the table: all that was measured, and all that was planned and not reached."""
     found = []
     for section in sections:
         mine = [line for line in lines if line["section"] == section]
@@ -69,7 +69,7 @@ def row(section: str, case: str, value: str = "", limit: str = "", verdict: str 
 
 
 def table(found: list[Line], about: str) -> str:
-    """Markdown, with the faults first."""
+    """The table in Markdown, with the faults first."""
     count = lambda verdict: sum(line["verdict"] == verdict for line in found)
     said = f"{count(RED)} red, {count('ok')} ok, {count(LATE)} not reached"
     lines = [f"{about}{said}: what is red is a fault.", ""]

@@ -49,7 +49,7 @@ def stock(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[
 
 @jax.custom_vjp
 def flipped(x: Array, kernel: Array) -> Array:
-    """The same; its cotangents a convolution with the flipped kernel, and nine products."""
+    """The same convolution, whose cotangents are one with the flipped kernel and nine products."""
     return stock(x, kernel)
 
 
@@ -68,7 +68,7 @@ flipped.defvjp(lambda x, kernel: (stock(x, kernel), (x, kernel)), _flipped_back)
 
 @jax.custom_vjp
 def filtered(x: Array, kernel: Array) -> Array:
-    """The same in 16 products for each 2 x 2 outputs; sides have to be even.
+    """The same convolution in 16 products for each 2 x 2 outputs; sides have to be even.
 
     With B, G, A the constants of F(2 x 2, 3 x 3), y = A^T ((G w G^T) * (B^T d B)) A of each tile d
     of 4 x 4 inputs. Source: Lavin and Gray, Fast algorithms for convolutional neural networks,
@@ -140,8 +140,8 @@ def forms(size: Size, key: PRNGKeyArray) -> dict[str, tuple[dict[str, Form], Arr
     """`(the stock form and ours, z, what does not change)` of each rule."""
     (n, side), (batch, length, width) = IMAGE[size], TOKENS[size]
     found: dict[str, tuple[dict[str, Form], Array, Any]] = {}
-    for c in CHANNELS[size]:
-        z = jax.random.normal(key, (n, side, side, c))
+    images = {c: jax.random.normal(key, (n, side, side, c)) for c in CHANNELS[size]}
+    for c, z in images.items():
         kernel = jax.random.normal(key, (3, 3, c, c)) / (9 * c) ** 0.5
         each: dict[str, Form] = {STOCK: stock, FLIPPED: flipped, "minimal filtering": filtered}
         found[f"convolution, {c} channels"] = each, z, kernel
@@ -150,7 +150,8 @@ def forms(size: Size, key: PRNGKeyArray) -> dict[str, tuple[dict[str, Form], Arr
     plain = lambda z, w: jax.vmap(lambda z: z @ w)(z)
     flat = lambda z, w: jax.vmap(lambda z: dense(z, w))(z)
     found["product under vmap"] = {STOCK: plain, "flat": flat}, tokens, weight
-    norm = GroupNorm(2 if size == "smoke" else 8, z.shape[-1])
+    c = CHANNELS[size][1 if len(images) > 1 else 0]
+    z, norm = images[c], GroupNorm(2 if size == "smoke" else 8, c)
     ours = lambda z, norm: jax.vmap(norm)(z)
     direct = lambda z, norm: jax.vmap(partial(grouped, norm))(z)
     found["group norm"] = {STOCK: direct, "space first": ours}, z, norm
@@ -161,7 +162,7 @@ def forms(size: Size, key: PRNGKeyArray) -> dict[str, tuple[dict[str, Form], Arr
 
 
 def looped(form: Form, z: Array, rest: Any) -> dict[str, Program]:
-    """The form so many times, and so many times with its VJP."""
+    """The form in a loop, and in a loop with its VJP."""
     # Bounded, or eight in a row may end anywhere.
     f = lambda z, rest: jnp.tanh(form(z, rest))
 

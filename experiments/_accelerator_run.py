@@ -55,11 +55,11 @@ class Run:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until then."""
         return self.until - time.time()
 
     def pick(self, smoke: Any, reduced: Any, full: Any) -> Any:
-        """One of three, by the size of this run."""
+        """Picks one of three, by the size of this run."""
         return {"smoke": smoke, "reduced": reduced, "full": full}[self.size]
 
     def write(self, **line: Any) -> None:
@@ -75,13 +75,13 @@ class Run:
         note: str = "",
         **numbers: Any,
     ) -> None:
-        """One row of the table; `ok=None`: nothing is asked of it."""
+        """Adds a row to the table; with `ok=None` nothing is asked of it."""
         verdict = note or {None: "", True: "ok", False: "red"}[ok]
         self.write(case=case, value=value, limit=limit, verdict=verdict, **numbers)
         print(f"{self.section}: {case}: {value} {limit} {verdict}".rstrip(), flush=True)
 
     def known(self, name: str) -> dict[str, Any]:
-        """What an earlier section left under this name."""
+        """Everything that the sections left under this name so far."""
         found: dict[str, Any] = {}
         for line in read(self.path):
             found |= line.get(name, {})
@@ -120,9 +120,9 @@ class Compiled(NamedTuple):
 
 
 def compiled(programs: dict[Any, Program]) -> dict[Any, Compiled | Exception]:
-    """All of them, several at once: nearly all of the time of a short run is compilation.
+    """Compiles all of them, several at once: a short run spends its time on compilation.
 
-    One that cannot be compiled, or has no room on the device, is the exception.
+    In the place of one that cannot be compiled, or has no room on the device, is the exception.
     """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
 
@@ -154,8 +154,8 @@ def good(found: Compiled | Exception) -> Compiled:
 
 
 def seconds(calls: dict[Any, Callable[[], Any]], rounds: int, limit: float) -> dict[Any, float]:
-    """Medians of interleaved rounds after one that warms up; fewer rounds than asked for if
-    these take longer than `limit` seconds."""
+    """Medians over interleaved rounds, after one that warms up; over fewer where these take longer
+    than `limit` seconds."""
     for call in calls.values():
         jax.block_until_ready(call())
     taken: dict[Any, list[float]] = {name: [] for name in calls}

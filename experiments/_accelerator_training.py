@@ -133,23 +133,21 @@ def programs(size: Size, key: PRNGKeyArray) -> Iterator[tuple[str, Program]]:
 
 
 def training(run: Run) -> None:
-    made: dict[str, Any] = {}
-
     def text() -> None:
         # A CPU emulates bfloat16.
         dtype = jnp.bfloat16 if run.size == "full" else None
         step, loss = text_programs(run.size, run.key, dtype)
-        some = {"step": step, "loss": loss, "images": image_step(run.size, run.key)}
-        made.update(compiled(some))
-        train_text(run, good(made["step"]), good(made["loss"]))
+        end = time.time() + run.left / 2  # half is left to the images, which take long to compile
+        made = compiled({"step": step, "loss": loss})
+        train_text(run, good(made["step"]), good(made["loss"]), end)
 
     def images() -> None:
-        train_images(run, good(made["images"]))
+        train_images(run, good(compiled({"": image_step(run.size, run.key)})[""]))
 
     run.cases({"text": text, "images": images})
 
 
-def train_text(run: Run, step: Compiled, loss: Compiled) -> None:
+def train_text(run: Run, step: Compiled, loss: Compiled, end: float) -> None:
     t, rng = TEXT[run.size], np.random.default_rng(run.seed)
     length, data = t.block.length, corpus(run.text)
     cut = len(data) * 9 // 10
@@ -161,7 +159,6 @@ def train_text(run: Run, step: Compiled, loss: Compiled) -> None:
 
     held_out = [batch(data[cut:]) for _ in range(4)]
     spoken = start = time.time()
-    end = start + 0.8 * run.left  # a fifth is left to the images
     losses: list[float] = []
     pending: list[Array] = []
     tested = 0.0  # seconds

@@ -69,7 +69,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def child(config: argparse.Namespace) -> None:
-    """The sections `config.child`, in this process."""
+    """Runs the sections `config.child` in this process."""
     if importlib.util.find_spec("deqjax") is None:
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import jax
@@ -106,7 +106,7 @@ class Parent:
             self.report()
 
     def section(self, names: list[str], share: float, flags: str) -> None:
-        """Started again after a crash, from the case after the one that crashed."""
+        """Runs a section; again after a crash, from the case after the one that crashed."""
         start = time.time()
         while (left := start + share - time.time()) > 1:
             before = self.begun(names)
@@ -128,7 +128,7 @@ class Parent:
                 return
 
     def process(self, names: list[str], until: float, limit: float, flags: str) -> int | None:
-        """Its exit status; None if it had to be ended."""
+        """Waits for a process; its exit status, None if it had to be ended."""
         c = self.config
         command = [sys.executable, *(f"-W{w}" for w in sys.warnoptions), __file__]
         command += ["--child", *names, "--until", str(until), "--out", str(c.out)]
