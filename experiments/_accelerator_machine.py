@@ -49,8 +49,9 @@ def machine(run: Run) -> None:
         stats = device.memory_stats() or {}
         memory = f", {stats['bytes_limit'] / 2**30:.0f} GiB" if "bytes_limit" in stats else ""
         name = f"{len(jax.devices())} x {device.device_kind}{memory}"
+        found = {"device": name, "platform": jax.default_backend()}
         cores = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        run.add("device", f"{jax.default_backend()}: {name}; {cores}", about={"device": name})
+        run.add("device", f"{jax.default_backend()}: {name}; {cores}", about=found)
         run.add("JAX", f"{jax.__version__}{_versions()}", about={"jax": jax.__version__})
         run.add("runtime", " ".join(device.client.platform_version.split()))
         run.add("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") or "none")

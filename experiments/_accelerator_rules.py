@@ -150,7 +150,7 @@ def forms(size: Size, key: PRNGKeyArray) -> dict[str, tuple[dict[str, Form], Arr
     plain = lambda z, w: jax.vmap(lambda z: z @ w)(z)
     flat = lambda z, w: jax.vmap(lambda z: dense(z, w))(z)
     found["product under vmap"] = {STOCK: plain, "flat": flat}, tokens, weight
-    c = CHANNELS[size][1 if len(images) > 1 else 0]
+    c = CHANNELS[size][len(images) // 2]
     z, norm = images[c], GroupNorm(2 if size == "smoke" else 8, c)
     ours = lambda z, norm: jax.vmap(norm)(z)
     direct = lambda z, norm: jax.vmap(partial(grouped, norm))(z)
