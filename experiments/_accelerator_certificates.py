@@ -23,7 +23,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 import deqjax
 from deqjax._rounding import _FUNCTIONS
-from deqjax.nn._base import conv2d
+from deqjax.nn._convolution import conv2d
 
 POINTS: dict[Size, int] = {"smoke": 2_000, "reduced": 1_000_000, "full": 4_000_000}
 ERF_POINTS: dict[Size, int] = {"smoke": 200, "reduced": 200_000, "full": 1_000_000}

@@ -35,17 +35,16 @@ from .._equations import asks_highest
 from .._tree import mesh_axes, vary
 from . import _winograd
 
-# The time of minimal filtering over that of the direct sums, in a loop of 10 on two cores, of f
-# alone and of f with both cotangents; below 32 channels moving tiles takes what products save:
+# The time of minimal filtering over that of the direct sums, in a loop of 8 on two cores, of f and
+# of f with both cotangents (experiments/kernels.py). Below 32 channels moving tiles takes what
+# products save (28 x 28, 24 channels: 0.78 to 1.2 in four runs); on few pixels an odd side does:
 #
 #     images, pixels, channels   f     VJP        images, pixels, channels   f     VJP
-#     64      28 x 28  12        1.13  1.00       64      14 x 14  32        0.46  0.60
-#     64      28 x 28  16        1.21  1.24       16      33 x 33  64        0.42  0.59
-#     64      28 x 28  24        0.78  0.96       64       7 x 7   48        0.75  0.56
-#     64      14 x 14  24        1.16  0.93       64       8 x 8   80        0.56  0.51
-#     64      28 x 28  32        0.57  0.70        1      32 x 32  64        0.66  0.49
-#     64      28 x 28  48        0.54  0.64       64      32 x 32  125       0.61  0.56
-_CHANNELS = 32
+#     64      28 x 28  32        0.87  0.84       16      33 x 33  64        0.62  0.71
+#     64      28 x 28  82        0.74  0.73        1      32 x 32  64        0.90  0.64
+#     64      14 x 14  48        0.73  0.84       64      32 x 32  128       0.62  0.57
+#     64       7 x 7   48        1.14  1.03
+_CHANNELS, _SIDE = 32, 8
 
 
 def conv2d(
@@ -87,14 +86,15 @@ def _stock_kernel(x, g, *, size, **params):
     return jax.linear_transpose(lambda w: _stock(x, w, **params), w)(g)[0]
 
 
-def _filtered(size: Any, inputs: int, outputs: int, dtype: Any, **params: Any) -> bool:
+def _filtered(x: Array, size: Any, inputs: int, outputs: int, **params: Any) -> bool:
     """Whether minimal filtering is possible, the faster way, and precise enough."""
-    possible = size == (3, 3) and params["stride"] == 1 and jnp.finfo(dtype).bits >= 32
-    return possible and min(inputs, outputs) >= _CHANNELS and not asks_highest(params["precision"])
+    possible = size == (3, 3) and params["stride"] == 1 and jnp.finfo(x.dtype).bits >= 32
+    large = min(inputs, outputs) >= _CHANNELS and min(x.shape[1:3]) >= _SIDE
+    return possible and large and not asks_highest(params["precision"])
 
 
 def _forward(x, w, **params):
-    if _filtered(w.shape[:2], w.shape[2], w.shape[3], x.dtype, **params):
+    if _filtered(x, w.shape[:2], w.shape[2], w.shape[3], **params):
         return _winograd.convolve(x, w)
     return _stock(x, w, **params)
 
@@ -107,7 +107,7 @@ def _image(g, w, *, size, stride, precision):
 
 
 def _kernel(x, g, *, size, stride, precision):
-    if _filtered(size, x.shape[-1], g.shape[-1], x.dtype, stride=stride, precision=precision):
+    if _filtered(x, size, x.shape[-1], g.shape[-1], stride=stride, precision=precision):
         return _winograd.kernel_cotangent(x, g)
     return _taps(x, g, size=size, stride=stride, precision=precision)
 
