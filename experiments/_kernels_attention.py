@@ -76,7 +76,7 @@ def by_hand(fn: Any, pairs: int, params: PyTree, x: Array) -> Array:
 def ours(fn: Any, pairs: int, params: PyTree, x: Array, *, exact: bool) -> Array:
     solver = deqjax.Reversible(0.0, 0.0, beta=BETA, exact=exact)
     adjoint = deqjax.ReversibleAdjoint()
-    options = {"max_steps": pairs, "adjoint": adjoint}
+    options = {"max_steps": 2 * pairs, "adjoint": adjoint}
     return deqjax.fixed_point(fn, solver, jnp.zeros_like(x), (params, x), **options).value
 
 

@@ -13,18 +13,19 @@ if it is installed: `pip install -e '.[bench]'`.
 Writes results.json (all numbers), table.md and residuals.png into runs/compare_solvers/, over those
 of an earlier run; a section that isn't asked for is kept from there. All options: --help.
 
-Hardware: two cores of a shared x86 CPU, JAX 0.10.2, jaxopt 0.8.5, seed 0; 6 minutes. As printed
-(all of it: results/compare_solvers.md); what does not hold there is marked so:
+Hardware: two cores of a shared x86 CPU with other work on them, JAX 0.10.2, jaxopt 0.8.5, seed 0;
+11 minutes. As printed (all of it: results/compare_solvers.md); what does not hold is marked so:
 
-    evaluations on tanh, rho(J) 0.996: Anderson, Broyden                      36, 31
+    evaluations on tanh, rho(J) 0.996: Anderson, Broyden                      26, 20
     evaluations - max(1.2 Picard, Picard + 2), worst of 19: both              -4
     evaluations, Anderson / jaxopt's, worst of 17                             0.47
-    seconds, Picard / jaxopt's, Anderson / jaxopt's, worst of 17 (f of 2 us)  1.30, 1.55
-    dense tanh, value and gradient: time / floor, batched                     0.76, 0.86
-    attention, solve and gradient: Picard / jaxopt's, Anderson / jaxopt's     0.31, 0.28
-    time beyond f / time its history takes to move: Anderson; Broyden         1.15-1.35; 1.4-1.5
+    seconds, Picard / jaxopt's, Anderson / jaxopt's, worst of 17 (f of 2 us)  1.27, 1.65
+    dense tanh, value and gradient: time / floor, batched                     0.90, 0.96
+    attention, solve and gradient: Picard / jaxopt's, Anderson / jaxopt's     0.24, 0.19
+    time beyond f / time its history takes to move: Anderson; Broyden         3.5-3.6; 1.8
 
-The last line moves with the minute: in some the machine reads at 60 GB/s and runs the rest slower.
+The last line moves with the minute, and with what else uses the memory: a run before, when a step
+had the same code but for its bound, printed 1.15-1.35 and 1.4-1.5.
 """
 
 # ruff: noqa: E402
