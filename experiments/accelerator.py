@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,14 +64,28 @@ SOFT = 0.85  # of its time, after which a section starts nothing new; at its end
 HANGS = 90.0  # seconds that no case needs on a machine that works
 
 
+def number(kind: type, name: str, low: float, high: float) -> Callable[[str], float]:
+    """Reads an option that is a number in a range."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"expected {name} from {low} to {high}, got {text}")
+
+    return read
+
+
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     add = parser.add_argument
-    add("--minutes", type=float, default=8.0, help="of the whole run (default: %(default)s)")
+    minutes, seed = number(float, "--minutes", 0.1, 1e4), number(int, "--seed", 0, 2**32 - 1)
+    add("--minutes", type=minutes, default=8.0, help="of the whole run (default: %(default)s)")
     add("--sections", nargs="+", choices=NAMES, default=NAMES, help="default: all")
     add("--out", type=Path, default=Path("runs/accelerator"), help="default: %(default)s")
     add("--smoke", action="store_true", help="tiny sizes, in one process")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     add("--text", type=Path, help="a text file to train on; default: Python's own documentation")
     add("--child", nargs="+", help=argparse.SUPPRESS)
     add("--until", type=float, help=argparse.SUPPRESS)
