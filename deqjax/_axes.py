@@ -60,7 +60,7 @@ def after(eqn: Any, kind: str, i: int, axis: int | None) -> int | None:
             numbers = p["dimension_numbers"]
             plain = i == 0 and axis == numbers.lhs_spec[0] and p["batch_group_count"] == 1
             return numbers.out_spec[0] if plain else None
-        case "deqjax_conv2d":
+        case "deqjax_conv2d" | "deqjax_conv2d_image":
             return 0 if i == 0 and axis == 0 else None
         case "deqjax_dense":
             kept = axis < len(shape) - 1 if i == 0 else axis == 1

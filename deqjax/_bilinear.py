@@ -18,8 +18,10 @@ from ._tree import mesh_axes, vary
 _STATIC = ("out", "precision", "size", "stride")
 
 
-def primitive(name: str, ours: Callable, stock: Callable, shape: Callable) -> Primitive:
+def primitive(name: str, ours: Callable, stock: Callable, shape: Callable, kept: int) -> Primitive:
     """`stock(a, b, **params)`, or `ours` on a CPU; `shape` tells the shape of the result.
+
+    Its leading axes, as many as are `kept` (-1: all but the last), are those of a.
 
     The dtype of the result is the parameter `out`, if there is one, or that of the operands.
     """
@@ -30,7 +32,8 @@ def primitive(name: str, ours: Callable, stock: Callable, shape: Callable) -> Pr
     def abstract(a, b, **params):
         # `update` keeps the mesh axes over which both vary, see `bind`.
         to = shape(a, b, **params)
-        sharding = a.sharding.update(spec=P(*[None] * len(to)))
+        spec = [*a.sharding.spec[:kept]]
+        sharding = a.sharding.update(spec=P(*spec, *[None] * (len(to) - len(spec))))
         dtype = params.get("out", a.dtype)
         return a.update(shape=to, dtype=dtype, weak_type=False, sharding=sharding)
 

@@ -87,6 +87,8 @@ def terms(eqn: Any) -> int | None:
             return math.prod(shapes[1]) // shapes[1][features]
         case "deqjax_conv2d":
             return math.prod(shapes[1][:3])
+        case "deqjax_conv2d_image":
+            return math.prod(shapes[1]) // shapes[1][2]
         case "deqjax_dense":
             return shapes[1][0]
         case "reduce_sum":
@@ -102,7 +104,7 @@ def terms(eqn: Any) -> int | None:
 def asks_highest(precision: Any) -> bool:
     """Whether both operands of a product are taken as they are, on whatever platform."""
     both = precision if isinstance(precision, tuple) else (precision,)
-    return all(str(p).lower().endswith("highest") for p in both)
+    return all(str(p).lower().rpartition(".")[2] in ("highest", "float32") for p in both)
 
 
 def refusal(name: str, kind: str, what: str) -> ValueError:

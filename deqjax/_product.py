@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Literal
 from jax.interpreters import ad, batching
+from jax.sharding import AxisType
 from jaxtyping import Array, DTypeLike, Float
 
 from ._bilinear import bind, default_precision, primitive
@@ -47,15 +47,18 @@ def replaced(eqn: Any) -> Any:
         return None
     avals: Any = [v.aval for v in eqn.invars]
     (left, right), shared = eqn.params["dimension_numbers"]
-    dtypes = {a.dtype for a in avals}
+    # Where a product is summed in a wider dtype, so is its cotangent.
+    dtypes = {a.dtype for a in (*avals, eqn.outvars[0].aval)}
     floats = all(jnp.issubdtype(d, jnp.floating) for d in dtypes)
     plain = floats and len(dtypes) == 1 and not any(shared)
     # A sharding that is part of the type is for JAX's own rules to follow.
-    auto = all(axis is None for a in avals for axis in a.sharding.spec)
-    if not (plain and auto and len(left) == 1) or any(isinstance(v, Literal) for v in eqn.invars):
+    auto = all(AxisType.Explicit not in a.sharding.mesh.axis_types for a in avals)
+    precision = eqn.params["precision"]
+    same = precision is None or (isinstance(precision, tuple) and len({*precision}) == 1)
+    if not (plain and auto and same and len(left) == 1):
         return None
     dims = [a.ndim for a in avals]
-    params = {"out": eqn.outvars[0].aval.dtype, "precision": eqn.params["precision"]}
+    params = {"out": eqn.outvars[0].aval.dtype, "precision": precision}
     of = lambda x, w, axis: bind(dense_p, x, w.T if axis else w, **params)
     if dims[1] == 2 <= dims[0] and left[0] == dims[0] - 1:
         return lambda a, b: of(a, b, right[0])
@@ -87,9 +90,11 @@ def _flat_right(x, g, **params):
     return _stock_right(_rows(x), _rows(g), **params)
 
 
-dense_p = primitive("deqjax_dense", _flat, _stock, lambda x, w, **_: (*x.shape[:-1], w.shape[1]))
+dense_p = primitive(
+    "deqjax_dense", _flat, _stock, lambda x, w, **_: (*x.shape[:-1], w.shape[1]), -1
+)
 right_p = primitive(
-    "deqjax_dense_right", _flat_right, _stock_right, lambda x, g, **_: (x.shape[-1], g.shape[-1])
+    "deqjax_dense_right", _flat_right, _stock_right, lambda x, g, **_: (x.shape[-1], g.shape[-1]), 0
 )
 
 

@@ -46,7 +46,9 @@ _FUNCTIONS = {
     "integer_pow": (0.0, 0),  # by its exponent, below
     "pow": (0.0, 8),  # likewise
 }
-_MATRIX = frozenset(("dot_general", "conv_general_dilated", "deqjax_conv2d", "deqjax_dense"))
+_MATRIX = frozenset(
+    "dot_general conv_general_dilated deqjax_conv2d deqjax_conv2d_image deqjax_dense".split()
+)
 _EXACT = frozenset(
     "abs broadcast_in_dim clamp concatenate copy dynamic_slice dynamic_update_slice expand_dims "
     "gather max min name neg optimization_barrier pad pcast pvary reduce_max reduce_min "
@@ -118,8 +120,9 @@ def _normal(jaxpr: Jaxpr) -> bool:
 
 def _filtered(jaxpr: Jaxpr) -> bool:
     """Whether a convolution in it may be lowered to minimal filtering, which cancels."""
-    convs = [e for j in everything(jaxpr) for e in j.eqns if e.primitive.name == "deqjax_conv2d"]
-    small = lambda e: e.invars[1].aval.shape[:2] == (3, 3) and e.params["stride"] == 1
+    kinds = ("deqjax_conv2d", "deqjax_conv2d_image")
+    convs = [e for j in everything(jaxpr) for e in j.eqns if e.primitive.name in kinds]
+    small = lambda e: e.invars[1].aval.shape[:2] == (3, 3)
     return any(small(e) and not asks_highest(e.params["precision"]) for e in convs)
 
 

@@ -14,7 +14,10 @@ from ._equations import SWITCHES, terms
 
 ODD = frozenset(("tanh", "erf", "atan"))
 _POSITIVE = frozenset("cbrt integer_pow log1p logistic pow rsqrt softplus sqrt square".split())
-_PRODUCTS = frozenset("conv_general_dilated deqjax_conv2d deqjax_dense div dot_general mul".split())
+_PRODUCTS = frozenset(
+    "conv_general_dilated deqjax_conv2d deqjax_conv2d_image deqjax_dense "
+    "div dot_general mul".split()
+)
 _KEEPING = frozenset(
     "broadcast_in_dim convert_element_type copy dynamic_slice expand_dims gather name pcast pvary "
     "reduce_max reduce_min reduce_window_max reshape rev sharding_constraint slice split squeeze "

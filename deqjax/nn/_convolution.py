@@ -146,7 +146,8 @@ def _merged(primitive: Primitive, stock: Callable, args, dims, **params):
     images, kernel = args
     if dims[1] is None:
         images = jnp.moveaxis(images, dims[0], 0)
-        out = bind(primitive, images.reshape(-1, *images.shape[2:]), kernel, **params)
+        flat = images.reshape(math.prod(images.shape[:2]), *images.shape[2:])
+        out = bind(primitive, flat, kernel, **params)
         return out.reshape(*images.shape[:2], *out.shape[1:]), 0
     return jax.vmap(partial(stock, **params), dims)(images, kernel), 0
 
@@ -156,9 +157,9 @@ def _each(args, dims, **params):
     return jax.vmap(partial(_taps, **params), dims)(*args), 0
 
 
-forward_p = primitive("deqjax_conv2d", _forward, _stock, _forward_shape)
-image_p = primitive("deqjax_conv2d_image", _image, _stock_image, _image_shape)
-kernel_p = primitive("deqjax_conv2d_kernel", _kernel, _stock_kernel, _kernel_shape)
+forward_p = primitive("deqjax_conv2d", _forward, _stock, _forward_shape, 1)
+image_p = primitive("deqjax_conv2d_image", _image, _stock_image, _image_shape, 1)
+kernel_p = primitive("deqjax_conv2d_kernel", _kernel, _stock_kernel, _kernel_shape, 0)
 ad.defbilinear(
     forward_p,
     lambda g, x, w, **p: bind(image_p, g, w, size=x.aval.shape[1:3], **p),

@@ -54,8 +54,9 @@ def _joined(corners: Grid, shape: tuple[int, ...]) -> Array:
     """The image whose 2 x 2 tiles these are, one row each."""
     n, h, w, _ = shape
     t, s = -(-h // 2), -(-w // 2)
-    rows = [jnp.stack([y.reshape(n, t, s, -1) for y in row], 3) for row in corners]
-    return jnp.stack(rows, 2).reshape(n, 2 * t, 2 * s, -1)[:, :h, :w]
+    o = corners[0][0].shape[-1]
+    rows = [jnp.stack([y.reshape(n, t, s, o) for y in row], 3) for row in corners]
+    return jnp.stack(rows, 2).reshape(n, 2 * t, 2 * s, o)[:, :h, :w]
 
 
 def _taps(kernel: Array) -> Grid:

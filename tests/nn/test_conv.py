@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+from deqjax._rounding import rounding
 from deqjax.nn import Conv2d
 from deqjax.nn._convolution import conv2d
 
@@ -345,3 +346,25 @@ def test_compute_dtype_is_that_of_the_products_alone(getkey):
         return jax.lax.scan(body, jnp.zeros(()), length=300)[0]
 
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(conv.kernel)[1, 1], 300)
+
+
+def test_no_image_and_no_channel():
+    empty = lambda *shape: jnp.ones(shape)
+    y, pull = jax.vjp(jax.jit(conv2d), empty(0, 8, 8, WIDE), empty(3, 3, WIDE, WIDE))
+    assert y.shape == (0, 8, 8, WIDE)
+    assert [a.shape for a in pull(y)] == [y.shape, (3, 3, WIDE, WIDE)]
+    mapped = jax.vmap(conv2d, (0, None))
+    assert mapped(empty(2, 3, 4, 4, 0), empty(3, 3, 0, 2)).shape == (2, 3, 4, 4, 2)
+    assert mapped(empty(2, 3, 0, 4, 2), empty(3, 3, 2, 2)).shape == (2, 3, 0, 4, 2)
+
+
+def test_rounding_is_bounded_of_the_sums_alone():
+    w, x = jnp.full((3, 3, WIDE, WIDE), 1e-3), jnp.full((1, 8, 8, WIDE), 0.3)
+    transposed = lambda z, w: jax.linear_transpose(lambda z: conv2d(z, w), z)(z)[0]
+    for conv in (conv2d, transposed):
+        fn = lambda z, w, conv=conv: (jnp.tanh(conv(z, w) + x), None)
+        for fan_in in (None, 9 * WIDE):
+            assert jnp.isinf(rounding(fn, x, w, fan_in))
+            for precision in ("highest", "float32"):
+                with jax.default_matmul_precision(precision):
+                    assert 9 * WIDE * 2.0**-24 < rounding(fn, x, w, fan_in) < 1e-3

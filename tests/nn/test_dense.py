@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from deqjax._product import dense
+from deqjax._traced import trace
 from deqjax.nn import Linear
 
 
@@ -125,3 +126,22 @@ def test_linear(getkey):
     assert Linear(3, 4, use_bias=False, key=getkey()).bias is None
     wide = Linear(1000, 50, scale=2.0, key=getkey()).weight
     assert abs(float(jnp.std(wide)) * 1000**0.5 - 2.0) < 0.05
+
+
+def test_products_of_a_function_that_are_replaced():
+    """Those of floats in their own dtype, whichever operand is the matrix; no others."""
+    x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
+    half = x.astype(jnp.float16), jnp.full((4, 5), 1e-4, jnp.float16)
+    named = lambda fn, *inputs: str(jax.make_jaxpr(trace(fn, *inputs))(*inputs))
+    assert "deqjax_dense" in named(lambda x, w: x @ w, x, w)
+    assert "deqjax_dense" in named(lambda x, w: jnp.einsum("ji,bli->blj", w.T, x), x, w)
+    assert "deqjax_dense" in named(jax.jit(lambda x, w: jnp.einsum("bli,ij->jbl", x, w)), x, w)
+    assert "deqjax_dense" not in named(lambda x, w: x @ w, jnp.ones((2, 4), int), w.astype(int))
+    wide = lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32)
+    assert "deqjax_dense" not in named(wide, *half)
+    # The cotangent is beyond float16.
+    grads = jax.grad(lambda x: jnp.sum(trace(wide, *half)(x, half[1]) * 1e5))(half[0])
+    np.testing.assert_allclose(grads.astype(jnp.float32), 50, rtol=1e-2)
+    pair = ("highest", "default")
+    mixed = lambda w, x: jax.lax.dot_general(w, x, (((0,), (2,)), ((), ())), precision=pair)
+    assert "deqjax_dense" not in named(mixed, w, x)
