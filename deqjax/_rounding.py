@@ -177,8 +177,7 @@ class _Walk:
             # XLA divides by multiplying with a rounded reciprocal, of a square root by rsqrt.
             return total + (3 if kind == "div" else 1) * unit
         if kind in _MATRIX:
-            exact = asks_highest(eqn.params.get("precision"))
-            fast = unit >= 2.0**-24 and not exact
+            fast = unit >= 2.0**-24 and not asks_highest(eqn.params.get("precision"))
             return total + (length or 1) * unit + _cast(eqn) + fast * _FAST_PRODUCTS
         if length is not None:
             return largest + length * unit

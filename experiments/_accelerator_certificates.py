@@ -13,6 +13,7 @@ are certified too: their bounds have to hold, or `holds` has to be False.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 import deqjax
 from deqjax._rounding import _FUNCTIONS
-from deqjax.nn._convolution import conv2d
+from deqjax.nn._convolution import conv2d, stock
 
 POINTS: dict[Size, int] = {"smoke": 2_000, "reduced": 1_000_000, "full": 4_000_000}
 ERF_POINTS: dict[Size, int] = {"smoke": 200, "reduced": 200_000, "full": 1_000_000}
@@ -145,7 +146,9 @@ def certified(form: Form, size: Size, seed: int) -> Program:
 
     def one(z, w, x):
         if form.convolution:
-            y = conv2d(z[None], w)[0] if form.precision is None else _convolved(form, z, w)
+            own = form.precision is None
+            conv = conv2d if own else partial(stock, stride=1, precision=form.precision)
+            y = conv(z[None], w)[0]
         else:
             y = jnp.matmul(w, z, precision=form.precision)
         return form.sigma[0](y + x)
@@ -156,15 +159,6 @@ def certified(form: Form, size: Size, seed: int) -> Program:
         return e.lower, e.upper, e.relative_error, e.holds
 
     return fn, problems(form, size, seed)
-
-
-def _convolved(form: Form, z: Array, w: Array) -> Array:
-    layout = ("NHWC", "HWIO", "NHWC")
-    same = [(1, 1), (1, 1)]
-    y = jax.lax.conv_general_dilated(
-        z[None], w, (1, 1), same, dimension_numbers=layout, precision=form.precision
-    )
-    return y[0]
 
 
 def programs(size: Size, key: PRNGKeyArray) -> Iterator[tuple[str, Program]]:

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from _accelerator_run import Program, Run, Size, compiled, good, milliseconds, seconds
 from _fidelity_cells import Cell
 from _fidelity_methods import ADJOINTS
+from _fidelity_pieces import pieces
 from _throughput_blocks import Images, Language, distinct, unrolled
-from _ways import EXTRA, DType, Method, Variant
+from _ways import VJP_FLOP, DType, Method, Variant, floor
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 import deqjax
@@ -47,7 +48,6 @@ EVALUATIONS = 8  # the paper's
 LOOP = 8
 DEPTHS = (4, 16, 64, 256)
 LONG = 64
-_VJP_FLOP = 3  # of those of f: f itself, and two products for each of its own
 _NOT_LOST = "no NaN"
 _FLAT = 1.1  # of the memory at the smallest depth, the digits not counted
 
@@ -79,28 +79,16 @@ def gradient(variant: Variant, cells: list[Cell], n: int, d: int) -> Program:
     return fn, tuple(inputs)
 
 
-def pieces(cells: list[Cell]) -> dict[str, Program]:
+def looped(cells: list[Cell]) -> dict[str, Program]:
     """f of all cells, and f with its VJP, so many times in a loop."""
-    loop = lambda body, c: jax.lax.fori_loop(0, LOOP, lambda _, c: body(c), c)
 
-    def once(fn: Callable, z: Array, args: Any, cotangent: Array, total: PyTree):
-        fz, pull = jax.vjp(fn, z, args)
-        dz, d = pull(cotangent)
-        return fz, dz, jax.tree.map(jnp.add, total, d)
+    def together(piece: str) -> Program:
+        each = [pieces(cell, LOOP)[f"{piece} in a loop"] for cell in cells]
+        fns = [fn for fn, *_ in each]
+        fn = lambda *inputs: [f(*x) for f, x in zip(fns, inputs, strict=True)]
+        return fn, tuple(tuple(inputs) for _, *inputs in each)
 
-    def f(*inputs):
-        pairs = zip(cells, inputs, strict=True)
-        return [loop(lambda z, c=c, args=x[1]: c.fn(z, args), x[0]) for c, x in pairs]
-
-    def vjp(*inputs):
-        found = []
-        for c, (z, args, cotangent) in zip(cells, inputs, strict=True):
-            body = lambda s, c=c, args=args: once(c.fn, s[0], args, *s[1:])
-            found.append(loop(body, (z, cotangent, jax.tree.map(jnp.zeros_like, args))))
-        return found
-
-    inputs = tuple((c.z0, c.args, c.cotangent) for c in cells)
-    return {"f": (f, inputs), "vjp": (vjp, inputs)}
+    return {"f": together("f"), "vjp": together("vjp")}
 
 
 def loops(cell: Cell) -> dict[str, Program]:
@@ -138,7 +126,7 @@ def programs(size: Size, key: PRNGKeyArray) -> Iterator[tuple[str, Program]]:
     for dtype in ("float32", "bfloat16"):
         for name, cells in (("language", language), ("images", images)):
             made = cells(size, dtype, key)
-            forms = pieces(made) | {v: gradient(v, made, 2, 2) for v in VARIANTS}
+            forms = looped(made) | {v: gradient(v, made, 2, 2) for v in VARIANTS}
             yield from ((f"{name}, {dtype}, {form}", each) for form, each in forms.items())
     (cell,) = language(size, "float32", key, smallest=True)
     yield from loops(cell).items()
@@ -165,7 +153,7 @@ def cost(run: Run) -> None:
 def over_the_floor(run: Run, case: str, size: Any, batch: int, dtype: DType, made: Any) -> None:
     cells = made(dtype)
     variants = VARIANTS[: run.pick(1, None, None)]
-    forms = pieces(cells) | {v: gradient(v, cells, EVALUATIONS, size.d) for v in variants}
+    forms = looped(cells) | {v: gradient(v, cells, EVALUATIONS, size.d) for v in variants}
     found = compiled(forms)
     f, vjp = good(found["f"]), good(found["vjp"])
     fits = {v: p for v in variants if not isinstance(p := found[v], Exception)}
@@ -175,18 +163,18 @@ def over_the_floor(run: Run, case: str, size: Any, batch: int, dtype: DType, mad
     flop = sum(size.flop(batch))
     rate = run.known("rates").get(dtype, math.nan)
     about = f"{once * 1e3:.3g} and {both * 1e3:.3g} ms, {flop / once / rate:.0%}"
-    about += f" and {_VJP_FLOP * flop / both / rate:.0%} of the rate of products"
+    about += f" and {VJP_FLOP * flop / both / rate:.0%} of the rate of products"
     run.add(f"{case}: f, f with its VJP", about, f=once, vjp=both)
     for v in variants:
         if v not in fits:
             run.add(f"{case}: {v}", str(found[v])[:200], note="note")
             continue
-        floor = EVALUATIONS * (EXTRA[v] * once + both)
+        least = floor(v, EVALUATIONS, once, both)
         each = taken[v] / EVALUATIONS
-        said = f"{milliseconds(each)} an evaluation, {taken[v] / floor:.2f} of the floor, "
+        said = f"{milliseconds(each)} an evaluation, {taken[v] / least:.2f} of the floor, "
         said += f"{size.units(batch) / taken[v]:.4g} {size.unit}/s, {fits[v].bytes / 2**20:.4g} MiB"
         ok = finite(fits[v].call()) if v == "exact" else None
-        numbers = {"seconds": taken[v], "floor": floor, "bytes": fits[v].bytes}
+        numbers = {"seconds": taken[v], "floor": least, "bytes": fits[v].bytes}
         run.add(f"{case}: {v}", said, limit=_NOT_LOST if v == "exact" else "", ok=ok, **numbers)
 
 

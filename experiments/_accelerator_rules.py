@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from deqjax._product import dense
 from deqjax.models._base import max_pool
-from deqjax.nn import GroupNorm
+from deqjax.nn import GroupNorm, _convolution, _winograd
 
 Form = Callable[[Any, Any], Array]  # of z and what does not change
 LOOP = 8
@@ -38,89 +38,41 @@ TOKENS: dict[Size, tuple[int, int, int]] = {
     "smoke": (2, 3, 4), "reduced": (4, 64, 192), "full": (32, 448, 768),
 }  # fmt: skip
 
-_SAME = [(1, 1), (1, 1)]
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
-
-
-def stock(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "n h w o"]:
-    """A convolution of stride 1, with the derivatives that JAX gives it."""
-    return lax.conv_general_dilated(x, kernel, (1, 1), _SAME, dimension_numbers=_LAYOUT)
+# The convolution of stride 1, with the derivatives that JAX gives it.
+stock_convolution = partial(_convolution.stock, stride=1, precision=None)
 
 
 @jax.custom_vjp
 def flipped(x: Array, kernel: Array) -> Array:
     """The same convolution, whose cotangents are one with the flipped kernel and nine products."""
-    return stock(x, kernel)
+    return stock_convolution(x, kernel)
+
+
+def _turned(kernel: Array) -> Array:
+    return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
 
 
 def _flipped_back(kept, g):
     x, kernel = kept
-    n, h, w, i = x.shape
-    padded, rows = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), g.reshape(n * h * w, -1)
-    shifted = lambda a, b: padded[:, a : a + h, b : b + w].reshape(n * h * w, i).T
-    taps = [shifted(a, b) @ rows for a in range(3) for b in range(3)]
-    dx = stock(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
-    return dx, jnp.stack(taps).reshape(kernel.shape)
+    dw = _convolution.taps(x, g, size=kernel.shape[:2], stride=1, precision=None)
+    return stock_convolution(g, _turned(kernel)), dw
 
 
-flipped.defvjp(lambda x, kernel: (stock(x, kernel), (x, kernel)), _flipped_back)
+flipped.defvjp(lambda x, kernel: (stock_convolution(x, kernel), (x, kernel)), _flipped_back)
 
 
 @jax.custom_vjp
 def filtered(x: Array, kernel: Array) -> Array:
-    """The same convolution in 16 products for each 2 x 2 outputs; sides have to be even.
-
-    With B, G, A the constants of F(2 x 2, 3 x 3), y = A^T ((G w G^T) * (B^T d B)) A of each tile d
-    of 4 x 4 inputs. Source: Lavin and Gray, Fast algorithms for convolutional neural networks,
-    CVPR 2016.
-    """
-    return _tiled(x, kernel)
-
-
-_B = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32)
-_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
-_A = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
-
-
-def _combined(constants: np.ndarray, parts: list[list[Array]]) -> list[list[Array]]:
-    """`C d C^T`, the entries of d and of the result being arrays: sums alone."""
-
-    def row(weights: np.ndarray, some: list[Array]) -> Array:
-        terms = [a if w == 1 else w * a for w, a in zip(weights.tolist(), some, strict=True) if w]
-        return sum(terms[1:], terms[0])
-
-    left = [[row(c, [line[j] for line in parts]) for j in range(len(parts))] for c in constants]
-    return [[row(c, line) for c in constants] for line in left]
-
-
-def _tiles(x: Array) -> list[list[Array]]:
-    _, h, w, i = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    part = lambda r, c: padded[:, r : r + h - 1 : 2, c : c + w - 1 : 2].reshape(-1, i)
-    return _combined(_B, [[part(r, c) for c in range(4)] for r in range(4)])
-
-
-def _tiled(x, kernel):
-    n, h, w, _ = x.shape
-    u = _combined(_G, [[kernel[a, b] for b in range(3)] for a in range(3)])
-    d = _tiles(x)
-    m = _combined(_A, [[d[r][c] @ u[r][c] for c in range(4)] for r in range(4)])
-    y = jnp.stack([jnp.stack(line) for line in m]).reshape(2, 2, n, h // 2, w // 2, -1)
-    return y.transpose(2, 3, 0, 4, 1, 5).reshape(n, h, w, -1)
+    """The same convolution and its cotangents by minimal filtering."""
+    return _winograd.convolve(x, kernel)
 
 
 def _filtered_back(kept, g):
     x, kernel = kept
-    n, h, w, _ = g.shape
-    parts = g.reshape(n, h // 2, 2, w // 2, 2, -1).transpose(2, 4, 0, 1, 3, 5)
-    parts = parts.reshape(2, 2, n * h * w // 4, -1)
-    d, m = _tiles(x), _combined(_A.T, [[parts[r, c] for c in range(2)] for r in range(2)])
-    products = [[d[r][c].T @ m[r][c] for c in range(4)] for r in range(4)]
-    dw = jnp.stack([jnp.stack(line) for line in _combined(_G.T, products)])
-    return _tiled(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3)), dw
+    return _winograd.convolve(g, _turned(kernel)), _winograd.kernel_cotangent(x, g)
 
 
-filtered.defvjp(lambda x, kernel: (_tiled(x, kernel), (x, kernel)), _filtered_back)
+filtered.defvjp(lambda x, kernel: (_winograd.convolve(x, kernel), (x, kernel)), _filtered_back)
 
 
 def pooled(x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
@@ -143,7 +95,11 @@ def forms(size: Size, key: PRNGKeyArray) -> dict[str, tuple[dict[str, Form], Arr
     images = {c: jax.random.normal(key, (n, side, side, c)) for c in CHANNELS[size]}
     for c, z in images.items():
         kernel = jax.random.normal(key, (3, 3, c, c)) / (9 * c) ** 0.5
-        each: dict[str, Form] = {STOCK: stock, FLIPPED: flipped, "minimal filtering": filtered}
+        each: dict[str, Form] = {
+            STOCK: stock_convolution,
+            FLIPPED: flipped,
+            "minimal filtering": filtered,
+        }
         found[f"convolution, {c} channels"] = each, z, kernel
     tokens = jax.random.normal(key, (batch, length, width))
     weight = jax.random.normal(key, (width, width)) / width**0.5

@@ -20,14 +20,13 @@ import numpy as np
 import optax
 from _accelerator_run import Compiled, Program, Run, Size, compiled, good
 from _throughput_blocks import Language
-from _ways import EXTRA
+from _ways import VJP_FLOP, needed_flop
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 import deqjax
 from deqjax.models import ImplicitResNet, ReversibleTransformer
 
 BYTES = 256
-_VJP_FLOP = 3  # of those of f
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +181,8 @@ def train_text(run: Run, step: Compiled, loss: Compiled, end: float) -> None:
 
     last = float(np.mean(losses[-max(n // 10, 3) :]))
     tokens = t.batch * length
-    head = _VJP_FLOP * 2 * t.block.width * BYTES * tokens
-    flop = t.steps * (EXTRA["exact"] + _VJP_FLOP) * sum(t.block.flop(t.batch)) + head
+    head = VJP_FLOP * 2 * t.block.width * BYTES * tokens
+    flop = needed_flop("exact", t.steps, sum(t.block.flop(t.batch))) + head
     rate = run.known("rates").get("bfloat16", math.nan)
     said = f"{losses[0]:.3f} nats, {last:.3f} after {n} steps and {taken:.0f} s ({other:.3f} on "
     said += f"text held out); {n * tokens / taken:.4g} tokens/s, "

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from _compare_time import median_ratio
 from _fidelity_cells import attention_shapes, normalise
 from _fidelity_memory import compiled, temporary_bytes
+from _fidelity_pieces import reversal
 from _fidelity_time import Calls, interleaved
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 import deqjax
 
-BETA = 0.5
+D = 2  # 1 - beta = 1/2
 
 
 def block(z: Array, args: tuple[PyTree, Array], *, heads: int) -> Array:
@@ -33,48 +34,12 @@ def block(z: Array, args: tuple[PyTree, Array], *, heads: int) -> Array:
 
 
 def by_hand(fn: Any, pairs: int, params: PyTree, x: Array) -> Array:
-    """Pairs of steps in floating point, and the sweep that undoes them."""
-
-    @jax.custom_vjp
-    def solve(params, x):
-        return run(params, x)[1]
-
-    def run(params, x):
-        def pair(_, state):
-            y, z = state
-            y = (1 - BETA) * y + BETA * fn(z, (params, x))
-            return y, (1 - BETA) * z + BETA * fn(y, (params, x))
-
-        return jax.lax.fori_loop(0, pairs, pair, (jnp.zeros_like(x), jnp.zeros_like(x)))
-
-    def forward(params, x):
-        y, z = run(params, x)
-        return z, (y, z, params, x)
-
-    def backward(saved, g):
-        y, z, *args = saved
-
-        def undo(a, b, ga, gb, total):
-            fa, pull = jax.vjp(lambda a, *args: fn(a, args), a, *args)
-            da, *d_args = pull(BETA * gb)
-            total = jax.tree.map(jnp.add, total, d_args)
-            return (b - BETA * fa) / (1 - BETA), ga + da, (1 - BETA) * gb, total
-
-        def pair(_, state):
-            y, z, gy, gz, total = state
-            z, gy, gz, total = undo(y, z, gy, gz, total)
-            y, gz, gy, total = undo(z, y, gz, gy, total)
-            return y, z, gy, gz, total
-
-        start = (y, z, jnp.zeros_like(z), g, jax.tree.map(jnp.zeros_like, args))
-        return tuple(jax.lax.fori_loop(0, pairs, pair, start)[-1])
-
-    solve.defvjp(forward, backward)
-    return solve(params, x)
+    """The published scheme from 0, without its solver or check."""
+    return reversal(fn, D, 2 * pairs)((params, x), jnp.zeros_like(x))
 
 
 def ours(fn: Any, pairs: int, params: PyTree, x: Array, *, exact: bool) -> Array:
-    solver = deqjax.Reversible(0.0, 0.0, beta=BETA, exact=exact)
+    solver = deqjax.Reversible(0.0, 0.0, beta=1 - 1 / D, exact=exact)
     adjoint = deqjax.ReversibleAdjoint()
     options = {"max_steps": 2 * pairs, "adjoint": adjoint}
     return deqjax.fixed_point(fn, solver, jnp.zeros_like(x), (params, x), **options).value

@@ -11,7 +11,9 @@ import numpy as np
 import optimistix
 import paramax
 from _compare_time import median_ratio
+from _fidelity_cells import Cell
 from _fidelity_memory import compiled
+from _fidelity_pieces import pieces
 from _fidelity_time import Calls, interleaved
 from jaxtyping import Array, PRNGKeyArray
 
@@ -30,7 +32,7 @@ def concave(
     cell = PositiveConcaveConv2d(channels, 3, jnp.tanh, nonnegative=None, key=k1)
     # Rows of W sum to 1.
     weight = paramax.unwrap(cell.weight)
-    weight = weight / jnp.sum(weight, (0, 1, 2))
+    weight = weight / jnp.sum(weight, (0, 1, 2), keepdims=True)
     cell = eqx.tree_at(lambda c: c.weight, cell, weight)
     x = jax.vmap(cell.inject)(jax.random.normal(k2, (n, side, side, channels)))
     inputs = (weight, x, jax.random.normal(k3, x.shape))
@@ -116,16 +118,14 @@ def _torch(weight: Any, x: Any, g: Any) -> Callable[[], int]:
 
 def _steps(cell: PositiveConcaveConv2d, inputs: Any, rounds: int, loop: int) -> Any:
     """Seconds of a step of a solve that goes on, from the difference of a long and a short one."""
-    weight, x, _ = inputs
+    weight, x, cotangent = inputs
     fn = _mapped(cell)
     calls: Calls = {}
     short, long = 2, 2 + loop
 
-    def evaluations(weight, x):
-        return jax.lax.fori_loop(0, loop, lambda _, z: fn(z, (weight, x)), cell.start(x))
-
-    program = compiled(evaluations, weight, x)
-    calls["f"] = lambda p=program: p(weight, x)
+    f, *start = pieces(Cell("", fn, cell.start(x), (weight, x), cotangent), loop)["f in a loop"]
+    program = compiled(f, *start)
+    calls["f"] = lambda p=program: p(*start)
     methods = {"Picard": deqjax.FixedPointIteration, "Anderson": deqjax.Anderson}
     for name, method in methods.items():
         for batched in (True, False):

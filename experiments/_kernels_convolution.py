@@ -1,15 +1,18 @@
 """The convolution of `nn.Conv2d` over the stock one, with its cotangents, in a loop."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from _compare_time import median_ratio
+from _fidelity_cells import Cell
 from _fidelity_memory import compiled
+from _fidelity_pieces import pieces
 from _fidelity_time import Calls, interleaved
 from jaxtyping import Array, PRNGKeyArray
 
-from deqjax.nn._convolution import conv2d
+from deqjax.nn._convolution import conv2d, stock
 
 # Images, pixels a side, channels.
 SIZES = [(64, 28, 24), (64, 28, 32), (64, 28, 82), (64, 14, 48), (64, 7, 48),
@@ -19,18 +22,13 @@ TINY = [(1, 8, 33)]
 STOCK = {(64, 14, 48), *TINY}
 
 
-def stock(x: Array, kernel: Array) -> Array:
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
-
-
 def sums(x: Array, kernel: Array) -> Array:
     """With our cotangents, and the direct sums."""
     with jax.default_matmul_precision("highest"):
         return conv2d(x, kernel)
 
 
-FORMS = {"ours": conv2d, "sums": sums, "stock": stock}
+FORMS = {"ours": conv2d, "sums": sums, "stock": partial(stock, stride=1, precision=None)}
 
 
 def convolution(key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool) -> list[dict[str, Any]]:
@@ -44,24 +42,10 @@ def convolution(key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool) -> li
         calls: Calls = {}
         forms = {k: f for k, f in FORMS.items() if k != "stock" or (n, side, channels) in STOCK}
         for name, conv in forms.items():
-            f = lambda z, w, bias, conv=conv: jnp.tanh(conv(z, w) + bias)
-
-            def forward(x, w, bias, f=f):
-                return jax.lax.fori_loop(0, loop, lambda _, z: f(z, w, bias), x)
-
-            def both(x, w, bias, g, f=f):
-                def body(_, carry):
-                    z, g, total = carry
-                    y, pull = jax.vjp(lambda z, w: f(z, w, bias), z, w)
-                    dz, dw = pull(g)
-                    return y, dz, total + dw
-
-                return jax.lax.fori_loop(0, loop, body, (x, g, jnp.zeros_like(w)))
-
-            for part, fn, inputs in (
-                ("f", forward, (x, w, bias)),
-                ("vjp", both, (x, w, bias, cotangent)),
-            ):
+            fn = lambda z, args, conv=conv: jnp.tanh(conv(z, args[0]) + args[1])
+            cell = Cell(name, fn, x, (w, bias), cotangent)
+            for part in ("f", "vjp"):
+                fn, *inputs = pieces(cell, loop)[f"{part} in a loop"]
                 program = compiled(fn, *inputs)
                 calls[f"{name} {part}"] = lambda p=program, a=inputs: p(*a)
         found = interleaved(calls, rounds, {})

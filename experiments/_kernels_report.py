@@ -3,6 +3,7 @@
 from typing import Any
 
 from _compare_run import Claims, said
+from _fidelity_report import markdown
 
 Results = dict[str, Any]
 
@@ -48,5 +49,4 @@ def tables(results: Results) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     text = lambda x: "-" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
-    head = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
-    return "\n".join(head + [f"| {' | '.join(map(text, row.values()))} |" for row in rows])
+    return markdown([list(rows[0]), *([text(x) for x in row.values()] for row in rows)])

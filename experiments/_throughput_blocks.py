@@ -141,7 +141,7 @@ class Images:
         return made
 
     def flop(self, batch: int) -> list[float]:
-        """The products of one f of each scale, those with the zeros around an image counted."""
+        """The products of one f of each scale as sums, those with the zeros around an image too."""
         return [2.0 * batch * s**2 * 2 * 9 * c**2 * width for s, c, width in self._scales]
 
     def model(self, variant: Variant, n: int, batch: int, dtype: DType, key: PRNGKeyArray) -> Any:

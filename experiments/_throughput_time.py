@@ -10,26 +10,16 @@ import jax.numpy as jnp
 from _fidelity_cells import Cell
 from _fidelity_memory import compiled, digits_per_word, temporary_bytes
 from _fidelity_methods import ADJOINTS, value_and_grad
-from _fidelity_time import Calls, interleaved, medians, pieces
+from _fidelity_pieces import pieces
+from _fidelity_time import Calls, interleaved, medians
 from _throughput_blocks import Images, Language, distinct, unrolled
-from _ways import EXTRA, DType, Variant
+from _ways import DType, Variant, floor, needed_flop
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 Row = dict[str, Any]
 Case = tuple[Variant, int]  # and the number of evaluations
 
 LOOP = 8  # calls of a short piece in a row, as many as the paper's solve has
-VJP_FLOP = 3  # of those of f: f itself, and two products for each of its own
-
-
-def floor(variant: Variant, evaluations: int, f: float, vjp: float) -> float:
-    """What value and gradient cannot do without, from the seconds of f and of f with its VJP."""
-    return evaluations * (EXTRA[variant] * f + vjp)
-
-
-def needed_flop(variant: Variant, evaluations: int, flop: float) -> float:
-    """Of the floor, from that of one f."""
-    return floor(variant, evaluations, flop, VJP_FLOP * flop)
 
 
 def digit_bytes(cell: Cell, d: int, evaluations: int) -> int:

@@ -45,6 +45,19 @@ def runner(script, cache):
     return run
 
 
+def measured(script, folder, *options, **variables):
+    """Run a measuring script with --smoke to its end, where every warning is an error."""
+    environment = os.environ | {
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+    }
+    command = [sys.executable, "-W", "error", str(script), "--smoke", "--out", "out", *options]
+    environment |= variables
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 def reach(process, folder, step):
     """Wait until the metrics of a step are written."""
     for _ in range(1200):

@@ -63,7 +63,8 @@ def conv2d(
     return bind(forward_p, x, kernel, stride=stride, precision=default_precision())
 
 
-def _stock(x, w, *, stride, precision):
+def stock(x, w, *, stride, precision):
+    """The convolution, with the derivatives that JAX gives it."""
     pad = [(k // 2, k // 2) for k in w.shape[:2]]
     layout = ("NHWC", "HWIO", "NHWC")
     strides = (stride,) * 2
@@ -78,12 +79,12 @@ def _like(x, shape):
 
 def _stock_image(g, w, *, size, **params):
     x = _like(g, (g.shape[0], *size, w.shape[2]))
-    return jax.linear_transpose(lambda x: _stock(x, w, **params), x)(g)[0]
+    return jax.linear_transpose(lambda x: stock(x, w, **params), x)(g)[0]
 
 
 def _stock_kernel(x, g, *, size, **params):
     w = _like(x, (*size, x.shape[-1], g.shape[-1]))
-    return jax.linear_transpose(lambda w: _stock(x, w, **params), w)(g)[0]
+    return jax.linear_transpose(lambda w: stock(x, w, **params), w)(g)[0]
 
 
 def _filtered(x: Array, size: Any, inputs: int, outputs: int, **params: Any) -> bool:
@@ -96,7 +97,7 @@ def _filtered(x: Array, size: Any, inputs: int, outputs: int, **params: Any) -> 
 def _forward(x, w, **params):
     if _filtered(x, w.shape[:2], w.shape[2], w.shape[3], **params):
         return _winograd.convolve(x, w)
-    return _stock(x, w, **params)
+    return stock(x, w, **params)
 
 
 def _image(g, w, *, size, stride, precision):
@@ -109,10 +110,11 @@ def _image(g, w, *, size, stride, precision):
 def _kernel(x, g, *, size, stride, precision):
     if _filtered(x, size, x.shape[-1], g.shape[-1], stride=stride, precision=precision):
         return _winograd.kernel_cotangent(x, g)
-    return _taps(x, g, size=size, stride=stride, precision=precision)
+    return taps(x, g, size=size, stride=stride, precision=precision)
 
 
-def _taps(x, g, *, size, stride, precision):
+def taps(x, g, *, size, stride, precision):
+    """The cotangent of the kernel by one matrix product for each of its entries."""
     n, h, w, c = x.shape
     x = jnp.pad(x, ((0, 0), *((k // 2,) * 2 for k in size), (0, 0)))
     wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
@@ -124,8 +126,8 @@ def _taps(x, g, *, size, stride, precision):
         left = shifted.reshape(g.shape[0], c).T
         return jnp.matmul(left, g, precision=precision, preferred_element_type=wide)
 
-    taps = [product(a, b) for a in range(size[0]) for b in range(size[1])]
-    return jnp.stack(taps).reshape(*size, c, g.shape[-1]).astype(x.dtype)
+    products = [product(a, b) for a in range(size[0]) for b in range(size[1])]
+    return jnp.stack(products).reshape(*size, c, g.shape[-1]).astype(x.dtype)
 
 
 def _forward_shape(x, w, *, stride, **_):
@@ -141,7 +143,7 @@ def _kernel_shape(x, g, *, size, **_):
     return *size, x.shape[3], g.shape[3]
 
 
-def _merged(primitive: Primitive, stock: Callable, args, dims, **params):
+def _merged(primitive: Primitive, rule: Callable, args, dims, **params):
     """Of images and a shared kernel: one convolution of more images."""
     images, kernel = args
     if dims[1] is None:
@@ -149,15 +151,15 @@ def _merged(primitive: Primitive, stock: Callable, args, dims, **params):
         flat = images.reshape(math.prod(images.shape[:2]), *images.shape[2:])
         out = bind(primitive, flat, kernel, **params)
         return out.reshape(*images.shape[:2], *out.shape[1:]), 0
-    return jax.vmap(partial(stock, **params), dims)(images, kernel), 0
+    return jax.vmap(partial(rule, **params), dims)(images, kernel), 0
 
 
 def _each(args, dims, **params):
     """One cotangent per example."""
-    return jax.vmap(partial(_taps, **params), dims)(*args), 0
+    return jax.vmap(partial(taps, **params), dims)(*args), 0
 
 
-forward_p = primitive("deqjax_conv2d", _forward, _stock, _forward_shape, 1)
+forward_p = primitive("deqjax_conv2d", _forward, stock, _forward_shape, 1)
 image_p = primitive("deqjax_conv2d_image", _image, _stock_image, _image_shape, 1)
 kernel_p = primitive("deqjax_conv2d_kernel", _kernel, _stock_kernel, _kernel_shape, 0)
 ad.defbilinear(
@@ -175,6 +177,6 @@ ad.defbilinear(
     lambda w, x, g, *, size, **p: bind(image_p, g, w, size=x.aval.shape[1:3], **p),
     lambda w, x, g, *, size, **p: bind(forward_p, x, w, **p),
 )
-batching.primitive_batchers[forward_p] = partial(_merged, forward_p, _stock)
+batching.primitive_batchers[forward_p] = partial(_merged, forward_p, stock)
 batching.primitive_batchers[image_p] = partial(_merged, image_p, _stock_image)
 batching.primitive_batchers[kernel_p] = _each

@@ -1,11 +1,8 @@
 """`experiments/accelerator.py`: a smoke run; programs that lower; faults are found, none lost."""
 
 import ast
-import importlib
 import itertools
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import measured
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SCRIPT = EXPERIMENTS / "accelerator.py"
@@ -23,22 +21,8 @@ PLATFORMS = ["cuda", "tpu", "rocm"]
 SECTIONS = ("exactness", "cost", "rules", "certificates", "training")
 
 
-@pytest.fixture
-def module(monkeypatch):
-    """Import a file of the experiments."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
-
-
 def test_smoke(tmp_path):
-    environment = os.environ | {
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-    }
-    command = [sys.executable, "-W", "error", str(SCRIPT), "--smoke", "--out", "out"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = measured(SCRIPT, tmp_path)
     log = (tmp_path / "out" / "log.txt").read_text()
     assert run.returncode == 0, run.stdout + run.stderr + log
     table = (tmp_path / "out" / "table.md").read_text()

@@ -1,14 +1,11 @@
 """`experiments/certificates.py`, run as a user does, with --smoke."""
 
-import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import measured
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -16,25 +13,10 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     path = tmp_path_factory.mktemp("certificates")
-    environment = os.environ | {
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-    }
-    script = str(EXPERIMENTS / "certificates.py")
-    command = [sys.executable, "-W", "error", script, "--smoke", "--out", "out"]
-    run = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True)
+    run = measured(EXPERIMENTS / "certificates.py", path)
     assert run.returncode == 0, run.stderr
     assert (path / "out" / "table.md").read_text() in run.stdout
     return json.loads((path / "out" / "results.json").read_text()), path / "out"
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """Import a file of the experiments."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
 
 
 def test_every_promise_is_measured(smoke):

@@ -1,13 +1,11 @@
 """`experiments/compare_solvers.py` and `compare_adjoints.py`, run as a user does, with --smoke."""
 
-import importlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import measured
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 OURS = {"Picard", "damped Picard", "Anderson", "Broyden"}
@@ -33,15 +31,7 @@ def smoke(script, path):
     (path / "without").mkdir()
     (path / "without" / "jaxopt.py").write_text("raise ImportError('simulated')\n")
     before = [str(path / "without"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, before)),
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-    }
-    command = [sys.executable, "-W", "error", str(EXPERIMENTS / script), "--smoke", "--out", "out"]
-    run = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True)
+    run = measured(EXPERIMENTS / script, path, PYTHONPATH=os.pathsep.join(filter(None, before)))
     assert run.returncode == 0, run.stderr
     out = path / "out"
     assert (out / "table.md").read_text() in run.stdout
@@ -56,13 +46,6 @@ def solvers(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adjoints(tmp_path_factory):
     return smoke("compare_adjoints.py", tmp_path_factory.mktemp("adjoints"))
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """Import a file of the experiments."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
 
 
 def bounds(results):

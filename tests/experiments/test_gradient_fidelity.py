@@ -1,15 +1,12 @@
 """`experiments/gradient_fidelity.py`, run as a user runs it, with --smoke."""
 
-import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from processes import measured
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "gradient_fidelity.py"
 METHODS = {"exact", "float", "float64 state", "segmented", "checkpointed", "implicit", "phantom"}
@@ -19,24 +16,10 @@ METHODS = {"exact", "float", "float64 state", "segmented", "checkpointed", "impl
 def folder(tmp_path_factory):
     """The folder of a smoke run; its output is in said.txt."""
     path = tmp_path_factory.mktemp("fidelity")
-    environment = os.environ | {
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-    }
-    command = [sys.executable, "-W", "error", str(SCRIPT), "--smoke", "--out", str(path / "out")]
-    run = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True)
+    run = measured(SCRIPT, path)
     assert run.returncode == 0, run.stderr
     (path / "out" / "said.txt").write_text(run.stdout)
     return path / "out"
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """Import a file of the experiments."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    return importlib.import_module
 
 
 def test_every_promise_is_measured(folder):

@@ -1,33 +1,21 @@
 """`experiments/kernels.py`: it runs, and what it compares are the same numbers."""
 
-import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import measured
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
-@pytest.fixture
-def module(monkeypatch):
-    """Import a file of the experiments."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
-
-
 def test_smoke(tmp_path):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, "-W", "error", str(EXPERIMENTS / "kernels.py"), "--smoke"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = measured(EXPERIMENTS / "kernels.py", tmp_path)
     assert run.returncode == 0, run.stderr
-    out = tmp_path / "runs" / "kernels-smoke"
+    out = tmp_path / "out"
     assert (out / "table.md").read_text() in run.stdout
     results = json.loads((out / "results.json").read_text())
     assert {"convolution", "attention", "concave"} < results.keys()

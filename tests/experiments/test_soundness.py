@@ -1,38 +1,20 @@
 """`experiments/soundness.py`: it runs, its references are right, and it can find what is false."""
 
-import importlib
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import measured
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
-@pytest.fixture
-def module(monkeypatch):
-    """Import a file of the experiments."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
-
-
 def test_smoke(tmp_path):
-    environment = os.environ | {
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-    }
-    script = str(EXPERIMENTS / "soundness.py")
-    command = [sys.executable, "-W", "error", script, "--smoke", "--out", "out"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = measured(EXPERIMENTS / "soundness.py", tmp_path)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "out" / "table.md").read_text() in run.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
