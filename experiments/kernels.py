@@ -12,13 +12,13 @@ step of Anderson's method costs in evaluations of that cell.
 Writes results.json (all numbers) and table.md into runs/kernels/, over those of an earlier run; a
 section that isn't asked for is kept from there. All options: --help.
 
-Hardware: two cores of a shared x86 CPU with other work on them, JAX 0.10.2, PyTorch 2.14, seed 0; 5
-minutes. As printed (all of it: results/kernels.md):
+Hardware: two cores of a shared x86 CPU, JAX 0.10.2, PyTorch 2.14, seed 0; 4 minutes. As printed
+(all of it: results/kernels.md):
 
-    convolution by minimal filtering: value, with cotangents, worst / the sums'   0.78, 0.92
-    attention: float, exact, time / that of a loop by hand                        0.77, 0.96
-    concave convolution: value and gradient, time / PyTorch's, best               0.75
-    a step of Anderson, batched, one problem, in evaluations of the cell          1.62, 2.57
+    convolution by minimal filtering: value, with cotangents, worst / the sums'   0.74, 0.74
+    attention: float, exact, time / that of a loop by hand                        0.78, 0.94
+    concave convolution: value and gradient, time / PyTorch's, best               0.77
+    a step of Anderson, batched, one problem, in evaluations of the cell          1.75, 2.74
 """
 
 # ruff: noqa: E402

@@ -36,7 +36,7 @@ class Conv2d(eqx.Module):
     examples into one convolution whose kernel cotangent is one sum, in float32 or wider.
 
     **Cost:** on a CPU, 3 x 3 at stride 1 with at least 32 channels and 8 pixels a side is computed
-    by minimal filtering (Winograd), in 0.6 to 0.9 of the time of the direct sums, with ten more
+    by minimal filtering (Winograd), in 0.4 to 0.9 of the time of the direct sums, with ten more
     copies of x; its rounding, no larger than theirs, is relative to the largest entry of y. Under
     `jax.default_matmul_precision("highest")`, as in every certificate, the sums are formed as
     written. Anything else costs what the stock convolution does forward; the image cotangent at

@@ -36,14 +36,18 @@ from .._tree import mesh_axes, vary
 from . import _winograd
 
 # The time of minimal filtering over that of the direct sums, in a loop of 8 on two cores, of f and
-# of f with both cotangents (experiments/kernels.py). Below 32 channels moving tiles takes what
-# products save (28 x 28, 24 channels: 0.78 to 1.2 in four runs); on few pixels an odd side does:
+# of f with both cotangents (experiments/kernels.py; busy cores, free ones). Below 32 channels
+# moving tiles takes what products save (28 x 28, 24 channels: 0.78 to 1.2); on few pixels an odd
+# side does:
 #
-#     images, pixels, channels   f     VJP        images, pixels, channels   f     VJP
-#     64      28 x 28  32        0.87  0.84       16      33 x 33  64        0.62  0.71
-#     64      28 x 28  82        0.74  0.73        1      32 x 32  64        0.90  0.64
-#     64      14 x 14  48        0.73  0.84       64      32 x 32  128       0.62  0.57
-#     64       7 x 7   48        1.14  1.03
+#     images, pixels, channels   f           VJP
+#     64      28 x 28  32        0.87, 0.58  0.84, 0.74
+#     64      28 x 28  82        0.74, 0.60  0.73, 0.64
+#     64      14 x 14  48        0.73, 0.44  0.84, 0.58
+#     64       7 x 7   48        1.14        1.03
+#     16      33 x 33  64        0.62, 0.41  0.71, 0.62
+#      1      32 x 32  64        0.90, 0.74  0.64, 0.49
+#     64      32 x 32  128       0.62, 0.60  0.57, 0.54
 _CHANNELS, _SIDE = 32, 8
 
 
