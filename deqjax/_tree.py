@@ -126,16 +126,8 @@ def opaque(tree: PyTree) -> PyTree:
 
 def mesh_axes(*trees: PyTree) -> Axes:
     """Names of the `jax.shard_map` mesh axes over which some leaf varies; empty outside one."""
-
     avals = [jax.typeof(x) for x in jax.tree.leaves(eqx.filter(trees, eqx.is_array))]
     return frozenset().union(*(x.mat.varying if hasattr(x, "mat") else x.vma for x in avals))
-
-
-def _cast(x: Array, axes: tuple) -> Array:
-    # Like `.vma` above, `pvary` is the name in JAX 0.8.
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, axes, to="varying")
-    return jax.lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def vary(tree: PyTree, axes: Axes) -> PyTree:
@@ -147,6 +139,6 @@ def vary(tree: PyTree, axes: Axes) -> PyTree:
 
     def leaf(x: Shaped[Array, "..."]):
         missing = tuple(sorted(axes - mesh_axes(x), key=str))
-        return _cast(x, missing) if missing else x
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(lambda x: leaf(x) if eqx.is_array(x) else x, tree) if axes else tree

@@ -25,8 +25,7 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
     **Cost:** three evaluations of `f` and one VJP a step: once forwards, once to recompute its
     stretch, once for its VJP. `checkpoints + max_steps / checkpoints` copies of the state, and
     about four of the parameters. Steps beyond a stop are skipped, except under `jax.vmap` and in
-    `jax.shard_map`, where each call costs
-    `max_steps` of them.
+    `jax.shard_map`, where each call costs `max_steps` of them.
 
     **When not to use it:** at a converged fixed point `deqjax.ImplicitAdjoint` gives its derivative
     at O(1) memory; of the steps of `deqjax.Reversible`, `deqjax.ReversibleAdjoint` gives the same
@@ -68,26 +67,5 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
                 "RecursiveCheckpointAdjoint expects a number as max_steps, got None; "
                 "choose a ceiling on the number of steps."
             )
-        fn, args = _without_keys(p.fn, p.args)
         loop = ft.partial(checkpointed_while, checkpoints=self.checkpoints)
-        return primal_fn((fn, p.solver, p.z0, args, *p.rest, loop))
-
-
-def _without_keys(fn: Callable, args: PyTree) -> tuple[Callable, PyTree]:
-    """`fn(z, args)` as a function of the bits of its typed PRNG keys.
-
-    Steps beyond a stop are branches not taken, for which JAX before 0.10 makes zeros in the place
-    of what is recomputed from; and it has none like a key.
-    """
-    is_key = lambda x: eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    whole = fn, args
-    bits = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, whole)
-
-    def back(x, like):
-        return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if is_key(like) else x
-
-    def call(z, bits):
-        fn, args = jax.tree.map(back, bits, whole)
-        return fn(z, args)
-
-    return call, bits
+        return primal_fn((p.fn, p.solver, p.z0, p.args, *p.rest, loop))

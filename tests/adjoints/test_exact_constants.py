@@ -29,9 +29,6 @@ CELLS = {
         0, 2, lambda _, z: jnp.tanh(p[0] @ z + jnp.exp(p[0]) @ p[1]), z
     ),
 }
-# Before JAX 0.10 XLA made other machine code of the same loop where it reads constants: refused.
-if jax.__version_info__ < (0, 10):
-    del CELLS["deep"]
 
 
 def drawn():
