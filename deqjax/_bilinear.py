@@ -10,18 +10,17 @@ from typing import Any
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 from jaxtyping import Array
 
 from ._tree import mesh_axes, vary
 
 _STATIC = ("out", "precision", "size", "stride")
+_STOCK = {}
 
 
-def primitive(name: str, ours: Callable, stock: Callable, shape: Callable, kept: int) -> Primitive:
+def primitive(name: str, ours: Callable, stock: Callable, shape: Callable) -> Primitive:
     """`stock(a, b, **params)`, or `ours` on a CPU; `shape` tells the shape of the result.
-
-    Its leading axes, as many as are `kept` (-1: all but the last), are those of a.
 
     The dtype of the result is the parameter `out`, if there is one, or that of the operands.
     """
@@ -32,19 +31,22 @@ def primitive(name: str, ours: Callable, stock: Callable, shape: Callable, kept:
     def abstract(a, b, **params):
         # `update` keeps the mesh axes over which both vary, see `bind`.
         to = shape(a, b, **params)
-        spec = [*a.sharding.spec[:kept]]
-        sharding = a.sharding.update(spec=P(*spec, *[None] * (len(to) - len(spec))))
+        sharding = a.sharding.update(spec=P(*[None] * len(to)))
         dtype = params.get("out", a.dtype)
         return a.update(shape=to, dtype=dtype, weak_type=False, sharding=sharding)
 
     made.def_abstract_eval(abstract)
     mlir.register_lowering(made, mlir.lower_fun(stock, multiple_results=False))
     mlir.register_lowering(made, mlir.lower_fun(ours, multiple_results=False), platform="cpu")
+    _STOCK[made] = stock
     return made
 
 
 def bind(primitive: Primitive, a: Array, b: Array, **params: Any) -> Array:
     """The operation of two arrays, inside a `jax.shard_map` too."""
+    # Shardings that are part of a type are for JAX's own rules to follow.
+    if any(AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in (a, b)):
+        return _STOCK[primitive](a, b, **params)
     axes = mesh_axes(a, b)
     return primitive.bind(vary(a, axes), vary(b, axes), **params)
 

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching
-from jax.sharding import AxisType
 from jaxtyping import Array, DTypeLike, Float
 
 from ._bilinear import bind, default_precision, primitive
@@ -26,7 +25,10 @@ from ._bilinear import bind, default_precision, primitive
 def dense(
     x: Float[Array, "... i"], w: Float[Array, "i o"], out: DTypeLike | None = None
 ) -> Float[Array, "... o"]:
-    """`x w` in the dtype of x, summed and returned in that of `out` (default: that of x)."""
+    """`x w` in the dtype of x, summed and returned in that of `out` (default: that of x).
+
+    The cotangent is cast to the dtype of x first, in which its products are formed.
+    """
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
         raise ValueError(
             f"The product expected x of shape (..., {w.shape[0]}) for a weight of shape {w.shape}, "
@@ -42,7 +44,7 @@ def dense(
 
 
 def replaced(eqn: Any) -> Any:
-    """A function that is the product of an equation as one of two matrices; None: it is none."""
+    """A function that computes an equation of a jaxpr by `dense_p`; None: it is no such product."""
     if eqn.primitive.name != "dot_general" or eqn.params.get("out_sharding") is not None:
         return None
     avals: Any = [v.aval for v in eqn.invars]
@@ -51,11 +53,9 @@ def replaced(eqn: Any) -> Any:
     dtypes = {a.dtype for a in (*avals, eqn.outvars[0].aval)}
     floats = all(jnp.issubdtype(d, jnp.floating) for d in dtypes)
     plain = floats and len(dtypes) == 1 and not any(shared)
-    # A sharding that is part of the type is for JAX's own rules to follow.
-    auto = all(AxisType.Explicit not in a.sharding.mesh.axis_types for a in avals)
     precision = eqn.params["precision"]
     same = precision is None or (isinstance(precision, tuple) and len({*precision}) == 1)
-    if not (plain and auto and same and len(left) == 1):
+    if not (plain and same and len(left) == 1):
         return None
     dims = [a.ndim for a in avals]
     params = {"out": eqn.outvars[0].aval.dtype, "precision": precision}
@@ -90,11 +90,9 @@ def _flat_right(x, g, **params):
     return _stock_right(_rows(x), _rows(g), **params)
 
 
-dense_p = primitive(
-    "deqjax_dense", _flat, _stock, lambda x, w, **_: (*x.shape[:-1], w.shape[1]), -1
-)
+dense_p = primitive("deqjax_dense", _flat, _stock, lambda x, w, **_: (*x.shape[:-1], w.shape[1]))
 right_p = primitive(
-    "deqjax_dense_right", _flat_right, _stock_right, lambda x, g, **_: (x.shape[-1], g.shape[-1]), 0
+    "deqjax_dense_right", _flat_right, _stock_right, lambda x, g, **_: (x.shape[-1], g.shape[-1])
 )
 
 

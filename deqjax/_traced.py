@@ -4,6 +4,7 @@ Two of them are equal if and only if every equation, parameter, literal and abst
 cannot be compared is equal to itself alone.
 """
 
+import contextlib
 import functools as ft
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -12,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.core
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.sharding import Sharding
 from jaxtyping import Array, PyTree
 
 from ._compare import Fleeting, alone, jaxpr_key, static_fields, static_key
@@ -40,8 +42,26 @@ class Body:
 
     @ft.cached_property
     def multiplies(self) -> bool:
-        """Whether it has matrix products of which `_product.py` knows a better form."""
+        """Whether it has products of which `_product.py` knows a better form, outside of loops."""
         return _multiplies(self.jaxpr)
+
+    @ft.cached_property
+    def replaced(self) -> Callable[[Any], Any]:
+        """The other form of an equation that multiplies; None: there is none."""
+        # One for each function that is called, so that JAX lowers once what is called often.
+        calls = {}
+
+        def form(eqn):
+            body = _nested(eqn)
+            if body is None or not _multiplies(body.jaxpr):
+                return _in_place(eqn, replaced(eqn))
+            if body not in calls:
+                call = lambda *inputs: _evaluated(body.jaxpr, body.consts, inputs, form)
+                call.__name__ = eqn.params["name"]
+                calls[body] = jax.jit(call)
+            return calls[body]
+
+        return form
 
     def __hash__(self) -> int:
         return self._hash
@@ -62,8 +82,7 @@ class Traced(eqx.Module):
         arrays = jax.tree.leaves(eqx.filter(inputs, eqx.is_array))
         jaxpr = self.body.jaxpr
         if self.body.multiplies:
-            opened = lambda body: _multiplies(body.jaxpr)
-            out = _evaluated(jaxpr, self.consts, arrays, opened, replaced)
+            out = _evaluated(jaxpr, self.consts, arrays, self.body.replaced)
         else:
             out = jax.core.eval_jaxpr(jaxpr, self.consts, *arrays)
         return eqx.combine(jax.tree.unflatten(self.body.out_tree, out), self.body.out_static)
@@ -91,14 +110,17 @@ def trace(fn: Callable, *inputs: PyTree) -> Traced:
 
     closed = jax.make_jaxpr(flat)(*leaves)
     if _holds(closed.jaxpr):
-        opened = lambda body: bool(body.consts) or _holds(body.jaxpr)
-        inlined = lambda *leaves: _evaluated(closed.jaxpr, closed.consts, leaves, opened)
+        inlined = lambda *leaves: _evaluated(closed.jaxpr, closed.consts, leaves, _opened)
         closed = jax.make_jaxpr(inlined)(*leaves)
     return Traced(closed.consts, Body(closed.jaxpr, *form[0]))
 
 
 def _nested(eqn: Any) -> ClosedJaxpr | None:
-    return eqn.params["jaxpr"] if eqn.primitive.name in ("jit", "pjit") else None
+    """The function that a nested `jax.jit` calls; None: it is none, or places arrays on devices."""
+    if eqn.primitive.name not in ("jit", "pjit"):
+        return None
+    places = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
+    return None if any(isinstance(s, Sharding) for s in places) else eqn.params["jaxpr"]
 
 
 def _bodies(jaxpr: Jaxpr) -> list[ClosedJaxpr]:
@@ -110,29 +132,39 @@ def _holds(jaxpr: Jaxpr) -> bool:
     return any(body.consts or _holds(body.jaxpr) for body in _bodies(jaxpr))
 
 
+def _opened(eqn: Any) -> Callable | None:
+    """The function that an equation calls with arrays of its own; None: it is no such call."""
+    body = _nested(eqn)
+    if body is None or not (body.consts or _holds(body.jaxpr)):
+        return None
+    return lambda *inputs: _evaluated(body.jaxpr, body.consts, inputs, _opened)
+
+
 def _multiplies(jaxpr: Jaxpr) -> bool:
     """Whether it, or a nested `jax.jit`, has products to be replaced."""
     return any(map(replaced, jaxpr.eqns)) or any(_multiplies(b.jaxpr) for b in _bodies(jaxpr))
 
 
+def _in_place(eqn: Any, product: Callable | None) -> Callable | None:
+    """`product` under the name and in the memory that the equation has."""
+    if product is None:
+        return None
+
+    def call(*inputs):
+        name = str(eqn.source_info.name_stack)
+        with eqn.ctx.manager, jax.named_scope(name) if name else contextlib.nullcontext():
+            return [product(*inputs)]
+
+    return call
+
+
 def _evaluated(
-    jaxpr: Jaxpr,
-    consts: Any,
-    inputs: Any,
-    opened: Callable[[ClosedJaxpr], bool],
-    other: Callable[[Any], Any] = lambda _: None,
+    jaxpr: Jaxpr, consts: Any, inputs: Any, other: Callable[[Any], Callable | None]
 ) -> list[Array]:
-    """The values of `jaxpr`: calls that are to be `opened` undone, equations that have an `other`
-    form computed by that."""
+    """The values of `jaxpr`, of equations that have an `other` form by that."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
     read = lambda v: v.val if isinstance(v, Literal) else values[v]
     for eqn in jaxpr.eqns:
-        body, found = _nested(eqn), [read(v) for v in eqn.invars]
-        if body is not None and opened(body):
-            outs = _evaluated(body.jaxpr, body.consts, found, opened, other)
-        elif (form := other(eqn)) is not None:
-            outs = [form(*found)]
-        else:
-            outs = alone(jaxpr, eqn)(*found)
-        values |= dict(zip(eqn.outvars, outs, strict=True))
+        form = other(eqn) or alone(jaxpr, eqn)
+        values |= dict(zip(eqn.outvars, form(*map(read, eqn.invars)), strict=True))
     return [read(v) for v in jaxpr.outvars]

@@ -22,7 +22,16 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from _accelerator_run import Program, Run, Size, compiled, good, milliseconds, seconds
+from _accelerator_run import (
+    Program,
+    Run,
+    Size,
+    compiled,
+    good,
+    mebibytes,
+    milliseconds,
+    seconds,
+)
 from _fidelity_cells import Cell
 from _fidelity_methods import ADJOINTS
 from _fidelity_pieces import pieces
@@ -172,7 +181,7 @@ def over_the_floor(run: Run, case: str, size: Any, batch: int, dtype: DType, mad
         least = floor(v, EVALUATIONS, once, both)
         each = taken[v] / EVALUATIONS
         said = f"{milliseconds(each)} an evaluation, {taken[v] / least:.2f} of the floor, "
-        said += f"{size.units(batch) / taken[v]:.4g} {size.unit}/s, {fits[v].bytes / 2**20:.4g} MiB"
+        said += f"{size.units(batch) / taken[v]:.4g} {size.unit}/s, {mebibytes(fits[v].bytes)}"
         ok = finite(fits[v].call()) if v == "exact" else None
         numbers = {"seconds": taken[v], "floor": least, "bytes": fits[v].bytes}
         run.add(f"{case}: {v}", said, limit=_NOT_LOST if v == "exact" else "", ok=ok, **numbers)
@@ -189,18 +198,17 @@ def memory(run: Run) -> None:
         for n in depths:
             program = good(found[f"{v}, {n}"])
             digits = 4 * math.ceil(n / 32) * cell.z0.size if v == "exact" else 0
-            sizes.append(program.bytes - digits)
+            sizes.append(None if program.bytes is None else program.bytes - digits)
             kept &= finite(program.call())
             held.append((jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"))
         case = f"memory at {', '.join(map(str, depths))} evaluations, {v}"
-        said = " ".join(f"{x / 2**20:.4g}" for x in sizes) + " MiB"
+        said = ", ".join(map(mebibytes, sizes))
         said += " beside the digits" if v == "exact" else ""
         if held[0]:
             said += "; held at most " + " ".join(f"{x / 2**20:.4g}" for x in held)
-        ratio = max(sizes) / sizes[0]
-        exact = v == "exact"
-        limit = f"{_FLAT} of the first, {_NOT_LOST}" if exact else ""
-        ok = ratio <= _FLAT and kept if exact else None
+        asked = v == "exact" and None not in sizes
+        limit = f"{_FLAT} of the first, {_NOT_LOST}" if asked else ""
+        ok = max(sizes) <= _FLAT * sizes[0] and kept if asked else None
         run.add(case, said, limit=limit, ok=ok, bytes=sizes, held=held)
 
 

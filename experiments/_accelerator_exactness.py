@@ -182,7 +182,7 @@ def distance(got: PyTree, truth: PyTree, *, ordered: bool = True) -> float:
     order of first use. A leaf of next to nothing is measured by the largest.
     """
     ours, theirs = ([np.asarray(x, np.float64) for x in jax.tree.leaves(t)] for t in (got, truth))
-    if len(ours) != len(theirs) or not all(np.all(np.isfinite(x)) for x in ours):
+    if len(ours) != len(theirs) or not all(np.all(np.isfinite(x)) for x in ours + theirs):
         return np.inf
     floor = 1e-3 * max(map(np.linalg.norm, theirs))
     gap = lambda a, b: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), floor))
@@ -244,7 +244,7 @@ def judge(run: Run, case: Case, ours: Compiled, theirs: Compiled) -> None:
         truth, other = (theirs.program(*each, taken) for each in (inputs, nudged))
         error = distance(d, truth, ordered=case.context != "closed over")
         allowed = min(max(4 * distance(other, truth), unit(case)), _MOST_OFF)
-        worst["residual"] = max(worst["residual"], float(np.max(residual)))
+        worst["residual"] = float(np.maximum(worst["residual"], np.max(residual)))  # NaN too
         if error / allowed >= worst["share"]:
             worst |= {"error": error, "allowed": allowed, "share": error / allowed}
         steps += [int(np.min(taken)), int(np.max(taken))]

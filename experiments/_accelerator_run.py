@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-from _accelerator_report import begun, read, write
+from _accelerator_report import RED, begun, read, write
 
 Size = Literal["smoke", "reduced", "full"]
 # A function and its inputs, which are arrays: what is compiled here, and exported by the tests.
@@ -76,7 +76,7 @@ class Run:
         **numbers: Any,
     ) -> None:
         """Adds a row to the table; with `ok=None` nothing is asked of it."""
-        verdict = note or {None: "", True: "ok", False: "red"}[ok]
+        verdict = note or {None: "", True: "ok", False: RED}[ok]
         self.write(case=case, value=value, limit=limit, verdict=verdict, **numbers)
         print(f"{self.section}: {case}: {value} {limit} {verdict}".rstrip(), flush=True)
 
@@ -113,7 +113,7 @@ class Compiled(NamedTuple):
 
     program: Callable[..., Any]
     inputs: tuple[Any, ...]
-    bytes: int
+    bytes: int | None  # None: the platform does not tell
 
     def call(self) -> Any:
         return self.program(*self.inputs)
@@ -128,9 +128,9 @@ def compiled(programs: dict[Any, Program]) -> dict[Any, Compiled | Exception]:
 
     def compile(lowered: Any, inputs: tuple[Any, ...]) -> Compiled:
         program = lowered.compile()
-        analysis = program.memory_analysis()  # None where the platform has none
-        size = analysis.temp_size_in_bytes if analysis else 0
-        if size > limit:
+        analysis = program.memory_analysis()
+        size = analysis.temp_size_in_bytes if analysis else None
+        if size is not None and size > limit:
             raise MemoryError(f"does not fit: {size / 2**30:.1f} GiB of temporary memory")
         return Compiled(program, inputs, size)
 
@@ -172,3 +172,7 @@ def seconds(calls: dict[Any, Callable[[], Any]], rounds: int, limit: float) -> d
 
 def milliseconds(s: float) -> str:
     return f"{s * 1e3:.3g} ms"
+
+
+def mebibytes(n: float | None) -> str:
+    return "unknown MiB" if n is None else f"{n / 2**20:.4g} MiB"

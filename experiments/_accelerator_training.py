@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _accelerator_run import Compiled, Program, Run, Size, compiled, good
+from _accelerator_run import Compiled, Program, Run, Size, compiled, good, mebibytes
 from _throughput_blocks import Language
 from _ways import VJP_FLOP, needed_flop
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
@@ -203,7 +203,7 @@ def train_images(run: Run, program: Compiled) -> None:
         times.append(time.perf_counter() - start)
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     said = f"{losses[0]:.3f} nats, {losses[-1]:.3f} after {p.updates} steps on the same images; "
-    said += f"{p.batch / float(np.median(times)):.4g} images/s, {program.bytes / 2**20:.4g} MiB"
+    said += f"{p.batch / float(np.median(times)):.4g} images/s, {mebibytes(program.bytes)}"
     said += f", held at most {peak / 2**20:.4g} MiB" if peak else ""
     ok = bool(np.all(np.isfinite(losses))) and losses[-1] < losses[0]
     run.add(f"images, channels {p.channels}, batch {p.batch}", said, limit="falls", ok=ok)

@@ -64,7 +64,7 @@ def _peer(cell: PositiveConcaveConv2d, inputs: Any, rounds: int) -> list[dict[st
 
         def loss(weight, x, g, solver=solver, adjoint=adjoint):
             solve = {"adjoint": adjoint, "batched": True, "throw": False}
-            z0 = cell.start(x)
+            z0 = cell.initial(x)
             sol = deqjax.fixed_point(_mapped(cell), solver, z0, (weight, x), **solve)
             return jnp.vdot(sol.value, g), jnp.max(sol.stats["num_steps"])
 
@@ -123,7 +123,7 @@ def _steps(cell: PositiveConcaveConv2d, inputs: Any, rounds: int, loop: int) -> 
     calls: Calls = {}
     short, long = 2, 2 + loop
 
-    f, *start = pieces(Cell("", fn, cell.start(x), (weight, x), cotangent), loop)["f in a loop"]
+    f, *start = pieces(Cell("", fn, cell.initial(x), (weight, x), cotangent), loop)["f in a loop"]
     program = compiled(f, *start)
     calls["f"] = lambda p=program: p(*start)
     methods = {"Picard": deqjax.FixedPointIteration, "Anderson": deqjax.Anderson}

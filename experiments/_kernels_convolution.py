@@ -51,7 +51,7 @@ def convolution(key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool) -> li
         found = interleaved(calls, rounds, {})
         row: dict[str, Any] = {"images": n, "pixels": side, "channels": channels}
         for part in ("f", "vjp"):
-            row[part] = sorted(found[f"ours {part}"])[rounds // 2] / loop
+            row[f"{part}, ms"] = 1e3 * sorted(found[f"ours {part}"])[rounds // 2] / loop
             for other in ("sums", "stock"):
                 peer = found.get(f"{other} {part}")
                 ratio = None if peer is None else median_ratio(found[f"ours {part}"], peer)

@@ -35,7 +35,7 @@ def claims(results: Results) -> list[dict[str, Any]]:
 def tables(results: Results) -> str:
     parts = [said(results["claims"])]
     titles = {
-        "convolution": "Convolution, 3 x 3: ms of an evaluation in a loop",
+        "convolution": "Convolution, 3 x 3: an evaluation in a loop",
         "attention": "Value and gradient of a reversible solve",
         "peer": "Value and gradient of a positive concave convolution",
         "steps": "A step of a solve, in evaluations",

@@ -94,7 +94,8 @@ def options() -> argparse.ArgumentParser:
 
 def child(config: argparse.Namespace) -> None:
     """Runs the sections `config.child` in this process."""
-    # Where a case hangs is then told in log.txt.
+    # Where a case dies or hangs is then told in log.txt.
+    faulthandler.enable()
     faulthandler.dump_traceback_later(max(config.until - time.time(), 1.0))
     if importlib.util.find_spec("deqjax") is None:
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -108,6 +109,7 @@ def child(config: argparse.Namespace) -> None:
         size = size_of(config.smoke)
         run = Run(config.out, name, size, config.seed, config.until, config.text)
         getattr(importlib.import_module(f"_accelerator_{module}"), module)(run)
+    faulthandler.cancel_dump_traceback_later()
 
 
 class Parent:
@@ -116,7 +118,7 @@ class Parent:
     def __init__(self, config: argparse.Namespace):
         self.config, self.path = config, config.out / "results.jsonl"
         self.wanted = [n for n, s in SECTIONS.items() if s.module in config.sections]
-        self.end = time.time() + 60 * config.minutes
+        self.end, self.heard = time.time() + 60 * config.minutes, 0
 
     def run(self) -> None:
         self.config.out.mkdir(parents=True, exist_ok=True)
@@ -165,6 +167,7 @@ class Parent:
         environment = dict(os.environ)
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
         with (c.out / "log.txt").open("a") as log:
+            self.heard = log.tell()
             running = subprocess.Popen(command, stderr=log, env=environment)
             try:
                 return running.wait(limit)
@@ -182,7 +185,8 @@ class Parent:
         return [case for name in names for case in begun(read(self.path), name)]
 
     def last_words(self, code: int) -> str:
-        text = (self.config.out / "log.txt").read_text(errors="replace").strip().splitlines()
+        log = (self.config.out / "log.txt").read_bytes()[self.heard :]  # of the last process
+        text = log.decode(errors="replace").strip().splitlines()
         return f"ended with status {code}: {text[-1][:300] if text else 'without a word'}"
 
     def about(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ Hardware: two cores of a shared x86 CPU, JAX 0.10.2, PyTorch 2.14, seed 0; 4 min
     convolution by minimal filtering: value, with cotangents, worst / the sums'   0.74, 0.74
     attention: float, exact, time / that of a loop by hand                        0.78, 0.94
     concave convolution: value and gradient, time / PyTorch's, best               0.77
-    a step of Anderson, batched, one problem, in evaluations of the cell          1.75, 2.74
+    a step of Anderson, batched, one problem, in evaluations (1.3 asked for)      1.75, 2.74
 """
 
 # ruff: noqa: E402

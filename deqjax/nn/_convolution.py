@@ -15,7 +15,7 @@ three are written as something that the forward pass is good at:
     dw[a, b]   = sum_nij x[n, s i + a - p, s j + b - p] g[n, i, j]^T        k * k matrix products
 
 or by minimal filtering (`_winograd.py`) where that is faster. On any other platform the stock rules
-are lowered.
+are lowered; one cotangent of a kernel per example is k * k products everywhere.
 """
 
 import math
@@ -58,13 +58,18 @@ def conv2d(
 
     Where the highest matrix precision is asked for, by the direct sums, which do not cancel.
     """
+    check_images(x, kernel)
+    return bind(forward_p, x, kernel, stride=stride, precision=default_precision())
+
+
+def check_images(x: Array, kernel: Array) -> None:
+    """Raises `ValueError` unless x is a batch of images for the kernel."""
     if x.ndim != 4 or x.shape[-1] != kernel.shape[2] or x.dtype != kernel.dtype:
         raise ValueError(
             f"The convolution expected images (..., {kernel.shape[2]} channels) of dtype "
             f"{kernel.dtype}, channels last; got {x.shape} of {x.dtype}. Move the channels to the "
             "last axis, or cast one of the two."
         )
-    return bind(forward_p, x, kernel, stride=stride, precision=default_precision())
 
 
 def stock(x, w, *, stride, precision):
@@ -163,9 +168,9 @@ def _each(args, dims, **params):
     return jax.vmap(partial(taps, **params), dims)(*args), 0
 
 
-forward_p = primitive("deqjax_conv2d", _forward, stock, _forward_shape, 1)
-image_p = primitive("deqjax_conv2d_image", _image, _stock_image, _image_shape, 1)
-kernel_p = primitive("deqjax_conv2d_kernel", _kernel, _stock_kernel, _kernel_shape, 0)
+forward_p = primitive("deqjax_conv2d", _forward, stock, _forward_shape)
+image_p = primitive("deqjax_conv2d_image", _image, _stock_image, _image_shape)
+kernel_p = primitive("deqjax_conv2d_kernel", _kernel, _stock_kernel, _kernel_shape)
 ad.defbilinear(
     forward_p,
     lambda g, x, w, **p: bind(image_p, g, w, size=x.aval.shape[1:3], **p),

@@ -37,18 +37,18 @@ class DEQ(eqx.Module):
 
     Parameters that `paramax` reparametrises are materialised once, before the solve. If the cell
     has a method `inject`, then `inject(x)` is what it sees as x, also computed once. So are the
-    masks of its `nn.VariationalDropout`, if there is a `key`. If it has a method `start`, then the
-    solve starts at `start(x)`, x as the cell sees it, and at zeros like that if it has none. If it
-    has a method `readout`, then the layer's output is `readout` of the fixed point, computed once
-    after the solve.
+    masks of its `nn.VariationalDropout`, if there is a `key`. If it has a method `initial`, then
+    the solve starts at `initial(x)`, x as the cell sees it, and at zeros like that if it has none.
+    If it has a method `readout`, then the layer's output is `readout` of the fixed point, computed
+    once after the solve.
 
     **Arguments:**
 
     - `cell`: `cell(z, x) -> z'` on one example.
     - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`.
     - `predictor`: `predictor(x) -> z0` on one example, with x as the cell sees it; `None` is the
-        cell's `start`, or zeros. With `deqjax.ImplicitAdjoint` z0 has no gradient, so train it with
-        a loss of its own, for instance
+        cell's `initial`, or zeros. With `deqjax.ImplicitAdjoint` z0 has no gradient, so train it
+        with a loss of its own, for instance
         `jnp.mean((deq.predictor(x) - jax.lax.stop_gradient(sol.value)) ** 2)`: the target is
         `sol.value`, which the layer's output is not if the cell has a `readout`. With an adjoint of
         the steps taken, z0 has a gradient and the task trains it too.
@@ -85,8 +85,8 @@ class DEQ(eqx.Module):
         - `x`: one example, a pytree of arrays.
         - `z0`: the initial iterate, for instance `sol.value` at a similar x or before the last
             update (not the output z, if the cell has a `readout`: `nn.PeacemanRachford` leaves out
-            of it what is negative); `None` is `predictor` of the injected x, the cell's `start`, or
-            zeros.
+            of it what is negative); `None` is `predictor` of the injected x, the cell's `initial`,
+            or zeros.
         - `steps`: a traced budget of at most `max_steps`; drawn anew in each training step, it
             randomises the depth without recompiling.
         - `key`: draws the masks of the cell's `nn.VariationalDropout`, one set for all evaluations
@@ -181,8 +181,8 @@ class DEQ(eqx.Module):
             x = read("inject")(masks, x)
         if z0 is None and predictor is not None:
             z0 = over(predictor)(x)
-        elif z0 is None and hasattr(cell, "start"):
-            z0 = read("start")(masks, x)
+        elif z0 is None and hasattr(cell, "initial"):
+            z0 = read("initial")(masks, x)
         elif z0 is None:
             z0 = jax.tree.map(jnp.zeros_like, x)
         sol = fixed_point(

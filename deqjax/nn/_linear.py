@@ -29,7 +29,8 @@ class Linear(eqx.Module):
     examples into one product.
 
     **When not to use it:** one weight per example (right, but a batch of products):
-    `equinox.nn.Linear`.
+    `equinox.nn.Linear`. The policies of `jax.checkpoint` that save products do not know this one:
+    `policy=lambda p, *_, **__: p.name.startswith("deqjax_")` does.
 
     **Raises:** `ValueError` for x of another length, or of integers.
     """

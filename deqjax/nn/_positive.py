@@ -29,7 +29,7 @@ class AbstractPositiveConcave(AbstractPositiveCell):
         """`sigma(W z + x)` of one example; `x` has been through `inject`."""
         return self.activation(self.product(z) + x)
 
-    def start(self, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    def initial(self, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """`sigma(x)`, which is f(0) without the product: below the fixed point."""
         return self.activation(x)
 

@@ -30,11 +30,11 @@ class PositiveConcave(eqx.Module):
 
     **Cost:** that of the cell.
 
-    **When not to use it:** for a cell that has a method `inject`, such as
+    **When not to use it:** for a cell that has a method `inject`, `initial` or `readout`, such as
     `nn.PositiveConcaveLinear`: pass that to `nn.DEQ` as it is.
 
-    **Raises:** `ValueError` if cell or inject cannot be called, or cell has a method `inject`;
-    when called, if cell's output differs from z in structure, shape or dtype.
+    **Raises:** `ValueError` if cell or inject cannot be called, or cell has such a method; when
+    called, if cell's output differs from z in structure, shape or dtype.
 
     Reference: Gabor, Piotrowski and Cavalcante, Positive concave deep equilibrium models, ICML
     2024, arXiv 2402.04029.
@@ -49,12 +49,13 @@ class PositiveConcave(eqx.Module):
                 f"PositiveConcave expected cell(z, x) and inject(x) to be functions or modules, "
                 f"got {self.cell!r} and {self.inject!r}."
             )
-        if hasattr(self.cell, "inject"):
-            raise ValueError(
-                f"PositiveConcave expected a cell without a method inject, got "
-                f"{type(self.cell).__name__}, which has one that would never be called. Pass that "
-                f"cell to nn.DEQ itself."
-            )
+        for method in ("inject", "initial", "readout"):
+            if hasattr(self.cell, method):
+                raise ValueError(
+                    f"PositiveConcave expected a cell without a method {method}, got "
+                    f"{type(self.cell).__name__}, which has one that would never be called. Pass "
+                    f"that cell to nn.DEQ itself."
+                )
 
     def __call__(self, z: PyTree, x: PyTree) -> PyTree:
         """`cell(z, x)` of one example; `x` has been through `inject`."""

@@ -90,6 +90,7 @@ def test_distances(module):
     assert distance([b, a], [a, b]) > 1 and distance([b, a], [a, b], ordered=False) == 0
     assert distance([1.01 * a], [a]) == pytest.approx(0.01)
     assert distance([np.nan * a], [a]) == np.inf and distance([a], [a, b]) == np.inf
+    assert distance([a], [np.nan * a]) == np.inf
     # Next to nothing beside the others: no relative error of its own.
     assert distance([a, 2e-9 * b], [a, 1e-9 * b]) < 1e-5
 
@@ -127,6 +128,8 @@ def test_false_certificates_and_functions_are_found(module, tmp_path):
     assert np.all(judge(z, 1.01 * low, 2 * high, none + 1)), "a lower end above z*"
     assert np.all(judge(z, 0.5 * low, 0.99 * high, none + 1)), "an upper end below z*"
     assert np.all(judge(1.1 * z, 0.5 * low, 2 * high, none + 0.09)) and axes
+    assert np.all(judge(z, np.nan * low, high, none + 1)), "no number as an end"
+    assert np.all(judge(z, low, high, none + np.nan)), "no number as an error"
     # A function that is further off than its entry.
     run = module("_accelerator_run").Run(tmp_path, "certificates", "smoke")
     stray = {"sqrt": (lambda x: jnp.sqrt(x) * 1.000001, np.sqrt)}

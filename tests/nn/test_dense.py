@@ -145,3 +145,82 @@ def test_products_of_a_function_that_are_replaced():
     pair = ("highest", "default")
     mixed = lambda w, x: jax.lax.dot_general(w, x, (((0,), (2,)), ((), ())), precision=pair)
     assert "deqjax_dense" not in named(mixed, w, x)
+
+
+def explicit_mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+
+
+@pytest.mark.parametrize(
+    "spec", [(P("data"), P()), (P(), P(None, "data"))], ids=["rows", "columns"]
+)
+def test_a_sharding_in_the_type_is_left_to_jax(spec):
+    x, w = jnp.linspace(-1, 1, 128).reshape(8, 16), jnp.linspace(1, 2, 256).reshape(16, 16)
+    expected = jax.grad(lambda x, w: jnp.sum(jnp.sin(stock(x, w))), (0, 1))(x, w)
+    with jax.set_mesh(explicit_mesh()):
+        split = [jax.device_put(a, s) for a, s in zip((x, w), spec, strict=True)]
+        both = (dense, trace(stock, *split))
+        found = [
+            jax.jit(jax.grad(lambda x, w, f=f: jnp.sum(jnp.sin(f(x, w))), (0, 1)))(*split)
+            for f in both
+        ]
+        for got in found:
+            for a, s in zip(got, spec, strict=True):
+                assert jax.typeof(a).sharding.spec == P(*s, *[None] * (2 - len(s)))
+            agree(tuple(map(np.asarray, got)), tuple(map(np.asarray, expected)), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["out", "in", "arrays of its own"])
+def test_a_nested_jit_keeps_its_shardings(kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    columns = NamedSharding(mesh, P(None, "data"))
+    x, w, c = jnp.ones((8, 16)), jnp.ones((16, 16)), jnp.ones((1, 16))
+    inner = {
+        "out": jax.jit(lambda x, w: x @ w, out_shardings=columns),
+        "in": jax.jit(lambda x, w: x @ w, in_shardings=(None, columns)),
+        "arrays of its own": jax.jit(lambda x, w: x @ w + c, out_shardings=columns),
+    }[kind]
+    y = jax.jit(lambda x, w: trace(inner, x, w)(x, w))(x, w)
+    assert y.sharding.is_equivalent_to(columns, 2)
+
+
+def test_what_is_called_often_is_lowered_once():
+    layer = jax.jit(lambda x, w: jnp.tanh(x @ w))
+
+    def lines(n):
+        def f(x, w):
+            for _ in range(n):
+                x = layer(x, w)
+            return x
+
+        x, w = jnp.ones((2, 3)), jnp.ones((3, 3))
+        traced = trace(f, x, w)
+        lowered = jax.jit(lambda x, w: traced(traced(x, w), w)).lower(x, w).as_text()
+        return len(lowered.splitlines())
+
+    assert lines(20) - lines(10) <= 2 * 10
+
+
+def test_a_replaced_product_stays_in_its_scope():
+    def f(x, w):
+        with jax.named_scope("projection"):
+            return x @ w
+
+    x, w = jnp.ones((2, 3)), jnp.ones((3, 3))
+    (eqn,) = jax.make_jaxpr(trace(f, x, w))(x, w).eqns
+    assert eqn.primitive.name == "deqjax_dense"
+    assert str(eqn.source_info.name_stack) == "projection"
+
+
+def test_a_checkpoint_policy_by_name_saves_products():
+    x, w = jnp.ones((2, 3)), jnp.ones((3, 3))
+    f = lambda x, w: jnp.sum(jnp.sin(jnp.sin(dense(jnp.sin(dense(x, w)), w))))
+
+    def products(policy):
+        grad = jax.grad(jax.checkpoint(f, policy=policy), (0, 1))
+        return str(jax.make_jaxpr(grad)(x, w)).count("deqjax_dense[")
+
+    by_name = lambda p, *_, **__: p.name.startswith("deqjax_")
+    recomputed = products(jax.checkpoint_policies.nothing_saveable)
+    assert products(jax.checkpoint_policies.dots_saveable) == recomputed
+    assert products(by_name) == recomputed - 2

@@ -37,6 +37,23 @@ def test_the_predictor_starts_the_solve():
     np.testing.assert_array_equal(again, z)
 
 
+def test_a_cell_says_where_its_solve_starts(getkey):
+    """Below the fixed point, of the injected x; z0 and a predictor go first."""
+    xs = inputs(BATCH, SIZE)
+    deq = layer(deqjax.nn.PositiveConcaveLinear(SIZE, key=getkey()), FIXED, max_steps=1)
+    f = jax.vmap(paramax.unwrap(deq.cell))
+    x = jax.vmap(deq.cell.inject)(xs)
+    start = jax.vmap(deq.cell.initial)(x)
+    np.testing.assert_allclose(deq.batch(xs)[0], f(start, x), rtol=1e-6)
+    np.testing.assert_allclose(deq(xs[0])[0], f(start, x)[0], rtol=1e-6)
+    np.testing.assert_allclose(start, f(0 * start, x), rtol=1e-6)
+    assert jnp.all(start <= f(start, x))
+    ones = jnp.ones_like(start)
+    np.testing.assert_allclose(deq.batch(xs, ones)[0], f(ones, x), rtol=1e-6)
+    predicted = dataclasses.replace(deq, predictor=jnp.ones_like)
+    np.testing.assert_allclose(predicted.batch(xs)[0], f(ones, x), rtol=1e-6)
+
+
 def test_the_gradient_of_a_predictor():
     """`dz_n/dp = W^n` of the steps taken; none of the fixed point, for which there is the loss."""
     x, g = inputs(2, SIZE)

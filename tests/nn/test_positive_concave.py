@@ -101,8 +101,10 @@ def test_what_can_be_seen_raises(getkey):
     for bad in ((jnp.ones(2),), (f, 3.0)):
         with pytest.raises(ValueError, match="to be functions or modules"):
             PositiveConcave(*bad)
-    with pytest.raises(ValueError, match=r"without a method inject.*PositiveConcaveLinear"):
-        PositiveConcave(PositiveConcaveLinear(3, key=getkey()))
+    for method in ("inject", "initial", "readout"):
+        Cell = type("Cell", (), {method: lambda self, x: x, "__call__": lambda self, z, x: z})
+        with pytest.raises(ValueError, match=rf"without a method {method}, got Cell"):
+            PositiveConcave(Cell())
     z = jnp.ones(3)
     for wrong in (
         lambda z, x: z[:2],
