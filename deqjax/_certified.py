@@ -26,8 +26,7 @@ from ._equations import calls, trace
 from ._number import check_real
 from ._rounding import of_one_sum, rounding
 from ._step import evaluate
-from ._tree import mesh_axes, per_problem, select
-from .adjoints._base import stop_gradient
+from ._tree import mesh_axes, per_problem, select, stop_gradient
 from .solvers import AbstractSolver
 
 

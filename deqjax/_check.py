@@ -14,7 +14,6 @@ from jaxtyping import Array, Int, PyTree
 from ._number import float_state
 from ._traced import Traced, trace
 from ._tree import Axes, is_traced, mesh_axes, vary
-from .adjoints import AbstractAdjoint
 
 OptimistixSolver = (
     optimistix.AbstractFixedPointSolver
@@ -22,6 +21,23 @@ OptimistixSolver = (
     | optimistix.AbstractLeastSquaresSolver
     | optimistix.AbstractMinimiser
 )
+
+
+class Budget(eqx.Module):
+    """How long to iterate, how many problems there are, and what is recorded on the way."""
+
+    max_steps: int = eqx.field(static=True)
+    # Mixes allowed, one number or one per problem, at most max_steps; -1: nor an evaluation.
+    limit: Int[Array, "..."]
+    rank: int = eqx.field(static=True)  # that many leading axes of the state enumerate problems
+    fixed: bool = eqx.field(static=True)  # both tolerances are zero: take exactly `limit` steps
+    best: bool = eqx.field(static=True, default=True)  # a solver that can returns its best iterate
+    tape: Any = None  # of deqjax._iterate.AbstractTape
+
+    @property
+    def uniform(self) -> bool:
+        """Every problem takes every step of the loop: nothing to freeze."""
+        return self.fixed and self.limit.ndim == 0
 
 
 def convert(
@@ -125,15 +141,6 @@ def check_steps(steps: Any, max_steps: int, shape: tuple[int, ...]) -> Int[Array
     return jnp.asarray(steps, jnp.int32)
 
 
-def check_adjoint(adjoint: Any) -> None:
-    """An instance of an adjoint."""
-    if not isinstance(adjoint, AbstractAdjoint):
-        raise ValueError(
-            f"fixed_point expects a deqjax or an Optimistix adjoint, got {adjoint!r}; "
-            f"pass an instance, for instance adjoint=deqjax.ImplicitAdjoint()."
-        )
-
-
 def check_optimistix(solver: Any, batched: bool, steps: Any) -> None:
     """An instance of an Optimistix solver, and nothing that only ours can do."""
     if not isinstance(solver, OptimistixSolver):
@@ -158,3 +165,27 @@ def check_unmapped(solver: Any, *inputs: PyTree) -> None:
             f"got inputs that vary over the mesh axes {sorted(map(str, axes))}; use a deqjax "
             f"solver there."
         )
+
+
+def problems(z: PyTree, rank: int) -> tuple[int, ...]:
+    """The shape of an array with one entry per problem: the leading `rank` axes of `z`."""
+    return jax.tree.leaves(z)[0].shape[:rank]
+
+
+def prepare(
+    solver: Any,
+    z0: PyTree,
+    batched: bool,
+    max_steps: int,
+    steps: int | Int[Array, "..."] | None,
+) -> tuple[Any, Budget, Int[Array, "..."]]:
+    """The solver with its tolerances as arrays, its budget, and the steps that were asked for."""
+    solver.check()
+    known_zero = lambda x: not is_traced(x) and float(x) == 0
+    fixed = known_zero(solver.rtol) and known_zero(solver.atol)
+    # As arrays, so that another tolerance or budget does not recompile.
+    tolerances = [jnp.asarray(x, jnp.result_type(float)) for x in (solver.rtol, solver.atol)]
+    solver = eqx.tree_at(lambda s: (s.rtol, s.atol), solver, tolerances)
+    requested = check_steps(steps, max_steps, problems(z0, int(batched)))
+    budget = Budget(max_steps, jnp.clip(requested, 0, max_steps), int(batched), fixed)
+    return solver, budget, requested

@@ -11,19 +11,19 @@ import optimistix
 from jaxtyping import Array, Int, PyTree
 
 from ._check import (
+    Budget,
     OptimistixSolver,
-    check_adjoint,
     check_optimistix,
     check_state,
-    check_steps,
     check_unmapped,
     convert,
+    prepare,
 )
-from ._iterate import Budget, iterate, problems
+from ._iterate import iterate
 from ._program import run
 from ._solution import RESULTS, Solution, raise_unsuccessful, relative_residual, result_code
 from ._step import evaluate, measured, residual
-from ._tree import is_traced, per_problem, vary
+from ._tree import per_problem, vary
 from .adjoints import AbstractAdjoint, AbstractFixedPointAdjoint, ImplicitAdjoint
 from .solvers import AbstractSolver
 
@@ -120,37 +120,18 @@ def solve(
 ) -> Solution:
     """`fixed_point`, which with `best=False` returns `z_n` even if the steps run out."""
     z0, max_steps = check_state(z0, batched, max_steps)
-    check_adjoint(adjoint)
+    _check_adjoint(adjoint)
     if not isinstance(solver, AbstractSolver):
         check_optimistix(solver, batched, steps)
         fn, z0, args, _ = convert(fn, z0, args, has_aux=has_aux)
         check_unmapped(solver, fn, z0, args)
         return run(_solve_optimistix, fn, solver, z0, args, adjoint, max_steps)
-    solver, budget, requested = prepare(solver, z0, batched, max_steps, steps)
+    prepared, budget, requested = prepare(solver, z0, batched, max_steps, steps)
     budget = dataclasses.replace(budget, best=best)
-    fn = solver.around(fn)
-    fn, z0, args, axes = convert(fn, z0, args, solver, budget, has_aux=has_aux)
-    solver, budget = vary((solver, budget), axes)
-    return run(_solve, fn, solver, z0, args, budget, requested, adjoint)
-
-
-def prepare(
-    solver: AbstractSolver,
-    z0: PyTree,
-    batched: bool,
-    max_steps: int,
-    steps: int | Int[Array, "..."] | None,
-) -> tuple[AbstractSolver, Budget, Int[Array, "..."]]:
-    """The solver with its tolerances as arrays, its budget, and the steps that were asked for."""
-    solver.check()
-    known_zero = lambda x: not is_traced(x) and float(x) == 0
-    fixed = known_zero(solver.rtol) and known_zero(solver.atol)
-    # As arrays, so that another tolerance or budget does not recompile.
-    tolerances = [jnp.asarray(x, jnp.result_type(float)) for x in (solver.rtol, solver.atol)]
-    solver = eqx.tree_at(lambda s: (s.rtol, s.atol), solver, tolerances)
-    requested = check_steps(steps, max_steps, problems(z0, int(batched)))
-    budget = Budget(max_steps, jnp.clip(requested, 0, max_steps), int(batched), fixed)
-    return solver, budget, requested
+    fn = prepared.around(fn)
+    fn, z0, args, axes = convert(fn, z0, args, prepared, budget, has_aux=has_aux)
+    prepared, budget = vary((prepared, budget), axes)
+    return run(_solve, fn, prepared, z0, args, budget, requested, adjoint)
 
 
 def _solve(fn, solver, z0, args, budget, requested, adjoint) -> Solution:
@@ -211,3 +192,12 @@ def _solution(z, fz, aux, complete, in_range, overflow, num_steps, budget) -> So
         "overflow": overflow,
     }
     return Solution(value=z, result=result, aux=aux, stats=stats, state=None)
+
+
+def _check_adjoint(adjoint: Any) -> None:
+    """An instance of an adjoint."""
+    if not isinstance(adjoint, AbstractAdjoint):
+        raise ValueError(
+            f"fixed_point expects a deqjax or an Optimistix adjoint, got {adjoint!r}; "
+            f"pass an instance, for instance adjoint=deqjax.ImplicitAdjoint()."
+        )

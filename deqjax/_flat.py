@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
-from ._iterate import Budget
+from ._check import Budget
+from ._iterate import AbstractTape
 from ._step import evaluate
-from ._tape import AbstractTape
 
 Arrays = list[Array]
 

@@ -1,5 +1,6 @@
 """The only loop: step after step; it counts, freezes and stops. And two ways of looping."""
 
+import abc
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,31 +8,55 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Inexact, Int, PyTree
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
+from ._check import problems
 from ._solution import too_large
 from ._step import isolate, measured, step
-from ._tape import AbstractTape
 from ._tree import mesh_axes, opaque, per_problem, select, vary
 
 WhileLoop = Callable[..., Any]
+Pair = tuple[PyTree, PyTree]  # two consecutive states; integers in the exact mode
 
 
-class Budget(eqx.Module):
-    """How long to iterate, how many problems there are, and what is recorded on the way."""
-
-    max_steps: int = eqx.field(static=True)
-    # Mixes allowed, one number or one per problem, at most max_steps; -1: nor an evaluation.
-    limit: Int[Array, "..."]
-    rank: int = eqx.field(static=True)  # that many leading axes of the state enumerate problems
-    fixed: bool = eqx.field(static=True)  # both tolerances are zero: take exactly `limit` steps
-    best: bool = eqx.field(static=True, default=True)  # a solver that can returns its best iterate
-    tape: AbstractTape | None = None
+class AbstractTape(eqx.Module):
+    """How a forward loop records, and how its steps are undone from the record."""
 
     @property
-    def uniform(self) -> bool:
-        """Every problem takes every step of the loop: nothing to freeze."""
-        return self.fixed and self.limit.ndim == 0
+    @abc.abstractmethod
+    def isolated(self) -> bool:
+        """Whether f has to give the same bits forwards and backwards."""
+
+    @abc.abstractmethod
+    def blank(self, pair: Pair, max_steps: int, rank: int) -> PyTree:
+        """The tape before the first step."""
+
+    @abc.abstractmethod
+    def push(self, tape: PyTree, i: Int[Array, ""], go: Bool[Array, "..."], pair: Pair) -> PyTree:
+        """Records step i, from `pair`, of the problems that `go`."""
+
+    def words(self, tape: PyTree, rank: int) -> PyTree:
+        """What a sweep carries: like one row of a tape that is read digit by digit."""
+        del tape, rank
+
+    @abc.abstractmethod
+    def undo(
+        self, solver: Any, tape: PyTree, words: PyTree, i: Int[Array, ""],
+        first: Bool[Array, "..."], pair: Pair, fy: PyTree, start: PyTree, rank: int,
+    ) -> tuple[PyTree, PyTree, Float[Array, "..."]]:  # fmt: skip
+        """Undoes step i from `pair = (s[i], s[i+1])` and `fy = f(s[i])`.
+
+        `words` are carried from step to step and mean nothing in a problem's `first`. Returns
+        `s[i-1]`, the words, and how far what is computed lies from what is known.
+        """
+
+    @abc.abstractmethod
+    def final_gap(self, pair: Pair, start: PyTree, rank: int) -> Float[Array, "..."]:
+        """How far the pair at the end of a sweep lies from `(z0, z0)`, unless `undo` has told."""
+
+    @abc.abstractmethod
+    def bound(self, z0: PyTree) -> float:
+        """The mismatch up to which a reversal is trusted."""
 
 
 class Memory(eqx.Module):
@@ -54,11 +79,6 @@ class _Carry(NamedTuple):
     error: Inexact[Array, "..."]  # at z, once measured
     kept: tuple[PyTree, Array] | None  # the iterate of the least error so far, and that
     spent: Bool[Array, "..."]  # stopped because no step was left
-
-
-def problems(z: PyTree, rank: int) -> tuple[int, ...]:
-    """The shape of an array with one entry per problem: the leading `rank` axes of `z`."""
-    return jax.tree.leaves(z)[0].shape[:rank]
 
 
 def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:

@@ -19,11 +19,11 @@ from ._tree import (
     from_real,
     max_abs,
     per_problem,
+    stop_gradient,
     two_norm,
     vary,
     widen,
 )
-from .adjoints._base import stop_gradient
 
 
 class SpectralRadius(NamedTuple):

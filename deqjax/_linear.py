@@ -10,7 +10,8 @@ import lineax
 import optimistix
 from jaxtyping import Array, Inexact, PyTree
 
-from ._iterate import Budget, iterate, lax_while
+from ._check import Budget
+from ._iterate import iterate, lax_while
 from ._krylov import Krylov, inverse_bound
 from ._residual import (
     AbstractMeasure,

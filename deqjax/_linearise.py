@@ -18,8 +18,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
 
+from ._check import Budget
 from ._flat import Flat, with_axis
-from ._iterate import Budget, checkpointed_while, iterate, lax_while
+from ._iterate import checkpointed_while, iterate, lax_while
 from ._sweep import Cotangents, Record, judged, sweep
 from ._tree import mesh_axes, vary
 from .solvers import Reversible

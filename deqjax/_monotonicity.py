@@ -19,8 +19,7 @@ from jaxtyping import Array, Float
 from ._bracket import Bracket, consistent, relative_error
 from ._check import point_like
 from ._program import run
-from ._tree import widen
-from .adjoints._base import stop_gradient
+from ._tree import stop_gradient, widen
 from .positive import Enclosure
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from ._check import OptimistixSolver, check_state, check_steps
+from ._check import OptimistixSolver, check_state, check_steps, problems
 from ._fixed_point import solve
-from ._iterate import problems
 from ._solution import Solution
 from .adjoints import AbstractAdjoint, ImplicitAdjoint, RecursiveCheckpointAdjoint
 

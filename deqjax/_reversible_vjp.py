@@ -8,13 +8,14 @@ import jax
 from jaxtyping import Array, Int, PyTree
 
 from ._arrays import arrays_of
-from ._check import check_output, check_state
-from ._fixed_point import prepare
+from ._check import check_output, check_state, prepare
 from ._flat import flatten
 from ._program import run
 from ._sweep import judged, recorded, sweep
 from ._traced import trace
-from .adjoints import ReversibleAdjoint, check_cotangent, strong
+from ._tree import strong
+from .adjoints import ReversibleAdjoint
+from .adjoints._base import check_cotangent
 from .solvers import Reversible
 
 

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from ._flat import Flat, batchable
-from ._iterate import iterate, lax_while
+from ._iterate import Pair, iterate, lax_while
 from ._step import isolate
-from ._tape import Pair
 from ._tree import (
     add,
     cast,

@@ -4,7 +4,6 @@ Step i goes from `s[i-1], s[i]` to `s[i+1]`. A tape is a pytree like the state w
 axis of rows behind the batch axes.
 """
 
-import abc
 import math
 from typing import Any
 
@@ -12,53 +11,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ._grid import Grid
+from ._iterate import AbstractTape
 from ._tree import max_abs, per_problem, select, widen
-from .solvers import Reversible
-
-Pair = tuple[PyTree, PyTree]  # two consecutive states; integers in the exact mode
-
-
-class AbstractTape(eqx.Module):
-    """How a forward loop records, and how its steps are undone from the record."""
-
-    @property
-    @abc.abstractmethod
-    def isolated(self) -> bool:
-        """Whether f has to give the same bits forwards and backwards."""
-
-    @abc.abstractmethod
-    def blank(self, pair: Pair, max_steps: int, rank: int) -> PyTree:
-        """The tape before the first step."""
-
-    @abc.abstractmethod
-    def push(self, tape: PyTree, i: Int[Array, ""], go: Bool[Array, "..."], pair: Pair) -> PyTree:
-        """Records step i, from `pair`, of the problems that `go`."""
-
-    def words(self, tape: PyTree, rank: int) -> PyTree:
-        """What a sweep carries: like one row of a tape that is read digit by digit."""
-        del tape, rank
-
-    @abc.abstractmethod
-    def undo(
-        self, solver: Reversible, tape: PyTree, words: PyTree, i: Int[Array, ""],
-        first: Bool[Array, "..."], pair: Pair, fy: PyTree, start: PyTree, rank: int,
-    ) -> tuple[PyTree, PyTree, Float[Array, "..."]]:  # fmt: skip
-        """Undoes step i from `pair = (s[i], s[i+1])` and `fy = f(s[i])`.
-
-        `words` are carried from step to step and mean nothing in a problem's `first`. Returns
-        `s[i-1]`, the words, and how far what is computed lies from what is known.
-        """
-
-    @abc.abstractmethod
-    def final_gap(self, pair: Pair, start: PyTree, rank: int) -> Float[Array, "..."]:
-        """How far the pair at the end of a sweep lies from `(z0, z0)`, unless `undo` has told."""
-
-    @abc.abstractmethod
-    def bound(self, z0: PyTree) -> float:
-        """The mismatch up to which a reversal is trusted."""
 
 
 class Digits(AbstractTape):

@@ -142,3 +142,13 @@ def vary(tree: PyTree, axes: Axes) -> PyTree:
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(lambda x: leaf(x) if eqx.is_array(x) else x, tree) if axes else tree
+
+
+def stop_gradient(tree: PyTree) -> PyTree:
+    """`jax.lax.stop_gradient` on the inexact arrays of any pytree."""
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
+
+
+def strong(tree: PyTree) -> PyTree:
+    """`tree` as strongly typed arrays."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)

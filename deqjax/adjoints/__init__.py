@@ -3,8 +3,6 @@
 from ._base import (
     AbstractAdjoint as AbstractAdjoint,
     AbstractFixedPointAdjoint as AbstractFixedPointAdjoint,
-    check_cotangent as check_cotangent,
-    strong as strong,
 )
 from ._broyden import BroydenAdjoint as BroydenAdjoint
 from ._implicit import ImplicitAdjoint as ImplicitAdjoint, implicit_vjp as implicit_vjp

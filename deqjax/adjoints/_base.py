@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 
 from .._iterate import lax_while
 from .._linear import LinearMap
-from .._tree import as_real, dot, from_real, mesh_axes, scale, vary
+from .._tree import as_real, dot, from_real, mesh_axes, scale, stop_gradient, vary
 
 AbstractAdjoint = optimistix.AbstractAdjoint
 LinearSolve = Callable[[LinearMap, PyTree], PyTree]
@@ -53,11 +53,6 @@ def unpack(inputs: tuple) -> Problem:
         f"Expected the 5 inputs of deqjax or the 9 of Optimistix 0.1, got {len(inputs)}; "
         f"install optimistix>=0.1,<0.2."
     )
-
-
-def stop_gradient(tree: PyTree) -> PyTree:
-    """`jax.lax.stop_gradient` on the inexact arrays of any pytree."""
-    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
 
 
 def no_gradient(tree: PyTree) -> PyTree:
@@ -185,11 +180,6 @@ def _attach_jvp(primals, tangents):
     at = Linearisation(residual, z, moving, t_inputs)
     t_z = adjoint.tangent(at, unpack(inputs), extras)
     return (z, extras), (t_z, tangent_of_extras(extras, t_z))
-
-
-def strong(tree: PyTree) -> PyTree:
-    """`tree` as strongly typed arrays."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
 
 
 def check_damped(adjoint: Any) -> None:

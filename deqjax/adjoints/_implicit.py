@@ -14,13 +14,12 @@ from .._linear import LinearMap, by_iteration, by_lineax, judged
 from .._number import float_state
 from .._program import run
 from .._solution import RESULTS
-from .._tree import as_real, conjugate, from_real, lincomb
+from .._tree import as_real, conjugate, from_real, lincomb, strong
 from ..solvers import AbstractSolver, Reversible
 from ._base import (
     AbstractImplicitAdjoint,
     check_cotangent,
     check_linear,
-    strong,
 )
 
 

@@ -4,13 +4,15 @@ from typing import Any, Literal
 import equinox as eqx
 from jaxtyping import PyTree
 
+from .._check import Budget
 from .._flat import Flat, flatten
-from .._iterate import Budget, lax_while
+from .._iterate import AbstractTape, lax_while
 from .._linearise import linear, tangents_of
 from .._sweep import Record, recorded
-from .._tape import AbstractTape, Digits, Segments, segment_length
+from .._tape import Digits, Segments, segment_length
+from .._tree import stop_gradient
 from ..solvers import Reversible
-from ._base import AbstractAdjoint, no_gradient, stop_gradient, tangent_of_extras, unpack
+from ._base import AbstractAdjoint, no_gradient, tangent_of_extras, unpack
 
 
 class ReversibleAdjoint(AbstractAdjoint):

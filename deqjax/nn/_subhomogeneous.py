@@ -15,8 +15,7 @@ from .._check import point_like
 from .._program import run
 from .._rounding import rounding
 from .._thompson import enclose
-from .._tree import widen
-from ..adjoints._base import stop_gradient
+from .._tree import stop_gradient, widen
 from ..positive import Enclosure, Properties, Shifted, StrictlyPositive, properties
 from ._base import (
     AbstractPositiveCell,
