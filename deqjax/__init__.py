@@ -2,15 +2,8 @@
 
 from importlib.metadata import version as _version
 
-from . import models as models, nn as nn, positive as positive
+from . import diagnostics as diagnostics, models as models, nn as nn, positive as positive
 from ._fixed_point import fixed_point as fixed_point
-from ._jacobian import (
-    SpectralRadius as SpectralRadius,
-    jacobian_frobenius as jacobian_frobenius,
-    spectral_radius as spectral_radius,
-)
-from ._path import fixed_point_path as fixed_point_path
-from ._reversible_vjp import reversible_vjp as reversible_vjp
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from .adjoints import (
     AbstractAdjoint as AbstractAdjoint,
@@ -23,18 +16,25 @@ from .adjoints import (
     RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
     ReversibleAdjoint as ReversibleAdjoint,
     implicit_vjp as implicit_vjp,
+    reversible_vjp as reversible_vjp,
+)
+from .diagnostics import (
+    SpectralRadius as SpectralRadius,
+    fixed_point_path as fixed_point_path,
+    jacobian_frobenius as jacobian_frobenius,
+    spectral_radius as spectral_radius,
 )
 from .positive import (
-    Bracketing as Bracketing,
     Enclosure as Enclosure,
-    PositiveConcaveSolver as PositiveConcaveSolver,
     certify as certify,
 )
 from .solvers import (
     AbstractSolver as AbstractSolver,
     Anderson as Anderson,
+    Bracketing as Bracketing,
     Broyden as Broyden,
     FixedPointIteration as FixedPointIteration,
+    PositiveConcaveSolver as PositiveConcaveSolver,
     Reversible as Reversible,
 )
 

@@ -54,3 +54,9 @@ def bind(primitive: Primitive, a: Array, b: Array, **params: Any) -> Array:
 def default_precision() -> Any:
     """That of matrix products as set now; lowering happens outside of the context that sets it."""
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def asks_highest(precision: Any) -> bool:
+    """Whether both operands of a product are taken as they are, on whatever platform."""
+    both = precision if isinstance(precision, tuple) else (precision,)
+    return all(str(p).lower().rpartition(".")[2] in ("highest", "float32") for p in both)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Int, PyTree
 
-from ._check import (
+from ._iterate import iterate
+from ._problem import (
     Budget,
     OptimistixSolver,
     check_optimistix,
@@ -19,7 +20,6 @@ from ._check import (
     convert,
     prepare,
 )
-from ._iterate import iterate
 from ._program import run
 from ._solution import RESULTS, Solution, raise_unsuccessful, relative_residual, result_code
 from ._step import evaluate, measured, residual

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
-from ._check import problems
+from ._problem import problems
 from ._solution import too_large
 from ._step import isolate, measured, step
 from ._tree import mesh_axes, opaque, per_problem, select, vary

@@ -24,8 +24,8 @@ from _accelerator_run import Compiled, Program, Run, Size, compiled, good
 from jaxtyping import Array, PRNGKeyArray
 
 import deqjax
-from deqjax._rounding import _FUNCTIONS
 from deqjax.nn._convolution import conv2d, stock
+from deqjax.positive._rounding import _FUNCTIONS
 
 POINTS: dict[Size, int] = {"smoke": 2_000, "reduced": 1_000_000, "full": 4_000_000}
 ERF_POINTS: dict[Size, int] = {"smoke": 200, "reduced": 200_000, "full": 1_000_000}

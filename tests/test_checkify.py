@@ -7,8 +7,14 @@ import pytest
 from jax.experimental import checkify
 
 import deqjax
-from deqjax import FixedPointIteration, JacobianFreeAdjoint, Reversible, ReversibleAdjoint
-from deqjax.positive import Bracketing, PositiveConcaveSolver
+from deqjax import (
+    Bracketing,
+    FixedPointIteration,
+    JacobianFreeAdjoint,
+    PositiveConcaveSolver,
+    Reversible,
+    ReversibleAdjoint,
+)
 
 W = jnp.asarray([[0.3, 0.2], [0.1, 0.4]])
 X = jnp.asarray([[0.5, 0.2], [1.0, 0.3]])

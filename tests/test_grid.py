@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 import deqjax
-from deqjax._grid import Grid
-from deqjax._tape import Digits
+from deqjax.adjoints.reversible._tape import Digits
+from deqjax.solvers._grid import Grid
 
 BASES = [2, 3, 5, 10, 65536]
 each = pytest.mark.parametrize("d, sign", [(d, s) for d in BASES for s in (1, -1)])

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deqjax._check import convert
-from deqjax._rounding import rounding
+from deqjax._problem import convert
 from deqjax.nn import PositiveConcaveConv2d
+from deqjax.positive._rounding import rounding
 
 UNIT = 2.0**-24
 

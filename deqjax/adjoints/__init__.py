@@ -13,4 +13,4 @@ from ._phantom import (
 )
 from ._positive_concave import PositiveConcaveAdjoint as PositiveConcaveAdjoint
 from ._recursive_checkpoint import RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint
-from ._reversible import ReversibleAdjoint as ReversibleAdjoint
+from .reversible import ReversibleAdjoint as ReversibleAdjoint, reversible_vjp as reversible_vjp

@@ -17,8 +17,8 @@ import optimistix
 from jaxtyping import PyTree
 
 from .._iterate import lax_while
-from .._linear import LinearMap
 from .._tree import as_real, dot, from_real, mesh_axes, scale, stop_gradient, vary
+from ._linear_solve import LinearMap
 
 AbstractAdjoint = optimistix.AbstractAdjoint
 LinearSolve = Callable[[LinearMap, PyTree], PyTree]

@@ -3,10 +3,9 @@ from typing import Literal
 import equinox as eqx
 from jaxtyping import PyTree
 
-from .._linear import LinearMap, by_iteration, judged
-from .._secant import Secants, inverse
 from .._tree import per_problem
 from ..solvers import Broyden
+from ..solvers._secant import Secants, inverse
 from ._base import (
     AbstractFixedPointAdjoint,
     Linearisation,
@@ -15,6 +14,7 @@ from ._base import (
     solved,
     stop_gradient,
 )
+from ._linear_solve import LinearMap, by_iteration, judged
 
 
 class BroydenAdjoint(AbstractFixedPointAdjoint):

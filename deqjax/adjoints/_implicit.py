@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import lineax
 from jaxtyping import PyTree
 
-from .._arrays import arrays_of
-from .._condition import error_estimate, one_norm_of_inverse
-from .._linear import LinearMap, by_iteration, by_lineax, judged
-from .._number import float_state
+from .._checks import float_state
 from .._program import run
 from .._solution import RESULTS
 from .._tree import as_real, conjugate, from_real, lincomb, strong
 from ..solvers import AbstractSolver, Reversible
+from ._arrays import arrays_of
 from ._base import (
     AbstractImplicitAdjoint,
     check_cotangent,
     check_linear,
 )
+from ._condition import error_estimate, one_norm_of_inverse
+from ._linear_solve import LinearMap, by_iteration, by_lineax, judged
 
 
 class ImplicitAdjoint(AbstractImplicitAdjoint):

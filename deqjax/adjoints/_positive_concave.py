@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PyTree
 
-from .._linear import LinearMap, by_iteration, judged
-from .._number import check_real
-from .._residual import AbstractMeasure, Residual, slack
+from .._checks import check_real
 from .._solution import relative_residual
 from .._tree import add, lincomb, per_problem, quotient, select, unify, widen
 from ._base import AbstractImplicitAdjoint, check_linear
+from ._linear_solve import LinearMap, by_iteration, judged
+from ._residual import AbstractMeasure, Residual, slack
 
 # JVPs for the weight. The first step takes most of what z has beside the leading eigenvector of J.
 _JVPS = 3

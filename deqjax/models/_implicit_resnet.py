@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from .._check import OptimistixSolver
+from .._problem import OptimistixSolver
 from ..adjoints import AbstractAdjoint, ReversibleAdjoint
 from ..nn import DEQ, Conv2d, GroupNorm
 from ..solvers import Reversible

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from .._check import OptimistixSolver
+from .._problem import OptimistixSolver
 from .._solution import Solution
 from ..adjoints import AbstractAdjoint, ImplicitAdjoint
 from ..nn import DEQ, Conv2d, PositiveConcaveConv2d, PositiveConcaveLinear

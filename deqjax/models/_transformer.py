@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import paramax
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
-from .._check import OptimistixSolver
 from .._iterate import unrolled
-from .._language import AbstractLanguageModel, Vocabulary
+from .._problem import OptimistixSolver
 from .._solution import Solution
 from ..adjoints import AbstractAdjoint, ReversibleAdjoint
 from ..nn import DEQ, TransformerCell
 from ..solvers import FixedPointIteration, Reversible
+from ._language import AbstractLanguageModel, Vocabulary
 
 _FIXED_DEPTH = Reversible(beta=0.5, rtol=0.0, atol=0.0, fraction_bits=20)
 Solves = tuple[tuple[Float[Array, "b l width"], Solution], ...]

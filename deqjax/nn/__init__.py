@@ -1,9 +1,5 @@
 """Equinox layers and cells."""
 
-from .._splitting import (
-    ForwardBackward as ForwardBackward,
-    PeacemanRachford as PeacemanRachford,
-)
 from ._attention import (
     AttentionCache as AttentionCache,
     CausalAttention as CausalAttention,
@@ -21,6 +17,10 @@ from ._positive import (
 )
 from ._positive_concave import PositiveConcave as PositiveConcave
 from ._spectral import SpectralNorm as SpectralNorm, power_step as power_step
+from ._splitting import (
+    ForwardBackward as ForwardBackward,
+    PeacemanRachford as PeacemanRachford,
+)
 from ._subhomogeneous import (
     SubhomogeneousConv2d as SubhomogeneousConv2d,
     SubhomogeneousLinear as SubhomogeneousLinear,

@@ -14,7 +14,7 @@ import paramax
 from equinox import AbstractVar
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, PyTree
 
-from .._number import check_size
+from .._checks import check_size
 from ..positive import (
     AbstractNonnegative,
     Enclosure,

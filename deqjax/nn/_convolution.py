@@ -30,8 +30,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 from jaxtyping import Array, Float
 
-from .._bilinear import bind, default_precision, primitive
-from .._equations import asks_highest
+from .._bilinear import asks_highest, bind, default_precision, primitive
 from .._tree import mesh_axes, vary
 from . import _winograd
 

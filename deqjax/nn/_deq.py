@@ -9,8 +9,8 @@ import paramax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from .._check import OptimistixSolver
 from .._fixed_point import fixed_point
+from .._problem import OptimistixSolver
 from .._solution import Solution
 from ..adjoints import AbstractAdjoint
 from ..positive import Enclosure

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import paramax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from .._monotonicity import certify
-from .._number import check_size, number
-from .._splitting import ForwardBackward, Matrix, PeacemanRachford, lipschitz
+from .._checks import check_size, number
 from ..positive import Enclosure
+from ._monotonicity import certify
+from ._splitting import ForwardBackward, Matrix, PeacemanRachford, lipschitz
 
 
 class MonotoneWeight(paramax.AbstractUnwrappable[Array]):

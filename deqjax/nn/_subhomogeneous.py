@@ -10,13 +10,13 @@ import paramax
 from equinox import AbstractVar
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from .._bracket import Bracket
-from .._check import point_like
+from .._problem import point_like
 from .._program import run
-from .._rounding import rounding
-from .._thompson import enclose
 from .._tree import stop_gradient, widen
 from ..positive import Enclosure, Properties, Shifted, StrictlyPositive, properties
+from ..positive._bracket import Bracket
+from ..positive._rounding import rounding
+from ..positive._thompson import enclose
 from ._base import (
     AbstractPositiveCell,
     Nonnegative,

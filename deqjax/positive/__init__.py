@@ -4,6 +4,10 @@ The cells are layers: `nn.PositiveConcaveLinear`, `nn.PositiveConcaveConv2d`, an
 `nn.PositiveConcave` around a cell of your own.
 """
 
+import sys
+import warnings
+from typing import Any
+
 from ._activations import (
     ACTIVATIONS as ACTIVATIONS,
     PROPERTIES as PROPERTIES,
@@ -15,7 +19,6 @@ from ._activations import (
     saturating as saturating,
 )
 from ._base import AbstractActivation as AbstractActivation, Properties as Properties
-from ._bracketing import Bracketing as Bracketing
 from ._certify import Enclosure as Enclosure, certify as certify
 from ._hypotheses import (
     Finding as Finding,
@@ -24,4 +27,13 @@ from ._hypotheses import (
 )
 from ._inject import StrictlyPositive as StrictlyPositive
 from ._nonnegative import AbstractNonnegative as AbstractNonnegative, project as project
-from ._solver import PositiveConcaveSolver as PositiveConcaveSolver
+
+_MOVED = ("Bracketing", "PositiveConcaveSolver")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    message = f"deqjax.positive.{name} is now deqjax.{name}; the old name goes in the next release."
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return getattr(sys.modules["deqjax.solvers"], name)

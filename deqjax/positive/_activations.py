@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._number import number
+from .._checks import number
 from ._base import AbstractActivation, Properties
 
 

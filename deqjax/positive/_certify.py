@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._bracket import Bracket, Slack, flat, relative_error, unflat
-from .._candidates import Candidates
-from .._check import convert, point
-from .._enclosure import enclose
-from .._number import check_real
+from .._checks import check_real
+from .._problem import convert, point
 from .._program import run
-from .._rounding import rounding
 from .._step import evaluate
 from .._tree import Axes, stop_gradient
+from ._bracket import Bracket, Slack, flat, relative_error, unflat
+from ._candidates import Candidates
+from ._enclosure import enclose
+from ._rounding import rounding
 
 # In eps, ten times u |s'(u) - sigma'(u)| of XLA's derivatives s' on a CPU where sigma saturates:
 # the largest over 2e6 points is 30.3 in float32 and 138.5 in float64 (tanh; all others: below 19).

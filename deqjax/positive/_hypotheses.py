@@ -11,8 +11,8 @@ import paramax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._check import convert
-from .._number import check_real, float_state
+from .._checks import check_real, float_state
+from .._problem import convert
 from .._program import run
 from .._tree import cast, quotient, unify, widen
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import PyTree
 
-from .._number import number
+from .._checks import number
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import equinox as eqx
 import optimistix
 from jaxtyping import PyTree
 
-from .. import _secant
-from .._secant import Secants
 from .._tree import as_real, from_real
+from . import _secant
 from ._base import AbstractSolver, Number
+from ._secant import Secants
 
 # The roundings of a Gram matrix in float32: without it two parallel steps are a breakdown.
 _RIDGE = 1e-10

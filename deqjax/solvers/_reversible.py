@@ -8,10 +8,10 @@ import numpy as np
 import optimistix
 from jaxtyping import Array, Bool, PyTree
 
-from .._grid import Grid, grid
-from .._number import check_real
+from .._checks import check_real
 from .._tree import as_real, from_real, lincomb, scale, select, widen
 from ._base import AbstractSolver, Number
+from ._grid import Grid, grid
 
 
 class _Integers(NamedTuple):

@@ -144,7 +144,7 @@ def test_every_cell_is_reversed_to_the_bit(name):
 @pytest.mark.parametrize("name", ["mlp-6", "convolution-4-4"])
 def test_the_hazard_is_real(monkeypatch, name):
     """Without its loop of one trip f has other bits in the sweep, and the gradient is refused."""
-    monkeypatch.setattr("deqjax._tape.Digits.isolated", False)
+    monkeypatch.setattr("deqjax.adjoints.reversible._tape.Digits.isolated", False)
     # None that has been compiled with the loop.
     monkeypatch.setattr("deqjax._program._programs", collections.OrderedDict())
     fn, p, z0, g, solver, options = build(name)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from deqjax._rounding import rounding
 from deqjax.nn import Conv2d
 from deqjax.nn._convolution import conv2d
+from deqjax.positive._rounding import rounding
 
 
 def stock(x, kernel, stride=1):

@@ -8,10 +8,10 @@ import pytest
 from jax import lax
 
 import deqjax
-from deqjax._check import convert
+from deqjax._problem import convert
 from deqjax._product import dense
-from deqjax._rounding import rounding
 from deqjax.nn._convolution import conv2d
+from deqjax.positive._rounding import rounding
 
 SUCCESS = deqjax.RESULTS.successful
 SOLVERS = [deqjax.PositiveConcaveSolver, deqjax.Bracketing]

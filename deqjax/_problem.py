@@ -1,0 +1,191 @@
+"""What the front door refuses, when traced: sentences that say expected, got, and what to do."""
+
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix
+from jaxtyping import Array, Int, PyTree
+
+from ._checks import float_state
+from ._traced import Traced, trace
+from ._tree import Axes, is_traced, mesh_axes, vary
+
+OptimistixSolver = (
+    optimistix.AbstractFixedPointSolver
+    | optimistix.AbstractRootFinder
+    | optimistix.AbstractLeastSquaresSolver
+    | optimistix.AbstractMinimiser
+)
+
+
+class Budget(eqx.Module):
+    """How long to iterate, how many problems there are, and what is recorded on the way."""
+
+    max_steps: int = eqx.field(static=True)
+    # Mixes allowed, one number or one per problem, at most max_steps; -1: nor an evaluation.
+    limit: Int[Array, "..."]
+    rank: int = eqx.field(static=True)  # that many leading axes of the state enumerate problems
+    fixed: bool = eqx.field(static=True)  # both tolerances are zero: take exactly `limit` steps
+    best: bool = eqx.field(static=True, default=True)  # a solver that can returns its best iterate
+    tape: Any = None  # of deqjax._iterate.AbstractTape
+
+    @property
+    def uniform(self) -> bool:
+        """Every problem takes every step of the loop: nothing to freeze."""
+        return self.fixed and self.limit.ndim == 0
+
+
+def convert(
+    fn: Callable, z0: PyTree, args: PyTree, *others: PyTree, has_aux: bool = False
+) -> tuple[Traced, PyTree, list[Array], Axes]:
+    """`fn` as it reads now, as `(z, args) -> (z', aux)`, checked; z0; the arrays of args.
+
+    All of them vary over the mesh axes of any of them, or of the `others`.
+    """
+
+    def call(z, args):
+        out = fn(z, args)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(
+                f"With has_aux=True fn is expected to return a pair (z', aux), got "
+                f"{type(out).__name__}; return a pair, or leave has_aux out."
+            )
+        fz, aux = out if has_aux else (out, None)
+        return jax.tree.map(jnp.asarray, fz), aux
+
+    traced = trace(call, z0, args)
+    axes = mesh_axes(traced, z0, args, *others)
+    if axes:  # Then only what f closes over may still be constant over a mesh axis.
+        fn, z0, args = vary((fn, z0, args), axes)
+        traced = trace(call, z0, args)
+    check_output(traced.out_struct[0], z0)
+    return traced, z0, jax.tree.leaves(eqx.filter(args, eqx.is_array)), axes
+
+
+def check_output(got: PyTree, z0: PyTree) -> None:
+    """Shapes and dtypes that fn returns are those of `z0`."""
+    show = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
+    like = jax.eval_shape(lambda: z0)
+    same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
+    if jax.tree.structure(got) != jax.tree.structure(like) or not all(
+        map(same, jax.tree.leaves(got), jax.tree.leaves(like))
+    ):
+        raise ValueError(
+            f"fn is expected to return the structure, shapes and dtypes of z0, {show(like)}, got "
+            f"{show(got)}; cast or reshape its output, start from another z0, or pass has_aux=True "
+            f"if that is a pair (z', aux)."
+        )
+
+
+def check_batch(z0: PyTree) -> None:
+    """Axis 0 of every leaf is the batch."""
+    shapes = [x.shape for x in jax.tree.leaves(z0)]
+    if any(len(s) == 0 for s in shapes) or len({s[0] for s in shapes}) > 1:
+        raise ValueError(
+            f"With batched=True every leaf of z0 is expected to have a batch of the same length on "
+            f"axis 0, got the shapes {shapes}; add or align that axis, or use batched=False."
+        )
+
+
+def point(z: PyTree, batched: bool) -> PyTree:
+    """`z` as strongly typed float arrays, with a batch if there is to be one."""
+    z = float_state(z)
+    if batched:
+        check_batch(z)
+    return z
+
+
+def point_like(z: PyTree, x: Array, batched: bool) -> Array:
+    """`z` as one array of the shape and dtype of x, the injected input of its cell."""
+    z = point(z, batched)
+    if not isinstance(z, jax.Array) or (z.shape, z.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"z is expected to be one array like the injected x, {x.dtype} of shape {x.shape}, got "
+            f"{eqx.tree_pformat(jax.eval_shape(lambda: z), struct_as_array=True)}; pass sol.value "
+            f"of a solve for this x, with batched=True if it is a batch."
+        )
+    return z
+
+
+def check_state(z0: PyTree, batched: bool, max_steps: Any) -> tuple[PyTree, int]:
+    """`z0` as arrays, with a batch if there is to be one, and the ceiling on steps."""
+    z0 = point(z0, batched)
+    if isinstance(max_steps, bool) or not isinstance(max_steps, Integral) or max_steps < 1:
+        raise ValueError(
+            f"fixed_point expects max_steps to be an int of at least 1, got {max_steps!r}; "
+            f"pass a smaller, traced budget as steps=..."
+        )
+    return z0, int(max_steps)
+
+
+def check_steps(steps: Any, max_steps: int, shape: tuple[int, ...]) -> Int[Array, "..."]:
+    """The requested number of steps as an int32 array of shape `()` or `shape`."""
+    known = not is_traced(steps)
+    steps = np.asarray(max_steps if steps is None else steps) if known else steps
+    if not jnp.issubdtype(steps.dtype, jnp.integer) or steps.shape not in {(), shape}:
+        allowed = " or ".join(map(str, {(): None, shape: None}))
+        raise ValueError(
+            f"fixed_point expects steps to be an integer array of shape {allowed}, got "
+            f"{steps.dtype} of shape {steps.shape}; one budget per problem needs batched=True."
+        )
+    if known and not np.all((steps >= 0) & (steps <= max_steps)):
+        raise ValueError(
+            f"fixed_point expects 0 <= steps <= max_steps={max_steps}, got steps={steps}; "
+            f"raise max_steps, which is the ceiling."
+        )
+    return jnp.asarray(steps, jnp.int32)
+
+
+def check_optimistix(solver: Any, batched: bool, steps: Any) -> None:
+    """An instance of an Optimistix solver, and nothing that only ours can do."""
+    if not isinstance(solver, OptimistixSolver):
+        raise ValueError(
+            f"fixed_point expects a deqjax or an Optimistix solver, got {solver!r}; "
+            f"pass an instance, for instance deqjax.FixedPointIteration()."
+        )
+    name = type(solver).__name__
+    if batched or steps is not None:
+        raise ValueError(
+            f"batched=True and steps=... are expected with a deqjax solver, got the Optimistix "
+            f"solver {name}; use jax.vmap for a batch, and max_steps as the ceiling."
+        )
+
+
+def check_unmapped(solver: Any, *inputs: PyTree) -> None:
+    """Loops of Optimistix raise carry-type errors in `jax.shard_map`, whatever their inputs."""
+    axes = mesh_axes(*inputs)
+    if axes:
+        raise ValueError(
+            f"The Optimistix solver {type(solver).__name__} expects to run outside jax.shard_map, "
+            f"got inputs that vary over the mesh axes {sorted(map(str, axes))}; use a deqjax "
+            f"solver there."
+        )
+
+
+def problems(z: PyTree, rank: int) -> tuple[int, ...]:
+    """The shape of an array with one entry per problem: the leading `rank` axes of `z`."""
+    return jax.tree.leaves(z)[0].shape[:rank]
+
+
+def prepare(
+    solver: Any,
+    z0: PyTree,
+    batched: bool,
+    max_steps: int,
+    steps: int | Int[Array, "..."] | None,
+) -> tuple[Any, Budget, Int[Array, "..."]]:
+    """The solver with its tolerances as arrays, its budget, and the steps that were asked for."""
+    solver.check()
+    known_zero = lambda x: not is_traced(x) and float(x) == 0
+    fixed = known_zero(solver.rtol) and known_zero(solver.atol)
+    # As arrays, so that another tolerance or budget does not recompile.
+    tolerances = [jnp.asarray(x, jnp.result_type(float)) for x in (solver.rtol, solver.atol)]
+    solver = eqx.tree_at(lambda s: (s.rtol, s.atol), solver, tolerances)
+    requested = check_steps(steps, max_steps, problems(z0, int(batched)))
+    budget = Budget(max_steps, jnp.clip(requested, 0, max_steps), int(batched), fixed)
+    return solver, budget, requested

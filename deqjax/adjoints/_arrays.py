@@ -1,0 +1,42 @@
+"""The arrays of a function and of its arguments, for a backward pass that returns cotangents."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, PyTree
+
+from .._traced import Traced, trace
+
+
+class Own(NamedTuple):
+    """A function, the arrays that it holds, and those of its arguments: each in one list.
+
+    One of own and hidden arrays is empty: it could not be said whose a cotangent is.
+    """
+
+    call: Traced  # call(own, z, args), a pytree of the hidden arrays, which fn closes over
+    own: list[Array]
+    args: list[Array]
+
+
+def arrays_of(name: str, fn: Callable, z: PyTree, args: PyTree) -> tuple[Own, Callable]:
+    """The arrays that `fn` has, and what puts their cotangents in the form of `fn` and `args`."""
+    own, static = eqx.partition(fn, eqx.is_inexact_array)
+    whole = lambda own, z, args: eqx.combine(own, static)(z, args)
+    call = trace(whole, own, z, args)
+    own, own_tree = jax.tree.flatten(own)
+    arrays, args_tree = jax.tree.flatten(eqx.filter(args, eqx.is_array))
+    if own and any(map(eqx.is_inexact_array, call.consts)):
+        raise ValueError(
+            f"{name} expects an fn that either holds its arrays (an Equinox module) or closes over "
+            f"them, got one that does both; pass the arrays it closes over, or makes, through args."
+        )
+
+    def form(d: Own) -> tuple[PyTree, PyTree]:
+        hidden = jax.tree.leaves(d.call)
+        d_fn = jax.tree.unflatten(own_tree, d.own) if own else hidden
+        return d_fn, jax.tree.unflatten(args_tree, d.args)
+
+    return Own(call, own, arrays), form

@@ -1,0 +1,136 @@
+"""How wrong the solution of a linear equation may be: Hager and Higham's estimator, without A."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact, PyTree
+
+from .._tree import cast, lincomb, mesh_axes, per_problem, quotient, select, unify, vary, widen
+
+LinearMap = Callable[[PyTree], PyTree]
+# `(b, transpose) -> (y, stats)` with A y = b, or A^T y = b.
+Solve = Callable[[PyTree, bool], tuple[PyTree, dict[str, Any]]]
+
+# Columns looked at, after two vectors that are none; Higham's own limit is 5, and 2 the rule.
+_COLUMNS = 4
+# With a larger residual a solve tells nothing; below that, what it tells is measured.
+_USABLE = 0.1
+# What a solve leaves out may be the very direction that is amplified, by up to the condition.
+_TELLING = 1e-3
+# Three samples, of |J^T| |y| by products with signs that look random, and of what it leads to.
+_SEEDS = (1009, 2003, 3001)
+
+
+class _Carry(NamedTuple):
+    i: Array
+    x: PyTree
+    best: Inexact[Array, "..."]
+    done: Array
+
+
+def one_norm_of_inverse(
+    solve: Solve, matvec: LinearMap, like: PyTree, rank: int
+) -> Inexact[Array, "..."]:
+    """`||A^-1||_1` of each problem: the largest `||u||_1 / ||A u||_1` over the u that are tried.
+
+    Hager's walk from column to column of A^-1, by solves with A and its transpose. Infinite where a
+    solve fails.
+    """
+    norm = per_problem(lambda x: jnp.sum(jnp.abs(_flat(x))), rank)
+
+    def body(c: _Carry) -> _Carry:
+        u, stats = solve(cast(c.x, like), False)
+        value = quotient(norm(u), norm(matvec(u)))
+        value = jnp.where(stats["residual"] <= _USABLE, value, jnp.inf)
+        # The column in which the norm grows fastest from here.
+        slope, _ = solve(jax.tree.map(lambda u: jnp.where(u < 0, -1, 1).astype(u.dtype), u), True)
+        column = per_problem(_largest, rank)(slope)
+        x = select(jnp.broadcast_to(c.i > 0, value.shape), column, _even(like))
+        # The first two vectors are fixed; after them, no growth is the end.
+        better = value > c.best
+        best = jnp.where(better & ~c.done, value, c.best)
+        done = c.done | ((c.i > 1) & ~better) | ~(value < jnp.inf)
+        return vary(_Carry(c.i + 1, x, best, done), mesh_axes(like))
+
+    zero = norm(jax.tree.map(lambda x: jnp.zeros_like(widen(x)), like))
+    first = per_problem(_alternating, rank)(like)
+    start = vary(_Carry(jnp.asarray(0), first, zero, zero > 0), mesh_axes(like))
+    going = lambda c: (c.i < _COLUMNS + 2) & ~jnp.all(c.done)
+    return jax.lax.while_loop(going, body, start).best
+
+
+def error_estimate(
+    solve: Solve, transposed: LinearMap, y: PyTree, g: PyTree, rank: int
+) -> Inexact[Array, "..."]:
+    """How wrong y is, `A^T y = g`, of each problem: the worst leaf's `max |y - y*| / max |y*|`.
+
+    With the residual `r = g - A^T y`, y misses the solution by `A^-T r`; and r is known but for
+    rounding, about `u (|y| + |g| + |J^T| |y|)` with random signs, u half of eps. So one solve for
+    what is seen of r and some for what is not; infinite where one fails, or y may be all error.
+    """
+    unit = [float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(y)]
+    unit = jax.tree.unflatten(jax.tree.structure(y), unit)
+    residual = jax.tree.map(lambda g, a: widen(g) - widen(a), g, transposed(y))
+    noise = jax.tree.map(lambda y, g, u: u * (jnp.abs(widen(y)) + jnp.abs(widen(g))), y, g, unit)
+    for seed in _SEEDS:
+        v = jax.tree.map(lambda y, u, seed=seed: u * _signs(y, seed) * y, y, unit)
+        image = lincomb(1, v, -1, transposed(v))
+        noise = jax.tree.map(lambda n, i: jnp.maximum(n, jnp.abs(widen(i))), noise, image)
+    noises = [jax.tree.map(lambda n, s=s: _signs(n, s + 1) * n, noise) for s in _SEEDS]
+    sides = jax.tree.map(lambda *x: jnp.stack(x), residual, *noises)
+
+    def sizes(x):
+        return jnp.stack(unify([jnp.max(jnp.abs(widen(x)), initial=0) for x in jax.tree.leaves(x)]))
+
+    def one(b):
+        d, stats = solve(cast(b, y), True)
+        size = per_problem(sizes, rank)(d)
+        usable = (stats["residual"] <= _TELLING)[..., None]
+        return jnp.where(jnp.broadcast_to(usable, size.shape), size, jnp.inf)
+
+    missed = jax.lax.map(one, sides)
+    missed = missed[0] + jnp.max(missed[1:], 0)
+    size = per_problem(sizes, rank)(y)
+    true = size - missed  # no more than the solution has
+    ratio = jnp.where(true > 0, missed / jnp.where(true > 0, true, 1), jnp.inf)
+    ratio = jnp.where(missed == 0, 0, ratio)
+    return jnp.max(jnp.where(jnp.isnan(size), jnp.nan, ratio), -1)
+
+
+def _signs(x: Array, seed: int) -> Array:
+    """1 and -1, as if at random."""
+    bits = (jnp.arange(x.size, dtype=jnp.uint32) + jnp.uint32(seed)) * jnp.uint32(2654435761)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(2246822519)
+    return jnp.where(bits >> 16 & 1, 1, -1).astype(x.dtype).reshape(x.shape)
+
+
+def _flat(tree: PyTree) -> Inexact[Array, " n"]:
+    return jnp.concatenate([jnp.ravel(widen(x)) for x in jax.tree.leaves(unify(tree))])
+
+
+def _like(flat: Array, tree: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(tree)
+    out, at = [], 0
+    for x in leaves:
+        out.append(flat[at : at + x.size].reshape(x.shape).astype(widen(x).dtype))
+        at += x.size
+    return jax.tree.unflatten(treedef, out)
+
+
+def _largest(tree: PyTree) -> PyTree:
+    """The unit vector of the largest entry."""
+    flat = jnp.abs(_flat(tree))
+    return _like((jnp.arange(flat.size) == jnp.argmax(flat)).astype(flat.dtype), tree)
+
+
+def _even(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.ones_like(widen(x)), tree)
+
+
+def _alternating(tree: PyTree) -> PyTree:
+    """Higham's vector, for an A whose columns cancel in the sum: 1, ..., 2 with signs in turn."""
+    n = sum(x.size for x in jax.tree.leaves(tree))
+    k = jnp.arange(n)
+    return _like(jnp.where(k % 2 == 0, 1, -1) * (1 + k / max(n - 1, 1)), tree)

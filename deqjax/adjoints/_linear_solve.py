@@ -1,0 +1,177 @@
+"""`A y = b` by products with `A = I - J` or its transpose alone: an implicit gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax
+import optimistix
+from jaxtyping import Array, Inexact, PyTree
+
+from .._iterate import iterate, lax_while
+from .._problem import Budget
+from .._solution import RESULTS
+from .._tree import add, cast, lincomb, max_abs, mesh_axes, per_problem, select, unify, vary, widen
+from ..solvers import AbstractSolver
+from ._krylov import Krylov, inverse_bound
+from ._residual import (
+    AbstractMeasure,
+    Residual,
+    coupling,
+    growth,
+    residual_of,
+    units,
+)
+
+LinearMap = Callable[[PyTree], PyTree]
+
+
+class _Linear(AbstractSolver):
+    """A fixed-point method on `y = b + (I - A) y`, which is held to a measure of its own."""
+
+    inner: AbstractSolver
+    measure: AbstractMeasure
+    unit: PyTree  # of each leaf, in which the method sees it; None: 1
+    rtol: float | Inexact[Array, ""] = 0.0
+    atol: float | Inexact[Array, ""] = 0.0
+    norm: Callable[[PyTree], Any] = optimistix.max_norm
+
+    def error(self, z, fz):
+        return self.measure.error(z, fz)
+
+    def seen(self, z: PyTree) -> PyTree:
+        """z as the method sees it."""
+        return z if self.unit is None else jax.tree.map(jnp.divide, z, self.unit)
+
+    def blank(self, z0):
+        return self.inner.blank(z0)
+
+    def mix(self, z, fz, memory):
+        z, memory = self.inner.mix(self.seen(z), self.seen(fz), memory)
+        return z if self.unit is None else jax.tree.map(jnp.multiply, z, self.unit), memory
+
+    def recovers(self, memory):
+        return self.inner.recovers(memory)
+
+    def keep(self, go, live, new, old):
+        return self.inner.keep(go, live, new, old)
+
+
+def by_iteration(
+    solver: AbstractSolver | None,
+    matvec: LinearMap,
+    b: PyTree,
+    y0: PyTree,
+    tol: Any,
+    *,
+    max_steps: int,
+    rank: int,
+    sharper: Callable[[Residual], AbstractMeasure] = lambda residual: residual,
+) -> tuple[PyTree, dict[str, Any]]:
+    """Iterates `y <- b + (I - A) y`, each problem of a batch until its own tolerance.
+
+    `solver=None` sums the Neumann series, and goes on with a Krylov method where that stalls.
+    `sharper` makes a measure that can tell more than the relative residual from that one.
+    """
+    wide = jax.tree.map(widen, b)
+    # The equation is linear: its size is taken out, so that no square overflows.
+    size = per_problem(max_abs, rank)(b)
+    size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    divide = lambda x, s: jax.tree.map(lambda x: x / s.astype(x.dtype), x)
+    unit = per_problem(divide, rank)(wide, size)
+    start = unit
+    if y0 is not None:
+        # Where b is 0 so is y, to which a relative residual does not lead.
+        warm = per_problem(divide, rank)(cast(y0, wide), size)
+        usable = per_problem(lambda b, y: (max_abs(b) > 0) & jnp.isfinite(max_abs(y)), rank)
+        start = select(usable(b, y0), warm, unit)
+
+    def fn(y, unit):
+        product = matvec(cast(y, b))
+        return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, product, unit), None
+
+    if tol is None and solver is not None:
+        tol = solver.rtol
+    coupled = coupling(matvec, b, rank)
+    measure = sharper(residual_of(b, tol, coupled))
+    unit_ = None if coupled is None else per_problem(units, rank)(start, coupled)
+    inner = Krylov() if solver is None else solver
+    method = _Linear(inner=inner, measure=measure, unit=unit_)
+    limit = jnp.asarray(max_steps, jnp.int32)
+    budget = Budget(max_steps, limit, rank, fixed=False)
+    y, (num_steps, _, state) = iterate((fn, method, start, unit, budget, lax_while))
+
+    inverse = vary(jnp.ones_like(state.error), mesh_axes(state.error))
+    if solver is None:
+        of = lambda window: per_problem(inverse_bound, rank)(window)
+        window = state.memory
+        inverse = jax.lax.cond(jnp.any(window.slow), of, lambda _: inverse, window)
+
+    def outcome(measure, error, y, b, coupled, inverse):
+        good = measure.accepts(error, growth(y, b, coupled), inverse)
+        code = RESULTS.where(good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
+        return measure.report(error) | {"result": code}
+
+    restore = lambda y, s, b: jax.tree.map(
+        lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b
+    )
+    stats = per_problem(outcome, rank)(measure, state.error, y, unit, coupled, inverse)
+    return per_problem(restore, rank)(y, size, b), {"num_steps": num_steps} | stats
+
+
+def by_lineax(
+    linear_solver: lineax.AbstractLinearSolver,
+    matvec: LinearMap,
+    b: PyTree,
+    y0: PyTree,
+    tol: Any,
+    *,
+    rank: int,
+) -> tuple[PyTree, dict[str, Any]]:
+    """Hands the equation to Lineax, a batch as one system, and judges each problem of it."""
+    axes = mesh_axes(b)
+    if axes:
+        raise ValueError(
+            f"A Lineax solver expects to run outside jax.shard_map, got a system that varies "
+            f"over the mesh axes {sorted(map(str, axes))}; use ImplicitAdjoint() there."
+        )
+    product = lambda y: unify(matvec(cast(y, b)))
+    operator = lineax.FunctionLinearOperator(product, jax.eval_shape(lambda: unify(b)))
+    options = {} if y0 is None else {"y0": cast(y0, unify(b))}
+    sol = lineax.linear_solve(operator, unify(b), linear_solver, options=options, throw=False)
+    y = cast(sol.value, b)
+    coupled = coupling(matvec, b, rank)
+    # What was asked of Lineax, and no less than products can reach.
+    asked = getattr(linear_solver, "rtol", None) if tol is None else tol
+    measure = residual_of(b, asked, coupled, finest=False)
+    said = RESULTS.promote(sol.result)
+    singular: Any = RESULTS.singular
+    said = RESULTS.where(said == RESULTS.successful, singular, said)
+
+    def outcome(measure, y, left, b, coupled):
+        y, left, b = (jax.tree.map(widen, x) for x in (y, left, b))
+        error = measure.error(y, add(y, lincomb(1, b, -1, left)))
+        good = measure.accepts(error, growth(y, b, coupled), jnp.ones_like(error))
+        return measure.report(error) | {"result": RESULTS.where(good, RESULTS.successful, said)}
+
+    stats = per_problem(outcome, rank)(measure, y, matvec(y), b, coupled)
+    steps = jnp.asarray(sol.stats.get("num_steps", 1), jnp.int32)
+    return y, {"num_steps": jnp.broadcast_to(steps, stats["residual"].shape)} | stats
+
+
+def judged(y: PyTree, stats: dict[str, Any], on_failure: str) -> PyTree:
+    """`y`, or what `on_failure` says of the problems whose solve has failed."""
+    failed = stats["result"] != RESULTS.successful
+    if on_failure == "nan":
+        return select(failed, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), y), y)
+    if on_failure == "raise":
+        message = (
+            "The linear solve of the implicit function theorem failed: I - J is singular or nearly "
+            "so, or the steps did not suffice. Where f conserves a quantity (J has columns that "
+            "sum to 1: probabilities, mass), normalise z inside f; elsewhere raise max_steps, or "
+            "see what deqjax.implicit_vjp reports."
+        )
+        return eqx.error_if(y, jnp.any(failed), message)
+    return y

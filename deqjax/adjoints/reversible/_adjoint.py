@@ -1,0 +1,147 @@
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+from jaxtyping import PyTree
+
+from ..._iterate import AbstractTape, lax_while
+from ..._problem import Budget
+from ..._tree import stop_gradient
+from ...solvers import Reversible
+from .._base import AbstractAdjoint, no_gradient, tangent_of_extras, unpack
+from ._flat import Flat, flatten
+from ._linearise import linear, tangents_of
+from ._sweep import Record, recorded
+from ._tape import Digits, Segments, segment_length
+
+
+class ReversibleAdjoint(AbstractAdjoint):
+    """Differentiates the steps of `deqjax.Reversible` by running them backwards.
+
+    With `g[k]` the cotangent of the iterate `s[k]`, a step is undone, its `f` evaluated where it
+    was, and the step's transpose applied, for k = n, ..., 1:
+
+        s[k-2]  = (s[k] - beta f(s[k-1])) / (1 - beta)
+        g[k-1] += beta J(s[k-1])^T g[k]
+        g[k-2] += (1 - beta) g[k]
+
+    and the cotangents of everything that `f` depends on are summed on the way.
+
+    **Exact mode** of the solver: states are undone bit for bit, so that the gradient is that of
+    the steps taken at any depth, with the rounding error of ordinary backpropagation. `f` has to
+    give the same bits in the forward and in the backward program; it is compiled by itself in both
+    to that end, and whether it did is seen at the end, where the sweep has to arrive exactly at z0.
+    On one device and for data parallelism; a cell sharded over tensors reduces in another order in
+    each program. Randomness is drawn once per solve and passed in.
+
+    **Floating-point mode**: every k-th pair of states is stored, reversal starts anew from each,
+    and is compared with it.
+
+    A problem whose cotangent is zero, because the loss masks it, spoils no other's gradient. Under
+    `jax.vmap(..., axis_name=...)` `f` may not use that axis.
+
+    **Arguments:**
+
+    - `check`: what becomes of a gradient whose reversal did not arrive where it has to: `"nan"`,
+        `"raise"` a run-time error, `"off"` nothing. Exact: anything but equality with z0.
+        Floating point: a stored state missed by more than `10 sqrt(eps)` of its size.
+        `deqjax.reversible_vjp` tells how it went, without either.
+    - `segment`: k, of the floating-point mode alone. `"auto"` lets reversal lose half of the
+        digits, `(1 / |1 - beta|)^k = eps^(-1/2)`: 12 steps at beta = 1/2 and 5 at 0.8 in float32;
+        for a beta that is traced, that of `|1 - beta| = 1/10`. `None` is the textbook sweep: only
+        z0 is known, nothing is checked, and after n steps the early states carry a relative error
+        of about `eps |1 - beta|^-n` (0.25 after 22 steps at beta = 1/2 in float32), and so, up to
+        the contraction of f, does the gradient.
+
+    **Cost:** backwards, one evaluation of `f` with its VJP a step; exact, one more evaluation.
+    Kept from forwards to backwards per entry of z: two states (8 bytes in float32); exact,
+    `log2(d)` bits a step in whole 4-byte words with room for `max_steps`; floating point, two
+    states every k steps. In the sweep, five copies of `z` and one of the parameters, whatever the
+    number of steps, and under `jax.vmap` too one of those that examples share. Through Optimistix's
+    front door the steps are taken a second time for the record.
+
+    Forward mode differentiates the recurrence as it runs. Higher derivatives, in any order of
+    modes, differentiate it from its start by checkpoints: `sqrt(max_steps)` states.
+
+    **When not to use it:** at a converged fixed point, where `deqjax.ImplicitAdjoint` needs no
+    steps; for an `f` that cannot be reproduced (`deqjax.RecursiveCheckpointAdjoint`).
+
+    **Raises:** `ValueError` with a solver other than `deqjax.Reversible`, for a `check` or
+    `segment` that is none of the above, or in the exact mode through Optimistix with no
+    `max_steps`.
+
+    Reference: Reversible deep equilibrium models, arXiv 2509.12917, the backward pass of section 3.
+    """
+
+    check: Literal["nan", "off", "raise"] = eqx.field(static=True, default="nan")
+    segment: int | Literal["auto"] | None = eqx.field(static=True, default="auto")
+
+    def __check_init__(self):
+        if self.check not in ("nan", "off", "raise"):
+            raise ValueError(
+                f'ReversibleAdjoint expects check="nan", "off" or "raise", got {self.check!r}; '
+                f"choose one of the three."
+            )
+        k = self.segment
+        if not (k is None or k == "auto" or (isinstance(k, int) and k >= 1)):
+            raise ValueError(
+                f'ReversibleAdjoint expects segment to be "auto", None or an int of at least 1, '
+                f"got {k!r}; it is the number of steps between two stored states."
+            )
+
+    def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
+        """See `deqjax.adjoints`."""
+        del rewrite_fn, tags
+        p = unpack(inputs)
+        self.check_solver(p.solver)
+        tape = self.tape(p.solver, p.z0)
+        if len(inputs) == 5:
+            (budget,) = p.rest
+            flat = flatten(p.fn, p.args, p.solver, p.z0, budget, tape)
+            out, rec = recorded(stop_gradient(flat))
+        else:
+            if p.max_steps is None:
+                raise ValueError(
+                    "ReversibleAdjoint expects a number as max_steps, got None; choose a ceiling "
+                    "on the number of steps, for which there has to be room."
+                )
+            out = primal_fn((*stop_gradient(inputs), lax_while))
+            budget = Budget(p.max_steps, out[1][0], 0, fixed=True)
+            flat, rec = flatten(p.fn, p.args, p.solver, p.z0, budget, tape), None
+        z, extras = _attach(out, flat, rec, self.check)
+        return z, no_gradient(extras)
+
+    def check_solver(self, solver: Any) -> None:
+        """Raises `ValueError` for another solver than `Reversible`."""
+        # The class itself: a subclass may mix by another rule, which would be undone wrongly.
+        if type(solver) is not Reversible:
+            raise ValueError(
+                f"ReversibleAdjoint expects the solver deqjax.Reversible, got "
+                f"{type(solver).__name__}; use deqjax.Reversible(...), or "
+                f"deqjax.ImplicitAdjoint() or deqjax.RecursiveCheckpointAdjoint() with this solver."
+            )
+
+    def tape(self, solver: Reversible, z0: PyTree) -> AbstractTape:
+        """What the forward loop records."""
+        if solver.exact:
+            return Digits(solver.grid)
+        k = self.segment
+        return Segments(segment_length(solver.beta, z0) if k == "auto" else k)
+
+
+@eqx.filter_custom_jvp
+def _attach(out: PyTree, flat: Flat, rec: Record | None, check: str) -> PyTree:
+    """`out = (z, extras)` itself, z with the derivative of the steps taken."""
+    del flat, rec, check
+    return out
+
+
+@_attach.def_jvp
+def _attach_jvp(primals, tangents):
+    _, flat, rec, check = primals
+    _, t_flat, _, _ = tangents
+    z, extras = _attach(*primals)  # so that z has a derivative here too
+    if rec is None:  # Optimistix's loop has recorded nothing
+        _, rec = recorded(stop_gradient(flat))
+    t_z = linear(flat, rec, tangents_of(flat, t_flat), check)
+    return (z, extras), (t_z, tangent_of_extras(extras, t_z))

@@ -1,0 +1,136 @@
+"""A solve in a form to which `jax.vmap` can add a batch axis without multiplying what is shared."""
+
+import dataclasses
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, PyTree
+
+from ..._iterate import AbstractTape
+from ..._problem import Budget
+from ..._step import evaluate
+
+Arrays = list[Array]
+
+
+class Flat(eqx.Module):
+    """The solve of `z = f(arrays, z)`, with every array that f depends on in one list.
+
+    Two forms of f: the one that is iterated, and the one that is differentiated, which under
+    `jax.vmap(jax.grad(...))` has a copy per example of what the other shares between examples. The
+    bits of f may differ between the two: matrix products of other shapes round otherwise.
+    """
+
+    f: Callable[[Arrays, PyTree], PyTree] = eqx.field(static=True)
+    arrays: Arrays
+    solver: Any
+    z0: PyTree
+    budget: Budget
+    tape: AbstractTape
+    own_f: Callable[[Arrays, PyTree], PyTree] = eqx.field(static=True)
+    to_own: Callable[[Arrays], Arrays] = eqx.field(static=True)
+    # For each array of that form and each problem axis, whether it has an entry per problem.
+    per_problem: tuple[tuple[bool, ...], ...] = eqx.field(static=True)
+
+    def inputs(self, while_loop: Callable) -> tuple:
+        """The inputs of `iterate`."""
+        fn = lambda z, arrays: (self.f(arrays, z), None)
+        budget = dataclasses.replace(self.budget, tape=self.tape)
+        return fn, self.solver, self.z0, self.arrays, budget, while_loop
+
+    def mapped(self, size: int, batched: Any, own: Sequence[bool]) -> "Flat":
+        """The batch of solves under `jax.vmap`, as one solve with a batch axis more.
+
+        `batched` tells which leaves have that axis, in front. Arrays that do not have it stay
+        shared between examples, and so do their cotangents but of those that are `own`.
+        """
+        spread = ft.partial(with_axis, size)
+        in_axes = [0 if b else None for b in batched.arrays]
+        own_axes = [0 if b or o else None for b, o in zip(batched.arrays, own, strict=True)]
+        budget, b = self.budget, batched.budget.limit
+        one = budget.limit.ndim == 0 and not b  # for all problems
+        limit = budget.limit if one else spread(budget.limit, b)
+        rank = budget.rank + 1
+        # Its axes are the leading ones of the problems: others have to be there for it to line up.
+        limit = limit.reshape(limit.shape + (1,) * (rank - limit.ndim)) if limit.ndim else limit
+
+        def to_own(arrays):
+            inner = jax.vmap(self.to_own, (in_axes,), in_axes, axis_size=size)(arrays)
+            copy = [a != b for a, b in zip(in_axes, own_axes, strict=True)]
+            return [spread(x, not c) for x, c in zip(inner, copy, strict=True)]
+
+        return Flat(
+            jax.vmap(self.f, (in_axes, 0)),
+            self.arrays,
+            spread(self.solver, batched.solver),
+            spread(self.z0, batched.z0),
+            dataclasses.replace(budget, limit=limit, rank=rank),
+            self.tape,
+            jax.vmap(self.own_f, (own_axes, 0)),
+            to_own,
+            tuple((a == 0, *x) for a, x in zip(own_axes, self.per_problem, strict=True)),
+        )
+
+
+def flatten(
+    fn: Callable, args: PyTree, solver: Any, z0: PyTree, budget: Budget, tape: AbstractTape
+) -> Flat:
+    """The solve of `z = fn(z, args)[0]`; `fn` a pytree of all arrays that it closes over."""
+    dynamic, static = eqx.partition((fn, args), eqx.is_array)
+    arrays, treedef = jax.tree.flatten(dynamic)
+
+    def f(arrays, z):
+        fn, args = eqx.combine(jax.tree.unflatten(treedef, arrays), static)
+        return evaluate(fn, z, args)[0]
+
+    shared = ((False,) * budget.rank,) * len(arrays)
+    return Flat(f, arrays, solver, z0, budget, tape, f, lambda arrays: arrays, shared)
+
+
+def with_axis(size: int, tree: PyTree, batched: PyTree) -> PyTree:
+    """`tree`, each of its arrays with the batch axis in front, where those `batched` have it."""
+
+    def leaf(x, batched):
+        return jnp.broadcast_to(x, (size, *x.shape)) if eqx.is_array(x) and not batched else x
+
+    return jax.tree.map(leaf, tree, batched)
+
+
+def batchable(call: Callable) -> Callable:
+    """`call(flat, own, record, gz)`, for which `jax.vmap` is the same call of the mapped solve.
+
+    Without it, the loop inside would carry one copy per example of what its examples share, and
+    mask f by conditions that differ between examples.
+    """
+
+    def wrapped(flat: Flat, own: Sequence[bool], record: Any = None, gz: PyTree = None) -> Any:
+        dynamic, static = eqx.partition((flat, record, gz), eqx.is_array)
+        leaves, treedef = jax.tree.flatten(dynamic)
+        rebuild = lambda leaves: eqx.combine(jax.tree.unflatten(treedef, leaves), static)
+
+        @custom_vmap
+        def primal(*leaves):
+            flat, record, gz = rebuild(leaves)
+            return call(flat, own, record, gz)
+
+        @primal.def_vmap
+        def _(size, batched, *leaves):
+            flat, record, gz = rebuild(leaves)
+            b_flat, b_record, b_gz = jax.tree.unflatten(treedef, batched)
+            spread = ft.partial(with_axis, size)
+            gz = spread(gz, b_gz)
+            if any(jax.tree.leaves((b_flat, b_record))):
+                record = spread(record, b_record)
+                out = wrapped(flat.mapped(size, b_flat, own), own, record, gz)
+            else:  # Several cotangents of one solve: that stays one, and f what it was.
+                out = jax.vmap(lambda gz: call(flat, own, record, gz))(gz)
+            return out, jax.tree.map(lambda _: True, out)
+
+        return primal(*leaves)
+
+    return wrapped

@@ -1,0 +1,89 @@
+"""The reversible solve and its backward sweep as a plain function, with its outcome."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Int, PyTree
+
+from ..._problem import check_output, check_state, prepare
+from ..._program import run
+from ..._traced import trace
+from ..._tree import strong
+from ...solvers import Reversible
+from .._arrays import arrays_of
+from .._base import check_cotangent
+from ._adjoint import ReversibleAdjoint
+from ._flat import flatten
+from ._sweep import judged, recorded, sweep
+
+
+def reversible_vjp(
+    fn: Callable[[PyTree, PyTree], PyTree],
+    solver: Reversible,
+    z0: PyTree,
+    args: PyTree,
+    cotangent: PyTree,
+    *,
+    adjoint: ReversibleAdjoint = ReversibleAdjoint(),
+    batched: bool = False,
+    max_steps: int = 256,
+    steps: int | Int[Array, "..."] | None = None,
+) -> tuple[tuple[PyTree, PyTree, PyTree], dict[str, Any]]:
+    """The solve and the backward pass of `deqjax.ReversibleAdjoint` as one plain function.
+
+    With g the cotangent of the value `s[n]`: `(ds[n]/dtheta)^T g`, for the arrays theta of `fn`,
+    of `args` and of `z0`, by the steps taken; and how the reversal went.
+
+    **Arguments:**
+
+    - `fn`, `solver`, `z0`, `args`, `batched`, `max_steps`, `steps`: as in `deqjax.fixed_point`.
+    - `cotangent`: of the structure, shapes and dtypes of `z0`.
+    - `adjoint`: how to reverse, and what to do with a gradient that cannot be trusted.
+
+    **Returns:** `((d_fn, d_args, d_z0), stats)`. `d_fn` has the structure of `fn` if that is a
+    pytree with inexact arrays (an Equinox module), `None` elsewhere; if `fn` is a plain function,
+    it is a list of the cotangents of the inexact arrays it closes over, in order of first use.
+    `stats` has, with one entry per problem,
+
+    - `"num_steps"`, `"overflow"`: as in `deqjax.fixed_point`.
+    - `"reversal_residual"`: exact mode, the largest difference of the initial states that the sweep
+        arrives at and the true ones, 0 if and only if they are equal; floating point, the largest
+        difference from a state that is known, relative to the size of the states. Infinite after
+        a step that the integers could not take.
+    - `"trusted"`: whether that is within the bound of `adjoint`.
+
+    **Cost:** that of the solve and of `adjoint`.
+
+    **When not to use it:** inside a loss; there `deqjax.fixed_point` with the adjoint does this.
+
+    **Raises:** `ValueError` as `deqjax.fixed_point` and `deqjax.ReversibleAdjoint` do, if the
+    cotangent is not shaped like `z0`, or if `fn` both holds and closes over inexact arrays.
+    """
+    z0, max_steps = check_state(z0, batched, max_steps)
+    cotangent = strong(cotangent)
+    check_cotangent("reversible_vjp", z0, cotangent)
+    adjoint.check_solver(solver)
+    prepared, budget, _ = prepare(solver, z0, batched, max_steps, steps)
+    own, form = arrays_of("reversible_vjp", fn, z0, args)
+    check_output(own.call.out_struct, z0)
+    d, d_z0, stats = run(_reversible_vjp, own, prepared, z0, cotangent, budget, adjoint)
+    return (*form(d), d_z0), stats
+
+
+def _reversible_vjp(own, solver, z0, cotangent, budget, adjoint):
+    apply = trace(lambda z, at: (at.call(at.own, z, at.args), None), z0, own)
+    arrays, treedef = jax.tree.flatten(own)
+    flat = flatten(apply, arrays, solver, z0, budget, adjoint.tape(solver, z0))
+    moving = [eqx.is_inexact_array(x) for x in flat.arrays]
+    (_, extras), rec = recorded(flat)
+    out, gap = sweep(flat, moving, rec, cotangent)
+    stats = {
+        "num_steps": rec.num_steps,
+        "overflow": extras[2].overflow,
+        "reversal_residual": gap,
+        "trusted": gap <= flat.tape.bound(z0),
+    }
+    out = judged(flat, out, gap, cotangent, adjoint.check)
+    return jax.tree.unflatten(treedef, out.arrays), out.z0, stats

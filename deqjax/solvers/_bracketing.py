@@ -1,0 +1,88 @@
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import optimistix
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._tree import select
+from ..positive._bracket import Bracket, flat, narrow, unflat
+from ._certified import AbstractCertifiedSolver
+
+
+class _Memory(NamedTuple):
+    bracket: Bracket
+    below: Bool[Array, ""]  # whose turn it is next: that of the lower end
+    done: Bool[Array, ""]
+    still: Bool[Array, ""]  # whether the last turn brought nothing
+    limited: Bool[Array, ""]
+
+
+class Bracketing(AbstractCertifiedSolver):
+    """Picard iteration from below and from above in turn, to a certified tolerance.
+
+        l <- f(l) rises to z*,    u <- f(u) falls to z*,    |z - z*| <= atol + rtol z*
+
+    where z is the harmonic mean of l and u in the end. Both ends are proved, rounding included, at
+    every step.
+
+    **Arguments:**
+
+    - `rtol`, `atol`, `norm`, `upper`, `fan_in`, `slack`: as in
+        `deqjax.PositiveConcaveSolver`. Without `upper` the first u is found by doubling, from z0.
+
+    `sol.stats` as there; its `"lower"` and `"upper"` are of use after any number of steps. It stops
+    early, `"rounding_limited"`, when neither end moves any more.
+
+    **Cost:** one evaluation of f a step, two for the contraction by rho(J) that Picard's method has
+    in one; one for the answer, and four copies of z. `log2(max z* / f(0))` more to find u. Where
+    the tolerance is not met, as there.
+
+    **When not to use it:** where rho(J) is above about 0.9: `deqjax.PositiveConcaveSolver`. Else
+    as there.
+
+    **Raises:** `ValueError` as `deqjax.PositiveConcaveSolver`.
+
+    Reference: Yates, IEEE JSAC 13 (1995), lemmas 1 and 2.
+    """
+
+    rtol: float | Float[Array, ""] = 1e-4
+    atol: float | Float[Array, ""] = 0.0
+    norm: Callable[[PyTree], Any] = optimistix.max_norm
+    upper: float | None = eqx.field(static=True, default=None)
+    fan_in: int | None = eqx.field(static=True, default=None)
+    slack: float | None = eqx.field(static=True, default=None)
+    counted: Array | None = eqx.field(init=False, default_factory=lambda: None)
+
+    def proved(self, memory: _Memory):
+        """See `AbstractCertifiedSolver`."""
+        return memory.bracket, memory.done
+
+    def limited(self, memory: _Memory):
+        """See `AbstractCertifiedSolver`."""
+        return memory.limited
+
+    def blank(self, z0: PyTree) -> _Memory:
+        """No bound but 0 and `upper`."""
+        no = jnp.asarray(False)
+        return _Memory(self.unbounded(z0), no, no, no, no)
+
+    def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
+        """The end whose turn it is; or twice z, as long as there is no upper end."""
+        x, fx, old = flat(z, 0), flat(fz, 0), memory.bracket
+        slack = jnp.asarray(self.margin(z), x.dtype)
+        bracket, _, _ = narrow(old, x, fx, slack)
+        answer, done = self.answer(bracket, z)
+        bounded = jnp.all(jnp.isfinite(bracket.upper))
+        still = bounded & jnp.all((bracket.lower == old.lower) & (bracket.upper == old.upper))
+        # Where rounding has no bound there are no ends: Picard iteration from z.
+        countable = jnp.isfinite(slack)
+        least = jnp.maximum(self.allowed(fx) / 2, jnp.finfo(x.dtype).eps * fx)
+        limited = jnp.where(countable, still & memory.still, jnp.all(jnp.abs(fx - x) <= least))
+
+        target = jnp.where(memory.below, bracket.lower, bracket.upper)
+        target = jnp.where(bounded, target, 2 * jnp.maximum(x, fx))
+        target = jnp.where(countable, target, fx)
+        z = select(done | (limited & countable), answer, unflat(target, z))
+        return z, _Memory(bracket, ~memory.below, done, still, limited)

@@ -1,0 +1,180 @@
+"""What the solvers share that end where they can prove how near the fixed point is."""
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from equinox import AbstractVar
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._checks import check_real
+from .._step import evaluate
+from .._tree import mesh_axes, per_problem, select, stop_gradient
+from ..positive._bracket import (
+    Bracket,
+    Slack,
+    centre,
+    consistent,
+    flat,
+    intersection,
+    relative_error,
+    unflat,
+)
+from ..positive._enclosure import enclose
+from ..positive._equations import calls, trace
+from ..positive._rounding import of_one_sum, rounding
+from ._base import AbstractSolver
+
+
+class AbstractCertifiedSolver(AbstractSolver):
+    """A solver that ends where a bracket of z* is narrow enough, and nowhere else."""
+
+    upper: AbstractVar[float | None]
+    fan_in: AbstractVar[int | None]
+    slack: AbstractVar[float | None]  # the bound of rounding itself; read off f where it is None
+    counted: AbstractVar[Array | None]  # what `bound` makes of these and of f
+
+    def __check_init__(self):
+        self.check()
+        upper = self.upper
+        if upper is not None and not (
+            isinstance(upper, int | float) and not isinstance(upper, bool) and upper > 0
+        ):
+            raise ValueError(
+                f"{type(self).__name__} expects upper to be None or a Python number above 0 that f "
+                f"never exceeds, got {upper!r}; the supremum of the activation is one."
+            )
+
+    @abc.abstractmethod
+    def proved(self, memory: Any) -> tuple[Bracket, Bool[Array, ""]]:
+        """The bracket in the memory, and whether z is the centre of one narrow enough."""
+
+    @abc.abstractmethod
+    def limited(self, memory: Any) -> Bool[Array, ""]:
+        """Whether there is no going on, for rounding."""
+
+    def around(self, fn: Callable) -> Callable:
+        """See `AbstractSolver`: full products, which are what is counted, on every platform."""
+        return _Precise(fn)
+
+    def bound(self, fn: Callable, z0: PyTree, args: PyTree, rank: int) -> "AbstractCertifiedSolver":
+        """See `AbstractSolver`."""
+        self._check_real(z0)
+        given = (self.fan_in, type(self).__name__)
+        fn, z0, args = stop_gradient((fn, z0, args))
+        counted = rounding(fn, z0, args, *given, rank=rank, slack=self.slack)
+        return eqx.tree_at(lambda s: s.counted, self, counted, is_leaf=lambda x: x is None)
+
+    def margin(self, z: PyTree) -> Slack:
+        """What was counted; Optimistix's own front door has no f to count in before its loop."""
+        if self.counted is not None:
+            return self.counted
+        if self.slack is not None:
+            return self.slack
+        if self.fan_in is None:
+            raise ValueError(
+                f"{type(self).__name__} expects to be run by deqjax.fixed_point, which reads the "
+                f"rounding of f off its jaxpr, or to have a fan_in; got neither. Pass fan_in=the "
+                f"number of terms of the longest sum in f."
+            )
+        return of_one_sum(z, self.fan_in, type(self).__name__)
+
+    def step(self, fn, y, args, options, state, tags):
+        """Optimistix: as in `AbstractSolver`, with the signs of the arrays in f looked at."""
+        self.margin(y)
+        whole = self.bound(fn, y, args, 0)
+        return super(AbstractCertifiedSolver, whole).step(fn, y, args, options, state, tags)
+
+    def start(self, z0: PyTree) -> PyTree:
+        """See `AbstractSolver`: `upper` where z0 is not between 0 and that."""
+        if self.upper is None or math.isinf(self.upper):
+            return jax.tree.map(lambda x: jnp.maximum(x, 0), z0)
+        inside = lambda x: (x > 0) & (x < self.upper)
+        return jax.tree.map(lambda x: jnp.where(inside(x), x, jnp.asarray(self.upper, x.dtype)), z0)
+
+    def unbounded(self, z0: PyTree) -> Bracket:
+        """0 and `upper`, or infinity."""
+        self._check_real(z0)
+        x = flat(z0, 0)
+        upper = jnp.inf if self.upper is None else self.upper
+        return Bracket(jnp.zeros_like(x), jnp.full_like(x, upper))
+
+    def _check_real(self, z0: PyTree) -> None:
+        check_real(
+            type(self).__name__,
+            z0,
+            "its bounds need an order of the states. Use deqjax.Anderson(), which certifies "
+            "nothing, or real and imaginary parts as z.",
+        )
+
+    def answer(self, bracket: Bracket, like: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
+        """The centre of the bracket, as the state can hold it, and whether it meets the tolerances
+        wherever in the bracket z* is."""
+        z = unflat(centre(bracket), like)
+        at = flat(z, 0)
+        lower, upper = bracket
+        good = (at - lower <= self.allowed(lower)) & (upper - at <= self.allowed(upper))
+        return z, jnp.all(good & jnp.isfinite(upper)) & consistent(bracket)
+
+    def allowed(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The error at z that the tolerances allow, entry by entry."""
+        z = jnp.where(jnp.isfinite(z), z, 0)
+        return jnp.asarray(self.atol, z.dtype) + jnp.asarray(self.rtol, z.dtype) * z
+
+    def error(self, z: PyTree, fz: PyTree) -> Float[Array, ""]:
+        """See `AbstractSolver`; never below 1, which only a proof is."""
+        x, fx = flat(z, 0), flat(fz, 0)
+        return 1 + self.norm((fx - x) / jnp.where(fx == 0, 1, jnp.abs(fx)))
+
+    def verdict(self, error, memory):
+        """See `AbstractSolver`; there is no going on from a contradiction, nor beyond rounding."""
+        bracket, done = self.proved(memory)
+        over = ~consistent(bracket) | (self.limited(memory) & ~done)
+        return jnp.where(over, jnp.nan, jnp.where(done, 0, error))
+
+    def report(self, z: PyTree, memory: Any) -> dict[str, Any]:
+        """See `AbstractSolver`."""
+        bracket, done = jax.lax.stop_gradient(self.proved(memory))
+        z = jax.lax.stop_gradient(z)
+        limited = self.limited(memory) & ~done & consistent(bracket)
+        return {**_bounds(z, bracket), "rounding_limited": limited}
+
+    def finish(self, fn, z, args, stats, failed, rank):
+        """See `AbstractSolver`: no worse than `deqjax.certify` of what is returned."""
+        fn, z, args = stop_gradient((fn, z, args))
+        axes = mesh_axes(fn, z, args, stats, self)
+        slack, at = self.margin(z), flat(z, rank)
+        bracket = Bracket(flat(stats["lower"], rank), flat(stats["upper"], rank))
+        f = lambda x: flat(evaluate(fn, unflat(x, z), args)[0], rank)
+
+        def better(bracket):
+            proved, holds, _ = enclose(f, at, z, slack, axes)
+            return select(failed & holds, intersection(bracket, proved), bracket)
+
+        # Of a jax.custom_vjp function JAX forms no product with J; there is no certificate either.
+        if not calls(trace(fn, z, args).jaxpr, "custom_vjp_call"):
+            bracket = jax.lax.cond(jnp.any(failed), better, lambda bracket: bracket, bracket)
+        return {**stats, **per_problem(_bounds, rank)(z, bracket)}
+
+
+class _Precise(eqx.Module):
+    """f with every matrix product at the highest precision."""
+
+    fn: Callable
+
+    def __call__(self, z: PyTree, args: PyTree) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return self.fn(z, args)
+
+
+def _bounds(z: PyTree, bracket: Bracket) -> dict[str, Any]:
+    wide = jax.tree.map(lambda x: x.astype(bracket.lower.dtype), z)
+    return {
+        "relative_error": relative_error(flat(z, 0), bracket),
+        "lower": unflat(bracket.lower, wide),
+        "upper": unflat(bracket.upper, wide),
+    }
