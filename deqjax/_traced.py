@@ -16,8 +16,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import Sharding
 from jaxtyping import Array, PyTree
 
+from ._bilinear import replaced
 from ._compare import Fleeting, alone, jaxpr_key, static_fields, static_key
-from ._product import replaced
 
 
 class Body:
@@ -42,7 +42,7 @@ class Body:
 
     @ft.cached_property
     def multiplies(self) -> bool:
-        """Whether it has products of which `_product.py` knows a better form, outside of loops."""
+        """Whether it has products of which `_bilinear.py` knows a better form, outside of loops."""
         return _multiplies(self.jaxpr)
 
     @ft.cached_property

@@ -18,7 +18,7 @@ from _accelerator_run import Compiled, Program, Run, Size, compiled, good, milli
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from deqjax._product import dense
+from deqjax._bilinear import dense
 from deqjax.models._base import max_pool
 from deqjax.nn import GroupNorm, _convolution, _winograd
 

@@ -18,7 +18,6 @@ ORDER = [
     "_solution",
     "_step",
     "_bilinear",
-    "_product",
     "_compare",
     "_traced",
     "_program",

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from equinox import AbstractVar
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
+from .._bilinear import dense
 from .._checks import check_size, number
-from .._product import dense
 from .._tree import widen
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from .._product import dense
+from .._bilinear import dense
 
 
 class Linear(eqx.Module):

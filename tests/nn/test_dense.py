@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from deqjax._product import dense
+from deqjax._bilinear import dense
 from deqjax._traced import trace
 from deqjax.nn import Linear
 

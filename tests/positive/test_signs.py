@@ -8,8 +8,8 @@ import pytest
 from jax import lax
 
 import deqjax
+from deqjax._bilinear import dense
 from deqjax._problem import convert
-from deqjax._product import dense
 from deqjax.nn._convolution import conv2d
 from deqjax.positive._rounding import rounding
 
