@@ -38,7 +38,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _accelerator_report import LATE, RED, begun, forget, read, row, rows, running, table, write
+from bench.accelerator.report import (
+    LATE,
+    RED,
+    begun,
+    forget,
+    read,
+    row,
+    rows,
+    running,
+    table,
+    write,
+)
 
 
 class Section(NamedTuple):
@@ -100,7 +111,8 @@ def child(config: argparse.Namespace) -> None:
     if importlib.util.find_spec("deqjax") is None:
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import jax
-    from _accelerator_run import Run, size_of
+
+    from bench.accelerator.run import Run, size_of
 
     if config.smoke:
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
@@ -108,7 +120,7 @@ def child(config: argparse.Namespace) -> None:
         module = SECTIONS[name].module
         size = size_of(config.smoke)
         run = Run(config.out, name, size, config.seed, config.until, config.text)
-        getattr(importlib.import_module(f"_accelerator_{module}"), module)(run)
+        getattr(importlib.import_module(f"bench.accelerator.{module}"), module)(run)
     faulthandler.cancel_dump_traceback_later()
 
 

@@ -28,7 +28,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from _flags import Count, Seed, read
+from training.flags import Count, Seed, read
 
 Section = Literal["tightness", "hard", "coverage", "refused", "time", "mates"]
 SECTIONS: tuple[Section, ...] = ("tightness", "hard", "coverage", "refused", "time", "mates")
@@ -82,15 +82,16 @@ if __name__ == "__main__":  # before the rest, which takes seconds to import
     read(Config)
 
 import jax
-from _certificates_claims import claims
-from _certificates_coverage import coverage
-from _certificates_mates import mates
-from _certificates_plot import plot_tightness
-from _certificates_refused import refused
-from _certificates_report import tables
-from _certificates_tight import hard, tightness
-from _certificates_time import time
-from _compare_run import record
+
+from bench.certificates.claims import claims
+from bench.certificates.coverage import coverage
+from bench.certificates.mates import mates
+from bench.certificates.plot import plot_tightness
+from bench.certificates.refused import refused
+from bench.certificates.report import tables
+from bench.certificates.tight import hard, tightness
+from bench.certificates.time import time
+from bench.record import record
 
 
 def measure(section: Section, config: Config) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from _flags import Count, Range, Seed, read
+from training.flags import Count, Range, Seed, read
 
 Section = Literal["guarantee", "memory", "adjoints"]
 
@@ -61,11 +61,12 @@ if __name__ == "__main__":  # before the rest, which takes seconds to import
     read(Config)
 
 import jax
-from _compare_adjoints import backward_memory, block_cases, compare, guarantee, linear_cases
-from _compare_methods import attention_block, convolution_block
-from _compare_plot import plot_gradients
-from _compare_run import record
-from _compare_which import claims, tables
+
+from bench.compare.adjoints import backward_memory, block_cases, compare, guarantee, linear_cases
+from bench.compare.methods import attention_block, convolution_block
+from bench.compare.plot import plot_gradients
+from bench.compare.which import claims, tables
+from bench.record import record
 
 
 def measure(section: Section, config: Config) -> dict[str, Any]:

@@ -33,7 +33,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from _flags import Count, Seed, Tolerance, read
+from training.flags import Count, Seed, Tolerance, read
 
 Section = Literal["evaluations", "overhead", "floor", "blocks"]
 
@@ -92,13 +92,14 @@ if __name__ == "__main__":  # before the rest, which takes seconds to import
 
 import jax
 import jax.numpy as jnp
-from _compare_evaluations import evaluations, mixed_batch
-from _compare_methods import as_problem, attention_block, convolution_block, inject
-from _compare_plot import plot_residuals
-from _compare_report import claims, tables
-from _compare_run import record
-from _compare_time import blocks, floor, overhead
-from _problems import Problem, linear, slow_tanh, suite
+
+from bench.compare.evaluations import evaluations, mixed_batch
+from bench.compare.methods import as_problem, attention_block, convolution_block, inject
+from bench.compare.plot import plot_residuals
+from bench.compare.report import claims, tables
+from bench.compare.time import blocks, floor, overhead
+from bench.problems import Problem, linear, slow_tanh, suite
+from bench.record import record
 
 
 def problems(config: Config) -> list[Problem]:

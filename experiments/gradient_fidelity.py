@@ -29,8 +29,8 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from _flags import Count, Inverse, Range, Seed, read
-from _ways import TITLES, Method
+from bench.ways import TITLES, Method
+from training.flags import Count, Inverse, Range, Seed, read
 
 Section = Literal["errors", "memory", "time", "vmap"]
 
@@ -93,11 +93,12 @@ import time
 from importlib.metadata import version
 
 import jax
-from _fidelity_cells import Cell, make_attention, make_conv, make_mlp, make_tanh
-from _fidelity_errors import errors
-from _fidelity_memory import memory, residuals
-from _fidelity_plot import plot_errors
-from _fidelity_report import (
+
+from bench.blocks import Cell, make_attention, make_conv, make_mlp, make_tanh
+from bench.fidelity.errors import errors
+from bench.fidelity.memory import memory, residuals
+from bench.fidelity.plot import plot_errors
+from bench.fidelity.report import (
     claims,
     claims_table,
     error_table,
@@ -109,7 +110,7 @@ from _fidelity_report import (
     time_table,
     vmap_table,
 )
-from _fidelity_time import timing, vmapped
+from bench.fidelity.time import timing, vmapped
 
 
 def small_cells(config: Config) -> list[Cell]:

@@ -49,8 +49,8 @@ last two 92 %, of all 74 %, where a margin of logits, 0.82 in the median, can mo
 The RevDEQ on MNIST ran in the floating-point mode, deqjax.Reversible(exact=False).
 """
 
-from _config import Config, choose
-from _flags import read
+from images.config import Config, choose
+from training.flags import read
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
     choose(read(Config))
@@ -64,20 +64,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _certified import certified_share, measure
-from _config import title
-from _data import Dataset, load
-from _devices import check_batch, initialize, is_main, local, mesh, replicate
-from _fit import TrainState, fit, make_step
-from _models import constructor
-from _options import RUNS, recorded
-from _plots import plot_certificates, plot_curves, plot_residual
-from _run import RunFolder
-from _solves import backward_evaluations, residual_curves
-from _table import table
-from _train import Preparation, check_shift, evaluate, make_forward, make_loss
 
 from deqjax.models import PositiveConcaveNet
+
+from images.certified import certified_share, measure
+from images.config import title
+from images.data import Dataset, load
+from images.models import constructor
+from images.train import Preparation, check_shift, evaluate, make_forward, make_loss
+from training.devices import check_batch, initialize, is_main, local, mesh, replicate
+from training.fit import TrainState, fit, make_step
+from training.options import RUNS, recorded
+from training.plots import plot_certificates, plot_curves, plot_residual
+from training.run import RunFolder
+from training.solves import backward_evaluations, residual_curves
+from training.table import table
 
 
 def train(config: Config, data: Dataset) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from _flags import Count, Seed, read
+from training.flags import Count, Seed, read
 
 Section = Literal["convolution", "attention", "concave"]
 
@@ -55,11 +55,12 @@ if __name__ == "__main__":  # before the rest, which takes seconds to import
     read(Config)
 
 import jax
-from _compare_run import record
-from _kernels_attention import attention
-from _kernels_concave import concave
-from _kernels_convolution import convolution
-from _kernels_report import claims, tables
+
+from bench.kernels.attention import attention
+from bench.kernels.concave import concave
+from bench.kernels.convolution import convolution
+from bench.kernels.report import claims, tables
+from bench.record import record
 
 
 def measure(section: Section, config: Config) -> dict[str, Any]:

@@ -41,8 +41,8 @@ The state came to +-12 (pydoc) and +-23 (tiny_shakespeare) of the +-2,048 that i
 the paper's network starts with +-12.
 """
 
-from _flags import read
-from _language_config import Config, choose
+from text.config import Config, choose
+from training.flags import read
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
     choose(read(Config))
@@ -55,15 +55,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from _devices import check_batch, initialize, is_main, local, main_first, mesh, replicate
-from _fit import TrainState, fit, make_step
-from _language import make_evaluate, make_loss, make_model, sample
-from _language_config import title
-from _options import RUNS, recorded
-from _plots import plot_curves
-from _run import RunFolder
-from _table import table
-from _text import Corpus, load
+
+from text.config import title
+from text.corpus import Corpus, load
+from text.language import make_evaluate, make_loss, make_model, sample
+from training.devices import check_batch, initialize, is_main, local, main_first, mesh, replicate
+from training.fit import TrainState, fit, make_step
+from training.options import RUNS, recorded
+from training.plots import plot_curves
+from training.run import RunFolder
+from training.table import table
 
 
 def train(config: Config, corpus: Corpus) -> dict[str, Any]:

@@ -35,7 +35,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from _flags import Count, Positive, Seed, Whole, read
+from training.flags import Count, Positive, Seed, Whole, read
 
 Section = Literal["certificates", "layers", "reversal", "implicit", "programs"]
 SECTIONS: tuple[Section, ...] = ("certificates", "layers", "reversal", "implicit", "programs")
@@ -97,13 +97,14 @@ if "device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices}"
 
 import jax
-from _compare_run import record
-from _soundness_certificates import certificates
-from _soundness_implicit import implicit
-from _soundness_layers import layers
-from _soundness_programs import programs
-from _soundness_report import claims, tables
-from _soundness_reversal import reversal
+
+from bench.record import record
+from bench.soundness.certificates import certificates
+from bench.soundness.implicit import implicit
+from bench.soundness.layers import layers
+from bench.soundness.programs import programs
+from bench.soundness.report import claims, tables
+from bench.soundness.reversal import reversal
 
 
 def measure(section: Section, config: Config) -> dict[str, Any]:

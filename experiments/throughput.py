@@ -29,8 +29,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from _flags import Count, Seed, read
-from _ways import EXTRA, DType, Variant
+from bench.ways import EXTRA, DType, Variant
+from training.flags import Count, Seed, read
 
 Section = Literal["language", "multiscale"]
 
@@ -83,12 +83,13 @@ import os
 import platform
 
 import jax
-from _compare_run import record
-from _fidelity_methods import ADJOINTS
-from _throughput_blocks import Images, Language
-from _throughput_plot import plot_depths
-from _throughput_report import claims, tables
-from _throughput_time import Case, block_rows, device_memory, load, model_rows
+
+from bench.gradients import ADJOINTS
+from bench.record import record
+from bench.throughput.blocks import Images, Language
+from bench.throughput.plot import plot_depths
+from bench.throughput.report import claims, tables
+from bench.throughput.time import Case, block_rows, device_memory, load, model_rows
 
 SIZES: dict[tuple[str, str], Language | Images] = {
     ("language", "full"): Language(768, 12, (3072, 3072), 448, 50_304),

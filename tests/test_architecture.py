@@ -100,3 +100,14 @@ def test_classes_are_abstract_or_final():
 def test_files_stay_small():
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 250, path
+
+
+def test_the_corridor_and_the_scripts_are_few():
+    """What only one room uses is in that room."""
+    assert len(list(ROOT.glob("*.py"))) <= 12
+    experiments = pathlib.Path(__file__).parents[1] / "experiments"
+    files = [path for path in experiments.iterdir() if path.is_file()]
+    assert len(files) <= 12 and {path.suffix for path in files} == {".py", ".md"}
+    for path in files:
+        if path.suffix == ".py":
+            assert f"python experiments/{path.name}" in path.read_text(), "its command"

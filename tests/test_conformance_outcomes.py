@@ -1,6 +1,5 @@
 """How a solve ends: caps, the best iterate, failures, batches; of every solver of ours."""
 
-import _problems as _p
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,8 @@ import pytest
 
 import deqjax
 from deqjax import RESULTS
+
+from bench import problems as _p
 
 SOLVERS = {
     "picard": deqjax.FixedPointIteration,

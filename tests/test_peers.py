@@ -9,7 +9,6 @@ recompiles and `shard_map` in `test_transforms.py`; a subclass of a reversible s
 `test_conformance_outcomes.py::test_mixed_batch`.
 """
 
-import _problems as _p
 import jax
 import jax.numpy as jnp
 import lineax
@@ -21,6 +20,8 @@ from problems import relative_error
 
 import deqjax
 from deqjax import RESULTS
+
+from bench import problems as _p
 
 ANDERSON = deqjax.Anderson(1e-12, 1e-12, depth=10)
 BROYDEN = deqjax.Broyden(1e-12, 1e-12)

@@ -2,7 +2,6 @@
 
 import collections
 
-import _problems as _p
 import jax
 import jax.numpy as jnp
 import lineax
@@ -13,6 +12,8 @@ from problems import relative_error, tanh
 
 import deqjax
 from deqjax import RESULTS
+
+from bench import problems as _p
 
 ANDERSON = deqjax.Anderson(1e-12, 1e-12)
 BROYDEN = deqjax.Broyden(1e-12, 1e-12)

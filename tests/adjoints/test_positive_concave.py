@@ -1,6 +1,5 @@
 """The adjoint with a bound: never below the true error, tight, and few products."""
 
-import _problems as _p
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ from problems import relative_error
 import deqjax
 from deqjax import RESULTS
 from deqjax.nn import PositiveConcaveConv2d
+
+from bench import problems as _p
 
 # The function, and its slope in NumPy, by formulas that lose nothing at saturated units.
 CELLS = {

@@ -1,6 +1,5 @@
 """The adjoint with a bound under transformations, in layers and through Optimistix's door."""
 
-import _problems as _p
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ from problems import relative_error
 
 import deqjax
 from deqjax.nn import DEQ, PositiveConcaveConv2d, PositiveConcaveLinear
+
+from bench import problems as _p
 
 ADJOINT = deqjax.PositiveConcaveAdjoint()
 

@@ -42,7 +42,7 @@ def test_smoke(tmp_path):
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_program_lowers_for_accelerators(module, section):
     with jax.numpy_dtype_promotion("standard"):  # JAX's own attention in bfloat16 is not strict
-        for name, (fn, inputs) in module(f"_accelerator_{section}").programs("smoke", KEY):
+        for name, (fn, inputs) in module(f"bench.accelerator.{section}").programs("smoke", KEY):
             shapes = jax.eval_shape(lambda *x: x, *inputs)
             lowered = jax.export.export(jax.jit(fn), platforms=PLATFORMS)(*shapes)
             assert lowered.platforms == tuple(PLATFORMS), name
@@ -51,31 +51,32 @@ def test_every_program_lowers_for_accelerators(module, section):
 def imported(nodes):
     for node in nodes:
         if isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+            yield node.module
         elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
 
 
 def test_nothing_is_needed_but_what_deqjax_needs():
     """And by the process that waits for the others, nothing but Python."""
     python = set(sys.stdlib_module_names)
-    for path in (SCRIPT, EXPERIMENTS / "_accelerator_report.py"):
-        assert set(imported(ast.parse(path.read_text()).body)) <= {*python, "_accelerator_report"}
+    for path in (SCRIPT, EXPERIMENTS / "bench/accelerator/report.py"):
+        found = {name.split(".")[0] for name in imported(ast.parse(path.read_text()).body)}
+        assert found - python <= {"bench"}
     allowed = {*python, "deqjax", "jax", "equinox", "optax", "numpy", "jaxtyping"}
-    waiting, seen = {SCRIPT, *EXPERIMENTS.glob("_accelerator_*.py")}, set()
+    waiting, seen = {SCRIPT, *EXPERIMENTS.glob("bench/accelerator/*.py")}, set()
     while waiting:
         seen.add(path := waiting.pop())
         for name in imported(ast.walk(ast.parse(path.read_text()))):
-            inside = EXPERIMENTS / f"{name}.py"
-            assert inside.exists() or name in allowed, (path.name, name)
+            inside = EXPERIMENTS / f"{name.replace('.', '/')}.py"
+            assert inside.exists() or name.split(".")[0] in allowed, (path.name, name)
             waiting |= {inside} - seen if inside.exists() else set()
 
 
 def test_the_cases_of_exactness_cover_all_pairs(module):
-    exactness = module("_accelerator_exactness")
+    exactness = module("bench.accelerator.exactness")
     cases = exactness.design()
     assert len(cases) == len(set(cases)) <= 36
-    kinds = module("_accelerator_cells").SHAPES
+    kinds = module("bench.accelerator.cells").SHAPES
     assert [case.kind for case in cases[:6]] == list(kinds)
     assert {case[1:] for case in cases[:6]} == {("float32", 2, "arguments")}
     factors = (tuple(kinds), exactness.DTYPES, exactness.INVERSES, exactness.CONTEXTS)
@@ -84,7 +85,7 @@ def test_the_cases_of_exactness_cover_all_pairs(module):
 
 
 def test_distances(module):
-    distance = module("_accelerator_exactness").distance
+    distance = module("bench.accelerator.exactness").distance
     a, b = np.ones((2, 2)), np.full((2, 2), 3.0)
     assert distance([a, b], [a, b]) == 0
     assert distance([b, a], [a, b]) > 1 and distance([b, a], [a, b], ordered=False) == 0
@@ -98,7 +99,7 @@ def test_distances(module):
 @pytest.mark.x64
 def test_the_forms_of_a_rule_are_equal(module):
     """In float64: values and cotangents of convolutions, of group norm and of max pooling."""
-    rules = module("_accelerator_rules")
+    rules = module("bench.accelerator.rules")
     for rule, (forms, z, rest) in rules.forms("smoke", KEY).items():
         z, rest = jax.tree.map(lambda x: x.astype(float), (z, rest))
         found = {}
@@ -113,7 +114,7 @@ def test_the_forms_of_a_rule_are_equal(module):
 
 
 def test_false_certificates_and_functions_are_found(module, tmp_path):
-    certificates = module("_accelerator_certificates")
+    certificates = module("bench.accelerator.certificates")
     for name in ("dense, tanh", "dense, log1p", "convolution, soft_sign"):
         form = certificates.FORMS[name]
         w, x, z = certificates.problems(form, "smoke", 0)
@@ -131,14 +132,14 @@ def test_false_certificates_and_functions_are_found(module, tmp_path):
     assert np.all(judge(z, np.nan * low, high, none + 1)), "no number as an end"
     assert np.all(judge(z, low, high, none + np.nan)), "no number as an error"
     # A function that is further off than its entry.
-    run = module("_accelerator_run").Run(tmp_path, "certificates", "smoke")
+    run = module("bench.accelerator.run").Run(tmp_path, "certificates", "smoke")
     stray = {"sqrt": (lambda x: jnp.sqrt(x) * 1.000001, np.sqrt)}
     certificates.FUNCTIONS, kept = stray, certificates.FUNCTIONS
     try:
         certificates.functions(run, ["sqrt"])
     finally:
         certificates.FUNCTIONS = kept
-    (line,) = module("_accelerator_report").read(run.path)
+    (line,) = module("bench.accelerator.report").read(run.path)
     assert line["verdict"] == "red" and line["limit"] == "1"
 
 
@@ -190,8 +191,8 @@ def test_nothing_is_lost_with_a_process(module, tmp_path):
 
 
 def test_a_case_that_fails_loses_nothing(module, tmp_path):
-    run = module("_accelerator_run").Run(tmp_path, "rules", "smoke")
-    report = module("_accelerator_report")
+    run = module("bench.accelerator.run").Run(tmp_path, "rules", "smoke")
+    report = module("bench.accelerator.report")
 
     def bad():
         raise RuntimeError("no room\nfor it")
@@ -203,6 +204,6 @@ def test_a_case_that_fails_loses_nothing(module, tmp_path):
         ("b", "1", "ok"),
         ("all of it", "", "not reached"),
     ]
-    late = module("_accelerator_run").Run(tmp_path, "cost", "smoke", until=time.time() - 1)
+    late = module("bench.accelerator.run").Run(tmp_path, "cost", "smoke", until=time.time() - 1)
     late.cases({"c": bad})
     assert report.rows(report.read(run.path), ["cost"])[0]["verdict"] == "not reached"

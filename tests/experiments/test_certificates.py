@@ -65,7 +65,7 @@ def test_tables_and_plot(smoke):
 
 def test_a_violation_is_counted_and_shown(module):
     """Bounds that are wrong on purpose are found, and handed on with all that shows it."""
-    coverage, cells = module("_certificates_coverage"), module("_certificates_cells")
+    coverage, cells = module("bench.certificates.coverage"), module("bench.certificates.cells")
     p = cells.dense("tanh", 1.0, 0.1, 3, 4, "float64")
     z = np.asarray(p.solution, float)
     wrong = coverage._false_ends(p, z * (1 + 1e-12), z * (1 - 1e-12))
@@ -86,7 +86,7 @@ def test_a_violation_is_counted_and_shown(module):
 
 def test_references(module):
     """A solution that has a closed form, and radii of matrices that are known."""
-    cells, random = module("_certificates_cells"), module("_certificates_random")
+    cells, random = module("bench.certificates.cells"), module("bench.certificates.random")
     assert cells.untested() == []
     # z = sqrt(w z + x): a quadratic equation.
     w, x = np.full((2, 1, 1), 2.0), np.array([[0.5], [3.0]])
@@ -106,7 +106,7 @@ def test_references(module):
 
 
 def test_erf_in_long_double(module):
-    erf = module("_certificates_cells")._erf
+    erf = module("bench.certificates.cells")._erf
     u = np.array([1e-3, 0.5, 1.0, 3.0, 6.5])
     from scipy import special
 

@@ -1,17 +1,18 @@
-"""`experiments/_certified.py` against points drawn from its boxes."""
+"""`experiments/images/certified.py` against points drawn from its boxes."""
 
 from functools import partial
 
-import _certified as certified
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _certified import Box, certified_predictions, last_box, measure, wins
 
 import deqjax
 from deqjax.models import PositiveConcaveNet
+
+from images import certified
+from images.certified import Box, certified_predictions, last_box, measure, wins
 
 # So loose that the enclosures are wide, and some predictions open.
 LOOSE = {"linear": 0.3, "multi": 0.01}

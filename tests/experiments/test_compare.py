@@ -138,7 +138,7 @@ def test_every_promise_of_the_adjoints_is_measured(adjoints):
 
 
 def test_what_is_not_finite_is_no_success(module):
-    report, which = module("_compare_report"), module("_compare_which")
+    report, which = module("bench.compare.report"), module("bench.compare.which")
     row = {"rho": 0.9, "bound": 1e-4, "steps": 1, "error": None, "nan": False}
     (line,) = which.claims({"guarantee": [row]})
     assert line["holds"] is False
@@ -166,7 +166,7 @@ def test_what_is_not_finite_is_no_success(module):
 
 
 def test_the_bytes_of_a_history(module):
-    count = module("_compare_time").history_bytes
+    count = module("bench.compare.time").history_bytes
     # Anderson, five rows: 15 read, 2 written, and 6 of the pairs (z, f(z)); Broyden, 16 rows.
     assert count("Anderson", 10) == 4 * 10 * (15 + 2 + 6)
     assert count("Broyden", 10) == 4 * 10 * (64 + 2 + 6)

@@ -8,13 +8,14 @@ import equinox as eqx
 import jax
 import pytest
 import tyro
-from _config import KINDS, Config, choose
-from _language_config import Config as LanguageConfig, choose as choose_language
-from _models import ACTIVATIONS, constructor
-from _options import recorded
-from _presets import NAMED
 
 from deqjax.positive import qualify
+
+from images.config import KINDS, Config, choose
+from images.models import ACTIVATIONS, constructor
+from images.presets import NAMED
+from text.config import Config as LanguageConfig, choose as choose_language
+from training.options import recorded
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
 

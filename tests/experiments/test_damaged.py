@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _run import RunFolder
+
+from training.run import RunFolder
 
 LINES = [{"step": i, "loss": 1.0 / i, "gradient_norm": None} for i in range(1, 5)]
 

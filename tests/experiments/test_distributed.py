@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from _devices import initialize, mesh, place
-from _fit import make_step
 from processes import ROOT, TRAINING, finish, metrics, reach, start, start_two
-from training import ADJOINT, SOLVER, batch_of, initial, loss_fn, train
+from tiny_run import ADJOINT, SOLVER, batch_of, initial, loss_fn, train
 
 import deqjax
+
+from training.devices import initialize, mesh, place
+from training.fit import make_step
 
 SCRIPT = ROOT / "experiments" / "image_classification.py"
 # Twenty steps, of which the last are in the fourth epoch.

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from _devices import mesh, place
-from _fit import make_step, stop_if_not_finite
-from _plots import plot_curves
-from _run import RunFolder
 from processes import TRAINING, finish, metrics, reach, start
 from tensorboardX.proto import event_pb2
-from training import batch_of, initial, loss_fn, train
+from tiny_run import batch_of, initial, loss_fn, train
+
+from training.devices import mesh, place
+from training.fit import make_step, stop_if_not_finite
+from training.plots import plot_curves
+from training.run import RunFolder
 
 
 @pytest.fixture(scope="module")

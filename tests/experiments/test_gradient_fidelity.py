@@ -74,7 +74,7 @@ def test_the_tables_are_printed_and_the_plot_is_drawn(folder):
 
 
 def test_what_is_not_finite_is_no_success(module, tmp_path):
-    report, plot = module("_fidelity_report"), module("_fidelity_plot")
+    report, plot = module("bench.fidelity.report"), module("bench.fidelity.plot")
     about = {"cell": "MLP", "dtype": "float32", "d": 5, "evaluations": 4}
     rows = [
         {
@@ -96,12 +96,12 @@ def test_what_is_not_finite_is_no_success(module, tmp_path):
 
 
 def test_words_of_digits(module):
-    digits = module("_fidelity_memory").digits_per_word
+    digits = module("bench.fidelity.memory").digits_per_word
     assert [digits(d) for d in (2, 5, 10, -5)] == [32, 13, 9, 13]
 
 
 def test_the_published_scheme_takes_the_same_steps(module):
-    cells, methods, time = map(module, ("_fidelity_cells", "_fidelity_methods", "_fidelity_time"))
+    cells, methods, time = map(module, ("bench.blocks", "bench.gradients", "bench.fidelity.time"))
     cell = cells.make_mlp(2, 8, jax.random.key(0))
     inputs = cell.z0, cell.args, cell.cotangent
     ours = jax.jit(methods.value_and_grad("checkpointed", cell, 5, 4))(*inputs)

@@ -15,11 +15,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
-from _data import load
 from array_record.python import array_record_module
 from PIL import Image
 from processes import runner
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+from images.data import load
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
 DEFAULT = ("implicit-resnet", "pc-linear-kind1", "pc-linear-kind2", "resnet")
@@ -214,7 +215,7 @@ def test_real_data_is_read_or_explained(run, tmp_path):
 
 def test_a_step_donates_its_buffers(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    names = ("_devices", "_fit", "_models", "_train")
+    names = ("training.devices", "training.fit", "images.models", "images.train")
     devices, fit, models, train = (importlib.import_module(name) for name in names)
     make = models.constructor(
         "pc-linear",

@@ -25,9 +25,9 @@ def test_smoke(tmp_path):
 
 @pytest.mark.x64
 def test_the_ways_of_a_reversal_agree(module):
-    ways = module("_kernels_attention")
+    ways = module("bench.kernels.attention")
     keys = jax.random.split(jax.random.key(0), 5)
-    shapes = module("_fidelity_cells").attention_shapes(8)
+    shapes = module("bench.blocks").attention_shapes(8)
     params = {
         n: 0.2 * jax.random.normal(k, s) for (n, s), k in zip(shapes.items(), keys, strict=False)
     }

@@ -10,9 +10,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from _language import make_model
-from _language_config import Config, choose
 from processes import runner
+
+from text.config import Config, choose
+from text.language import make_model
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "language_modelling.py"
 

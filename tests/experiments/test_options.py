@@ -9,17 +9,17 @@ import sys
 import typing
 from pathlib import Path
 
-import _config
-import _data
-import _language_config
 import image_classification
 import language_modelling
 import numpy as np
 import pytest
 import tyro
-from _flags import Only, Range, check, notes_of
-from _text import Corpus
-from _tokenizers import Bytes
+
+from images import config as _config, data as _data
+from text import config as _language_config
+from text.corpus import Corpus
+from text.tokenizers import Bytes
+from training.flags import Only, Range, check, notes_of
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SCRIPTS = sorted(path.stem for path in EXPERIMENTS.glob("[a-z]*.py"))

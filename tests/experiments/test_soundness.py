@@ -29,7 +29,7 @@ def test_smoke(tmp_path):
 @pytest.mark.x64
 def test_the_two_forms_of_a_family_agree_at_its_fixed_point(module):
     """In float64, up to what cancels of k <= 4096; so z* is that of the f that is certified."""
-    certificates = module("_soundness_certificates")
+    certificates = module("bench.soundness.certificates")
     mixed = 0
     for i, f in enumerate(certificates.FAMILIES):
         arrays, truth = certificates.drawn(f, "float64", 6, [0, i])
@@ -44,7 +44,7 @@ def test_the_two_forms_of_a_family_agree_at_its_fixed_point(module):
 
 def test_references(module):
     """Closed forms, and where there is no fixed point."""
-    reference = module("_soundness_reference")
+    reference = module("bench.soundness.reference")
     x = np.array([[0.5], [3.0], [1e-4]])
     root = lambda z, a: np.sqrt(2 * z + a["x"])
     found = reference.solved(root, {"x": x}, 1)
@@ -60,8 +60,8 @@ def test_references(module):
 
 def test_false_certificates_are_counted(module):
     """A tenth off where a millionth is claimed; an enclosure beside z*; a missed tolerance."""
-    certificates = module("_soundness_certificates")
-    Reference = module("_soundness_reference").Reference
+    certificates = module("bench.soundness.certificates")
+    Reference = module("bench.soundness.reference").Reference
     z = np.ones((4, 2), np.longdouble)
     truth = Reference(z, np.full(z.shape, 1e-15), np.array([True, True, True, False]))
     said = {"lower": 0.9 * z, "upper": 1.1 * z, "relative error": np.full(4, 0.2)}
@@ -80,7 +80,7 @@ def test_false_certificates_are_counted(module):
 
 
 def test_lost_and_wrong_gradients_are_counted(module):
-    reversal, implicit = module("_soundness_reversal"), module("_soundness_implicit")
+    reversal, implicit = module("bench.soundness.reversal"), module("bench.soundness.implicit")
     truth = [(np.ones(3),), np.ones((1, 2)), 1e-9 * np.ones((1, 2))]
     assert reversal._error([(np.ones(3),), None, truth[2]], truth) == 0
     assert reversal._error([(1.1 * np.ones(3),), None, None], truth) > 0.09

@@ -9,12 +9,13 @@ import platform
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import _text
 import numpy as np
 import pytest
-from _text import Corpus, load, windows
-from _tokenizers import BPE, Bytes, Words, restore
 from hypothesis import example, given, settings, strategies as st
+
+from text import corpus as _text
+from text.corpus import Corpus, load, windows
+from text.tokenizers import BPE, Bytes, Words, restore
 
 seeded = settings(deadline=None, derandomize=True)
 LINES = [f"{i} squared is {i * i}, café – \U0001f40d\n" for i in range(200)]

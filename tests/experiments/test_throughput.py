@@ -38,7 +38,7 @@ def test_a_smoke_run_leaves_its_record(tmp_path):
 
 
 def test_the_floor(module):
-    time = module("_throughput_time")
+    time = module("bench.throughput.time")
     # f takes 2 s and f with its VJP 7 s.
     floors = {variant: time.floor(variant, 8, 2.0, 7.0) for variant in VARIANTS}
     assert list(floors.values()) == [8 * 11, 8 * 9, 8 * 11, 8 * 7, 8 * 9]
@@ -54,7 +54,7 @@ def row(**changes):
 
 
 def test_scales_are_added_up_and_one_that_does_not_fit_is_no_success(module):
-    report = module("_throughput_report")
+    report = module("bench.throughput.report")
     other = row(scale="b", seconds=0.4, floor=1.0, bytes=300, flop=14.0)
     (total,) = report.totals([row(), other])
     assert (total["seconds"], total["floor"], total["bytes"]) == (2.4, 2.0, 300)
@@ -91,7 +91,7 @@ def shaped(size, batch):
 
 @pytest.mark.parametrize("name", ["language", "multiscale"])
 def test_the_products_of_the_papers_blocks_are_counted(module, name):
-    throughput, time = module("throughput"), module("_fidelity_pieces")
+    throughput, time = module("throughput"), module("bench.pieces")
     size = throughput.SIZES[name, "full"]
     # The last scales of four have images of 8 and 4 pixels a side, with a good part of zeros.
     for cell, flop in list(zip(shaped(size, 2), size.flop(2), strict=True))[:2]:
@@ -106,8 +106,8 @@ def test_the_products_of_the_papers_blocks_are_counted(module, name):
 
 
 def test_memory_is_flat_in_depth(module):
-    blocks, time = module("_throughput_blocks"), module("_throughput_time")
-    memory = module("_fidelity_memory")
+    blocks, time = module("bench.throughput.blocks"), module("bench.throughput.time")
+    memory = module("bench.fidelity.memory")
     size = blocks.Images((8,), (1,), 8)
     (cell,) = shaped(size, 8)
     assert [time.digit_bytes(cell, 5, n) // cell.z0.size for n in (4, 13, 14, 32)] == [4, 4, 8, 12]
@@ -121,7 +121,7 @@ def test_memory_is_flat_in_depth(module):
 
 
 def test_an_explicit_model_has_parameters_of_its_own_for_each_block(module):
-    blocks = module("_throughput_blocks")
+    blocks = module("bench.throughput.blocks")
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     for size in (blocks.Language(16, 2, (16,), 4, 32), blocks.Images((8,), (1,), 4)):
         (cell,), counts = shaped(size, 2), {}
@@ -140,8 +140,8 @@ def test_an_explicit_model_has_parameters_of_its_own_for_each_block(module):
 
 
 def test_an_explicit_stack_keeps_every_block_and_checkpointing_changes_no_number(module):
-    cells, time = module("_fidelity_cells"), module("_throughput_time")
-    memory = module("_fidelity_memory")
+    cells, time = module("bench.blocks"), module("bench.throughput.time")
+    memory = module("bench.fidelity.memory")
     cell = cells.make_mlp(8, 8, jax.random.key(0))
     found, sizes = [], []
     for variant, n in (("explicit", 6), ("explicit", 2), ("explicit, checkpointed", 2)):
@@ -155,7 +155,7 @@ def test_an_explicit_stack_keeps_every_block_and_checkpointing_changes_no_number
 
 
 def test_a_state_out_of_range_is_no_measurement(module):
-    time = module("_throughput_time")
+    time = module("bench.throughput.time")
     programs = time.Programs("float32")
     programs.add("bad", lambda x: x / 0, np.float32(0))
     with pytest.raises(SystemExit, match="Expected a finite gradient of bad, got NaN"):

@@ -3,7 +3,6 @@
 import collections
 import itertools
 
-import _problems as _p
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,10 @@ import pytest
 from problems import matrix, relative_error
 
 import deqjax
-from deqjax import RESULTS, _secant
+from deqjax import RESULTS
+from deqjax.solvers import _secant
+
+from bench import problems as _p
 
 pytestmark = pytest.mark.x64
 SECANT = {

@@ -1,0 +1,1 @@
+"""The parts of every measuring script, and a folder for what one of them measures."""

@@ -1,0 +1,1 @@
+"""The sections of compare_solvers.py and compare_adjoints.py."""

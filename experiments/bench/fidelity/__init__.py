@@ -1,0 +1,1 @@
+"""The sections of gradient_fidelity.py."""

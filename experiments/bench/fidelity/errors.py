@@ -1,0 +1,81 @@
+"""How right a gradient is: its error against float64 autodiff, and what the reversal misses."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from tqdm import tqdm
+
+from bench.blocks import Cell
+from bench.gradients import gradient
+from bench.ways import OF_THE_FIXED_POINT, TITLES, Method
+
+Row = dict[str, Any]
+
+
+def errors(
+    cells: Iterable[Cell],
+    inverses: Sequence[int],
+    dtypes: Sequence[str],
+    depths: Sequence[int],
+    methods: Sequence[Method] = tuple(TITLES),
+) -> list[Row]:
+    """One row for each cell, dtype, 1 - beta = 1/d, method and number of evaluations."""
+    max_steps = max(depths)  # a traced budget below it: each method is compiled once for all
+    rows: list[Row] = []
+    cells = list(cells)
+    total = len(cells) * len(dtypes) * len(inverses) * len(methods)
+    with tqdm(total=total, desc="errors", unit="method") as bar:
+        for cell in cells:
+            reference = _compile("checkpointed", cell, max_steps, wide=True)
+            for dtype in dtypes:
+                rounded = cell.astype(dtype)
+                with jax.enable_x64(True):
+                    exactly = rounded.astype(float)
+                # Their beta doesn't enter the gradient, and one that is traced saves compilation.
+                shared = {m: _compile(m, rounded, max_steps) for m in OF_THE_FIXED_POINT}
+                for d in inverses:
+                    truth = {n: reference(exactly, d, n)[0] for n in depths}
+                    for method in methods:
+                        run = shared.get(method) or _compile(method, rounded, max_steps, d=d)
+                        for n in depths:
+                            found, residual = run(rounded, d, n)
+                            about = {"cell": cell.name, "dtype": dtype, "d": d, "method": method}
+                            result = {"error": _error(found, truth[n]), "residual": residual}
+                            rows.append({**about, "evaluations": n, **result})
+                        bar.update()
+    return rows
+
+
+def _compile(
+    method: Method, like: Cell, max_steps: int, *, wide: bool = False, d: int | None = None
+) -> Callable[[Cell, int, int], tuple[np.ndarray, float]]:
+    """`(cell, d, steps) -> (gradient as one vector, residual)`; d is traced if it isn't given."""
+
+    @jax.jit
+    def run(z0, args, cotangent, inverse, steps):
+        cell = like._replace(z0=z0, args=args, cotangent=cotangent)
+        return gradient(method, cell, inverse if d is None else d, max_steps, steps)
+
+    wide = wide or method == "float64 state"
+
+    def call(cell: Cell, inverse: int, steps: int) -> tuple[np.ndarray, float]:
+        with jax.enable_x64(wide):
+            budget = jnp.asarray(steps, jnp.int32)
+            traced = jnp.asarray(inverse, float)
+            found, residual = run(cell.z0, cell.args, cell.cotangent, traced, budget)
+            return _vector(found), float(residual)
+
+    return call
+
+
+def _vector(tree: PyTree) -> np.ndarray:
+    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
+
+
+def _error(found: np.ndarray, truth: np.ndarray) -> float:
+    """Relative, in the Euclidean norm over parameters and input together."""
+    return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))

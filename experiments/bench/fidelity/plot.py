@@ -1,0 +1,110 @@
+"""Gradient error against depth, one panel for each 1 - beta."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from bench.fidelity.report import fraction, pick, worst
+
+matplotlib.use("Agg")  # files only: a machine without a screen has no other backend
+import matplotlib.pyplot as plt
+
+# Colours that the colour-blind tell apart too (Okabe and Ito's). Where two lines lie on each other
+# the one below is the broader.
+STYLE: dict[str, dict[str, Any]] = {
+    "checkpointed": {"color": "#bbbbbb", "linewidth": 7, "solid_capstyle": "round"},
+    "float": {"color": "#d55e00", "linewidth": 5},
+    "float64 state": {"color": "#e69f00", "linewidth": 1.8},
+    "implicit": {"color": "#cc79a7", "linewidth": 1.4, "linestyle": "--"},
+    "phantom": {"color": "#555555", "linewidth": 1.4, "linestyle": "--"},
+    "segmented": {"color": "#009e73", "linewidth": 1.8},
+    "exact": {"color": "#0072b2", "linewidth": 2.4},
+}
+LABELS: dict[str, str] = {
+    "exact": "exact reversal",
+    "float": "float reversal",
+    "float64 state": "float reversal,\nfloat64 state",
+    "segmented": "segmented reversal",
+    "checkpointed": "checkpointed autodiff",
+    "implicit": "implicit",
+    "phantom": "phantom",
+}
+BOTTOM, TOP = 1e-8, 1e2
+
+
+def plot_errors(rows: list[dict[str, Any]], dtype: str, path: Path) -> None:
+    """`rows` as from `errors`: the worst cell of each number of evaluations."""
+    rows = pick(rows, dtype=dtype)
+    inverses = list(dict.fromkeys(row["d"] for row in rows))
+    depths = sorted({row["evaluations"] for row in rows})
+    columns = min(2, len(inverses))
+    lines = -(-len(inverses) // columns)
+    size = (10, 1.2 + 3.1 * lines)
+    figure, panels = plt.subplots(
+        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False
+    )
+    figure.subplots_adjust(0.075, 0.5 / size[1], 0.83, 1 - 0.85 / size[1], 0.05, 0.16)
+    for i, d in enumerate(inverses):
+        panel = panels[i // columns][i % columns]
+        ends = {m: _draw(panel, pick(rows, d=d, method=m), depths, m) for m in STYLE}
+        panel.set_title(f"$1 - \\beta = {fraction(d)}$", fontsize=11)
+        panel.set(xscale="log", yscale="log", ylim=(BOTTOM, TOP))
+        panel.set_xticks(depths, [f"{n:,}" for n in depths])
+        panel.minorticks_off()
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        if i % columns == columns - 1:
+            _label(panel, ends)
+        if i // columns == lines - 1:
+            panel.set_xlabel("evaluations of the block")
+        if i % columns == 0:
+            panel.set_ylabel("relative gradient error")
+    cells = ", ".join(dict.fromkeys(row["cell"] for row in rows))
+    figure.suptitle(
+        f"Gradient error against float64 autodiff of the same steps, {dtype}\n", x=0.075, ha="left"
+    )
+    figure.text(
+        0.075,
+        1 - 0.52 / size[1],
+        f"the worst of {cells}; × at the top edge: not finite, or above {TOP:g}; "
+        "dashed: gradients of the fixed point, not of the steps",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw(panel: Any, rows: list[dict[str, Any]], depths: Sequence[int], method: str) -> float:
+    """Draw a line; return where it ends."""
+    error = np.array([worst(pick(rows, evaluations=n), "error") for n in depths])
+    outside = ~(error < TOP)
+    shown = np.clip(np.where(outside, TOP, error), BOTTOM, TOP)
+    panel.plot(depths, shown, marker="o", markersize=3.5, clip_on=False, **STYLE[method])
+    color = STYLE[method]["color"]
+    style = {"color": color, "marker": "x", "s": 55, "linewidth": 2, "clip_on": False, "zorder": 5}
+    panel.scatter(np.array(depths)[outside], shown[outside], **style)
+    return float(shown[-1])
+
+
+def _label(panel: Any, ends: dict[str, float]) -> None:
+    """Write each method beside the end of its line, moved apart where they would overlap."""
+    position = lambda y: np.log(y / BOTTOM) / np.log(TOP / BOTTOM)
+    order = sorted(ends, key=lambda m: (ends[m], list(LABELS).index(m)))
+    heights = np.array([position(ends[m]) for m in order])
+    gap = 0.088
+    for _ in range(200):  # push overlapping neighbours apart until none are left
+        for j in range(len(order) - 1):
+            overlap = heights[j] + gap - heights[j + 1]
+            if overlap > 0:
+                heights[j] -= overlap / 2
+                heights[j + 1] += overlap / 2
+        heights = np.clip(heights, 0.02, 1.02)
+    for method, height in zip(order, heights, strict=True):
+        color = "#888888" if method == "checkpointed" else STYLE[method]["color"]
+        over = {"transform": panel.transAxes, "color": color, "clip_on": False}
+        panel.plot([0.985, 1.045], [position(ends[method]), height], linewidth=0.7, **over)
+        style = {"fontsize": 9, "va": "center", "linespacing": 0.9}
+        panel.text(1.055, height, LABELS[method], **style, **over)

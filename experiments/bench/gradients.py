@@ -1,0 +1,91 @@
+"""The ways of differentiating that are compared, each on the same steps of the same block."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+import deqjax
+
+from bench.blocks import Args, Cell
+from bench.ways import Method
+
+TEXTBOOK = deqjax.ReversibleAdjoint(segment=None, check="off")
+REVERSIBLE: dict[Method, deqjax.ReversibleAdjoint] = {
+    "exact": deqjax.ReversibleAdjoint(),
+    "float": TEXTBOOK,
+    "float64 state": TEXTBOOK,
+    "segmented": deqjax.ReversibleAdjoint(),
+}
+OTHERS: dict[Method, Any] = {
+    "checkpointed": deqjax.RecursiveCheckpointAdjoint(),
+    "implicit": deqjax.ImplicitAdjoint(on_failure="keep"),
+    "phantom": deqjax.ImplicitAdjoint(),  # of what is not differentiated
+}
+ADJOINTS = REVERSIBLE | OTHERS
+
+
+def solver(method: Method, d: float | Array) -> deqjax.Reversible:
+    """So many steps as are asked for, at `1 - beta = 1 / d`."""
+    return deqjax.Reversible(rtol=0.0, atol=0.0, beta=1 - 1 / d, exact=method == "exact")
+
+
+def state(method: Method, cell: Cell) -> tuple[Callable[[Any, Any], Any], Array]:
+    """`(fn, z0)`: the cell's own, or, with a float64 state, cast to it and back around the cell."""
+    if method != "float64 state":
+        return cell.fn, cell.z0
+    dtype = cell.z0.dtype
+    return lambda z, args: cell.fn(z.astype(dtype), args).astype(float), cell.z0.astype(float)
+
+
+def solve(
+    method: Method, cell: Cell, d: float | Array, max_steps: int, **options: Any
+) -> Float[Array, "..."]:
+    """The iterate after `max_steps` (or the option `steps`) evaluations, differentiably."""
+    fn, z0 = state(method, cell)
+    args = jax.lax.stop_gradient(cell.args) if method == "phantom" else cell.args
+    options = {"batched": True, "max_steps": max_steps, "adjoint": ADJOINTS[method]} | options
+    z = deqjax.fixed_point(fn, solver(method, d), z0, args, **options).value
+    for _ in range(5 if method == "phantom" else 0):
+        z = 0.5 * z + 0.5 * fn(z, cell.args)
+    return z
+
+
+def gradient(
+    method: Method, cell: Cell, d: float | Array, max_steps: int, steps: Int[Array, ""]
+) -> tuple[PyTree, Array]:
+    """The cotangents of parameters and input, and the reversal residual (NaN: has none)."""
+    if method in REVERSIBLE:
+        fn, z0 = state(method, cell)
+        (_, d_args, _), stats = deqjax.reversible_vjp(
+            fn,
+            solver(method, d),
+            z0,
+            cell.args,
+            cell.cotangent.astype(z0.dtype),
+            adjoint=REVERSIBLE[method],
+            max_steps=max_steps,
+            steps=steps,
+            batched=True,
+        )
+        return d_args, jnp.max(stats["reversal_residual"])
+
+    def value(args: Args) -> Float[Array, "..."]:
+        return solve(method, cell._replace(args=args), d, max_steps, steps=steps)
+
+    _, pull = jax.vjp(value, cell.args)
+    return pull(cell.cotangent)[0], jnp.asarray(jnp.nan)
+
+
+def value_and_grad(
+    method: Method, cell: Cell, d: float, max_steps: int
+) -> Callable[[Array, Args, Array], Any]:
+    """As in training: a loss, its gradient in parameters and input; of `(z0, args, cotangent)`."""
+
+    def loss(args: Args, z0: Array, cotangent: Array) -> Float[Array, ""]:
+        z = solve(method, cell._replace(args=args, z0=z0), d, max_steps)
+        return jnp.sum(z * cotangent.astype(z.dtype))
+
+    return lambda z0, args, cotangent: jax.value_and_grad(loss)(args, z0, cotangent)

@@ -1,0 +1,61 @@
+"""The convolution of `nn.Conv2d` over the stock one, with its cotangents, in a loop."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from deqjax.nn._convolution import conv2d, stock
+
+from bench.blocks import Cell
+from bench.compare.time import median_ratio
+from bench.fidelity.memory import compiled
+from bench.fidelity.time import Calls, interleaved
+from bench.pieces import pieces
+
+# Images, pixels a side, channels.
+SIZES = [(64, 28, 24), (64, 28, 32), (64, 28, 82), (64, 14, 48), (64, 7, 48),
+         (16, 33, 64), (1, 32, 64), (64, 32, 128)]  # fmt: skip
+TINY = [(1, 8, 33)]
+# Of the stock cotangents alone, each evaluation in a loop takes a second at the larger sizes.
+STOCK = {(64, 14, 48), *TINY}
+
+
+def sums(x: Array, kernel: Array) -> Array:
+    """With our cotangents, and the direct sums."""
+    with jax.default_matmul_precision("highest"):
+        return conv2d(x, kernel)
+
+
+FORMS = {"ours": conv2d, "sums": sums, "stock": partial(stock, stride=1, precision=None)}
+
+
+def convolution(key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool) -> list[dict[str, Any]]:
+    """One row a size: seconds of an evaluation, and ratios."""
+    rows = []
+    for n, side, channels in TINY if smoke else SIZES:
+        k1, k2, k3 = jax.random.split(key, 3)
+        x, cotangent = jax.random.normal(k1, (2, n, side, side, channels))
+        w = jax.random.normal(k2, (3, 3, channels, channels)) / (3 * channels**0.5)
+        bias = jax.random.normal(k3, x.shape)
+        calls: Calls = {}
+        forms = {k: f for k, f in FORMS.items() if k != "stock" or (n, side, channels) in STOCK}
+        for name, conv in forms.items():
+            fn = lambda z, args, conv=conv: jnp.tanh(conv(z, args[0]) + args[1])
+            cell = Cell(name, fn, x, (w, bias), cotangent)
+            for part in ("f", "vjp"):
+                fn, *inputs = pieces(cell, loop)[f"{part} in a loop"]
+                program = compiled(fn, *inputs)
+                calls[f"{name} {part}"] = lambda p=program, a=inputs: p(*a)
+        found = interleaved(calls, rounds, {})
+        row: dict[str, Any] = {"images": n, "pixels": side, "channels": channels}
+        for part in ("f", "vjp"):
+            row[f"{part}, ms"] = 1e3 * sorted(found[f"ours {part}"])[rounds // 2] / loop
+            for other in ("sums", "stock"):
+                peer = found.get(f"{other} {part}")
+                ratio = None if peer is None else median_ratio(found[f"ours {part}"], peer)
+                row[f"{part}, ours / {other}"] = ratio
+        rows.append(row)
+    return rows

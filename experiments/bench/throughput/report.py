@@ -1,0 +1,158 @@
+"""What the numbers say: which promises hold, and tables of all that was measured."""
+
+from collections.abc import Callable
+from typing import Any
+
+from bench.fidelity.report import markdown, mib, pick
+from bench.record import Claims, said
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+SECTIONS = ("language", "multiscale")
+TITLES = {
+    "exact": "exact reversal",
+    "float": "float reversal",
+    "checkpointed": "checkpointed autodiff",
+    "explicit": "explicit, unrolled",
+    "explicit, checkpointed": "explicit, unrolled, checkpointed",
+}
+
+
+def totals(rows: list[Row]) -> list[Row]:
+    """Over the scales: the sum of their times, and the largest of their memories."""
+    keys = ("variant", "dtype", "batch", "evaluations")
+    found = []
+    for case in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
+        mine = pick(rows, **dict(zip(keys, case, strict=True)))
+        total = dict(mine[0]) | {"bytes": max(row["bytes"] for row in mine)}
+        for name in ("seconds", "floor", "floor in a loop", "flop"):
+            parts = [row[name] for row in mine]
+            total[name] = None if None in parts else sum(parts)
+        found.append(total)
+    return found
+
+
+def ratio(row: Row, to: str = "floor") -> float | None:
+    return None if row["seconds"] is None or row[to] is None else row["seconds"] / row[to]
+
+
+def worst(rows: list[Row], to: str = "floor") -> float | None:
+    return max((x for row in rows if (x := ratio(row, to)) is not None), default=None)
+
+
+def flatness(rows: list[Row], counted: Callable[[Row], int]) -> float:
+    """Bytes at the most evaluations / at the fewest, of the scale where they grow most."""
+    fewest, *_, most = sorted({row["evaluations"] for row in rows})
+    pairs = zip(pick(rows, evaluations=most), pick(rows, evaluations=fewest), strict=True)
+    return max(counted(deep) / counted(shallow) for deep, shallow in pairs)
+
+
+def claims(results: Results) -> list[Row]:
+    """What must hold on a CPU, as far as it was measured; elsewhere the same is stated."""
+    lines = Claims()
+    for section in SECTIONS:
+        if section not in results:
+            continue
+        found = results[section]
+        rows, n, cpu = found["blocks"], found["evaluations"], found["platform"] == "cpu"
+        single = totals(pick(rows, dtype="float32", evaluations=n))
+        for variant in ("exact", "float"):
+            mine = pick(single, variant=variant)
+            if not mine:
+                continue
+            text = f"{section}: {variant} state, time / floor, worst of {len(mine)} batches"
+            lines.add(text, worst(mine), 1.15 if cpu else None)
+            text = f"{section}: {variant} state, time / floor in a loop"
+            lines.add(text, worst(mine, "floor in a loop"), None)
+        deep = pick(rows, dtype="float32", batch=single[0]["batch"], variant="exact")
+        depths = sorted({row["evaluations"] for row in deep})
+        if len(depths) > 1:
+            text = f"{section}: exact state, temporary bytes at {depths[-1]} / at {depths[0]}"
+            lines.add(text, flatness(deep, lambda row: row["bytes"]), 1.1)
+            text = f"{section}: the same without the digits written down, worst scale"
+            lines.add(text, flatness(deep, lambda row: row["bytes"] - row["digits"]), 1.02)
+        other = {row["variant"]: row for row in single if row["batch"] == single[0]["batch"]}
+        for variant in [v for v in ("checkpointed", "explicit") if v in other]:
+            for name in ("seconds", "bytes"):
+                a, b = other["exact"][name], other[variant][name]
+                text = f"{section}: exact state, {name} / those of {TITLES[variant]}"
+                lines.add(text, None if None in (a, b) else a / b, None)
+    return lines.lines
+
+
+def tables(results: Results) -> str:
+    """All that was measured, as Markdown."""
+    parts = [results["machine"], said(results["claims"])]
+    for section in SECTIONS:
+        if section not in results:
+            continue
+        found = results[section]
+        parts += [f"## {section.capitalize()}: {found['size']}", NOTES[section]]
+        unit = found["unit"]
+        parts += ["Solves alone:", _table(totals(found["blocks"]), unit, floor=True)]
+        scales = pick(
+            found["blocks"], dtype="float32", evaluations=found["evaluations"], variant="exact"
+        )
+        if len({row["scale"] for row in scales}) > 1:
+            parts += ["Exact reversal, each scale:", _scales(scales)]
+        parts += ["Whole model, its loss and the gradient:", _table(found["models"], unit)]
+    return "\n\n".join([*parts, NOTE]) + "\n"
+
+
+def _table(rows: list[Row], unit: str, *, floor: bool = False) -> str:
+    head = ["value and gradient", "dtype", "batch", "evaluations", f"{unit} / s", "ms", "MiB"]
+    table = [head + ["/ floor", "/ floor in a loop", "share of matrix rate"] * floor]
+    for row in rows:
+        seconds = row["seconds"]
+        line = [TITLES[row["variant"]], row["dtype"], str(row["batch"]), str(row["evaluations"])]
+        if seconds is None:
+            line += ["does not fit", "-"]
+        else:
+            line += [
+                f"{row['units'] / seconds:,.{0 if row['units'] / seconds >= 100 else 1}f}",
+                f"{1e3 * seconds:.1f}",
+            ]
+        line.append(mib(row["bytes"]))
+        if floor:
+            line += [two(ratio(row)), two(ratio(row, "floor in a loop")), share(row)]
+        table.append(line)
+    return markdown(table)
+
+
+def _scales(rows: list[Row]) -> str:
+    table = [["scale", "batch", "ms", "ms of f", "ms of f with VJP", "/ floor", "MiB", "share"]]
+    for row in rows:
+        times = [f"{1e3 * row[name]:.2f}" for name in ("seconds", "f", "vjp")]
+        line = [row["scale"], str(row["batch"]), *times, two(ratio(row))]
+        table.append([*line, mib(row["bytes"]), share(row)])
+    return markdown(table)
+
+
+def two(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}"
+
+
+def share(row: Row) -> str:
+    """The products of the floor a second, of those of one large product of the same dtype."""
+    if row["seconds"] is None:
+        return "-"
+    return f"{row['flop'] / row['seconds'] / row['rate']:.0%}"
+
+
+NOTES = {
+    "language": "1 - beta = 1/2; parameters and state float32, products in the dtype.",
+    "multiscale": "1 - beta = 1/5; parameters and state float32, convolutions in the dtype. Times "
+    "are sums over the scales, MiB that of the largest.",
+}
+NOTE = """\
+Floor: evaluations x (one f with its VJP, cotangents added up, and so many f as the variant needs
+beside: exact 2, float 1, checkpointed autodiff 2, explicit 0 or, checkpointed, 1), each compiled
+alone, called 8 times in a row and timed in the same rounds; alone, a piece is given new memory at
+each call, in a loop it is not.
+MiB: temporary memory of the compiled program.
+Share: the matrix products and convolutions of the floor, f with its VJP counting as three f, a
+second, of those of one large matrix product of the same dtype.
+Float reversal is the textbook's, unchecked: its gradient is lost at depth
+(results/gradient_fidelity.md).
+On a CPU bfloat16 is for the most part emulated, and XLA merges what checkpointing a stack would
+recompute with what it stored."""

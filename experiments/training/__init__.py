@@ -1,0 +1,1 @@
+"""The parts of every training script: options, devices, the loop, the run folder, plots."""

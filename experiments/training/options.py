@@ -1,0 +1,73 @@
+"""The options of every training script: how long, on which devices, what is kept."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+from training.flags import Count, Whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """Options that don't say what is computed: they may differ when a run is resumed."""
+
+    log_every: Count = 20
+    """Steps between readings of the metrics, which make the host wait for the device."""
+    checkpoint_every: Count = 500
+    """Steps between checkpoints, which a run that is killed loses at most."""
+    keep: Count = 2
+    """Checkpoints kept, the newest ones; the best one is kept beside them."""
+    assess_every: Count | None = None
+    """Steps between evaluations; None: an epoch; of text, a quarter of the run if less."""
+    stop_after: Count | None = None
+    """Steps after which to stop with a checkpoint, for machines lent by the hour."""
+    resume: bool = False
+    """Go on from the last checkpoint of the run of this name."""
+    name: str | None = None
+    """Of the folder in runs/; None: preset or data set and model, and seed."""
+    data_dir: str | None = None
+    """Where the data lies; of TensorFlow Datasets, None: TFDS_DATA_DIR, else TFDS's own place."""
+    download: bool = False
+    """Let TensorFlow Datasets download and prepare (needs tensorflow)."""
+    distributed: bool = False
+    """Join the other processes of the run, on this host or others, with the same command."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where JAX does not find the cluster by itself."""
+    processes: Count | None = None
+    """With --coordinator: how many processes there are."""
+    process_id: Whole | None = None
+    """With --coordinator: which of them this is, from 0."""
+
+
+RUNS = Path("runs")
+C = TypeVar("C", bound=Session)
+
+
+def filled(config: C, values: dict[str, Any]) -> C:
+    """What was left at None, from `values`."""
+    missing = {k: v for k, v in values.items() if getattr(config, k) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def recorded(config: Session) -> dict[str, Any]:
+    """What has to be the same when a run is resumed."""
+    session = {field.name for field in dataclasses.fields(type(config).__bases__[0])}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in session}
+
+
+def check_names(configs: list[C]) -> None:
+    """Refuse to resume what was never begun, and a name that no folder in runs/ can have."""
+    names = [str(c.name) for c in configs]
+    for name in names:
+        inside = name not in ("", ".", "..") and Path(name).name == name
+        # Of the 255 bytes that file systems allow some are left for the -2 of a name that is taken.
+        if not (inside and name.isprintable() and len(name.encode()) <= 240):
+            raise SystemExit(
+                f"Expected a --name that is that of a folder, at most 240 bytes on one line, got "
+                f"{name!r}. Choose another, or leave it out."
+            )
+    if configs[0].resume and not any((RUNS / name).exists() for name in names):
+        raise SystemExit(
+            f"--resume expected a run in one of {[f'{RUNS}/{name}' for name in names]}, and there "
+            "is none. Check --name, or start without --resume."
+        )
