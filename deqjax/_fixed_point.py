@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Int, PyTree
 
-from ._iterate import iterate
+from ._iterate import LoopResult, iterate
 from ._problem import (
     Budget,
     OptimistixSolver,
@@ -158,14 +158,16 @@ def _solve_optimistix(fn, solver, z0, args, adjoint, max_steps) -> Solution:
 
     def primal(inputs):
         sol = find(*inputs[:4])
-        return sol.value, (jnp.asarray(sol.stats["num_steps"], jnp.int32), sol.result)
+        return sol.value, LoopResult(
+            jnp.asarray(sol.stats["num_steps"], jnp.int32), sol.result, None
+        )
 
     if isinstance(adjoint, AbstractFixedPointAdjoint):
         # Of f(z) - z itself: Optimistix's minimisers would hand over the gradient of its square.
         terms = max(256, max_steps)
         budget = Budget(terms, jnp.asarray(terms), rank=0, fixed=False)
         inputs = (fn, solver, z0, args, budget)
-        z, (num_steps, result) = adjoint.apply(primal, residual, inputs, frozenset())
+        z, (num_steps, result, _) = adjoint.apply(primal, residual, inputs, frozenset())
     else:
         sol = find(fn, solver, z0, args, adjoint=adjoint)
         z, result = sol.value, sol.result

@@ -68,6 +68,14 @@ class Memory(eqx.Module):
     tape: PyTree = None
 
 
+class LoopResult(NamedTuple):
+    """What a loop returns beside z, in the places where Optimistix's own loop has it."""
+
+    num_steps: Int[Array, "..."]
+    outcome: Any  # whether the tolerance was met; of Optimistix's loop its result code
+    state: Any  # a `Memory`; of Optimistix's loop the solver's state, which has a memory too
+
+
 class _Carry(NamedTuple):
     i: Int[Array, ""]  # steps of the loop
     z: PyTree
@@ -81,11 +89,10 @@ class _Carry(NamedTuple):
     spent: Bool[Array, "..."]  # stopped because no step was left
 
 
-def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
+def iterate(inputs: tuple) -> tuple[PyTree, LoopResult]:
     """Iterates `solver` on `fn` from `z0`: `((fn, solver, z0, args, budget, while_loop))`.
 
-    Returns `z_n` and `(num_steps, small, Memory)`, in the places where Optimistix's own loop keeps
-    them, so that an adjoint reads both alike. A problem that has met its tolerance, or whose f(z)
+    Returns `z_n` and a `LoopResult`. A problem that has met its tolerance, or whose f(z)
     is beyond use, keeps its state from then on, whatever its batch-mates do. One whose steps run
     out is measured once more, and its best iterate returned.
     """
@@ -151,7 +158,7 @@ def iterate(inputs: tuple) -> tuple[PyTree, tuple[Any, Any, Memory]]:
         spent = out.spent & ~per_problem(too_large, rank)(z)
         z, error = select(spent, out.kept, (z, error))
     memory = Memory(out.memory, out.overflow, error, out.tape)
-    return z, (out.num_steps, error < 1, memory)
+    return z, LoopResult(out.num_steps, error < 1, memory)
 
 
 def unrolled(fn: Callable, solver: Any, z0: PyTree, xs: PyTree) -> tuple[PyTree, PyTree, Array]:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import PyTree
 
-from .._iterate import lax_while
+from .._iterate import LoopResult, lax_while
+from .._problem import Budget
 from .._tree import as_real, dot, from_real, mesh_axes, scale, stop_gradient, vary
 from ._linear_solve import LinearMap
 
@@ -33,6 +34,7 @@ class Problem(NamedTuple):
     args: PyTree
     max_steps: int | None
     rank: int
+    budget: Budget | None  # None: through Optimistix's front door
     rest: tuple  # the other inputs, in their places
 
     @property
@@ -44,14 +46,15 @@ class Problem(NamedTuple):
 def unpack(inputs: tuple) -> Problem:
     """Reads the positional inputs of either front door; Optimistix's layout is private."""
     fn, solver, z0, args, *rest = inputs
-    if len(inputs) == 5:  # deqjax: one Budget
-        (budget,) = rest
-        return Problem(fn, solver, z0, args, budget.max_steps, budget.rank, tuple(rest))
-    if len(inputs) == 9:  # Optimistix: options, max_steps, f_struct, aux_struct, tags
-        return Problem(fn, solver, z0, args, rest[1], 0, tuple(rest))
+    match rest:
+        case [Budget() as budget]:
+            most, rank = budget.max_steps, budget.rank
+            return Problem(fn, solver, z0, args, most, rank, budget, tuple(rest))
+        case [_options, most, _f_struct, _aux_struct, _tags]:
+            return Problem(fn, solver, z0, args, most, 0, None, tuple(rest))
     raise ValueError(
-        f"Expected the 5 inputs of deqjax or the 9 of Optimistix 0.1, got {len(inputs)}; "
-        f"install optimistix>=0.1,<0.2."
+        f"Expected the inputs of deqjax or of Optimistix 0.1, got {len(inputs)} others; install "
+        f"optimistix>=0.1,<0.2."
     )
 
 
@@ -75,8 +78,8 @@ class AbstractFixedPointAdjoint(AbstractAdjoint):
     """
 
     @abc.abstractmethod
-    def tangent(self, at: "Linearisation", problem: Problem, extras: tuple) -> PyTree:
-        """The tangent of z; `extras` is what the loop returned beside z."""
+    def tangent(self, at: "Linearisation", problem: Problem, loop: LoopResult) -> PyTree:
+        """The tangent of z."""
 
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
         """See `deqjax.adjoints`."""
@@ -145,9 +148,9 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
     ) -> tuple[PyTree, dict[str, Any]]:
         """`y` with `matvec(y) = b`, where `matvec` is `I - J` or its transpose; and its stats."""
 
-    def tangent(self, at: Linearisation, problem: Problem, extras: tuple) -> PyTree:
+    def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
         """See `AbstractFixedPointAdjoint`."""
-        del extras
+        del loop
         matvec, b = at.equation()
         known = stop_gradient(self.known(matvec, at.z, problem.rank))
         options = {"max_steps": problem.ceiling, "rank": problem.rank}
@@ -178,7 +181,7 @@ def _attach_jvp(primals, tangents):
         return rewrite_fn(z, None, eqx.combine(moving, still))
 
     at = Linearisation(residual, z, moving, t_inputs)
-    t_z = adjoint.tangent(at, unpack(inputs), extras)
+    t_z = adjoint.tangent(at, unpack(inputs), LoopResult(*extras[:3]))
     return (z, extras), (t_z, tangent_of_extras(extras, t_z))
 
 

@@ -3,6 +3,7 @@ from typing import Literal
 import equinox as eqx
 from jaxtyping import PyTree
 
+from .._iterate import LoopResult
 from .._tree import per_problem
 from ..solvers import Broyden
 from ..solvers._secant import Secants, inverse
@@ -51,7 +52,7 @@ class BroydenAdjoint(AbstractFixedPointAdjoint):
     def __check_init__(self):
         check_linear(self)
 
-    def tangent(self, at: Linearisation, problem: Problem, extras: tuple) -> PyTree:
+    def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
         """See `deqjax.adjoints`."""
         if not isinstance(problem.solver, Broyden):
             raise ValueError(
@@ -59,7 +60,7 @@ class BroydenAdjoint(AbstractFixedPointAdjoint):
                 f"{type(problem.solver).__name__}; use deqjax.Broyden(...), or "
                 f"deqjax.ImplicitAdjoint() with this solver."
             )
-        secants: Secants = stop_gradient(extras[2].memory)
+        secants: Secants = stop_gradient(loop.state.memory)
         steps = problem.ceiling if self.max_steps is None else self.max_steps
 
         def solve(transpose: bool):

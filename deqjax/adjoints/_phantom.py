@@ -2,6 +2,7 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
+from .._iterate import LoopResult
 from .._tree import add, lincomb, scale
 from ._base import AbstractFixedPointAdjoint, Linearisation, Problem, check_damped
 
@@ -36,9 +37,9 @@ class PhantomAdjoint(AbstractFixedPointAdjoint):
     def __check_init__(self):
         check_damped(self)
 
-    def tangent(self, at: Linearisation, problem: Problem, extras: tuple) -> PyTree:
+    def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
         """See `deqjax.adjoints`."""
-        del problem, extras
+        del problem, loop
 
         def unrolled(moving):
             step = lambda z, _: (lincomb(1, z, 1 - self.damp, at.residual(z, moving)), None)
@@ -72,9 +73,9 @@ class NeumannPhantomAdjoint(AbstractFixedPointAdjoint):
     def __check_init__(self):
         check_damped(self)
 
-    def tangent(self, at: Linearisation, problem: Problem, extras: tuple) -> PyTree:
+    def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
         """See `deqjax.adjoints`."""
-        del problem, extras
+        del problem, loop
         matvec, b = at.equation()
         first = scale(1 - self.damp, b)
 
@@ -99,7 +100,7 @@ class JacobianFreeAdjoint(AbstractFixedPointAdjoint):
     implicit networks, AAAI 2022, equation 13.
     """
 
-    def tangent(self, at: Linearisation, problem: Problem, extras: tuple) -> PyTree:
+    def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
         """See `deqjax.adjoints`."""
-        del problem, extras
+        del problem, loop
         return at.right_side()

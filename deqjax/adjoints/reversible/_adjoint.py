@@ -4,7 +4,7 @@ from typing import Any, Literal
 import equinox as eqx
 from jaxtyping import PyTree
 
-from ..._iterate import AbstractTape, lax_while
+from ..._iterate import AbstractTape, LoopResult, lax_while
 from ..._problem import Budget
 from ..._tree import stop_gradient
 from ...solvers import Reversible
@@ -95,9 +95,8 @@ class ReversibleAdjoint(AbstractAdjoint):
         p = unpack(inputs)
         self.check_solver(p.solver)
         tape = self.tape(p.solver, p.z0)
-        if len(inputs) == 5:
-            (budget,) = p.rest
-            flat = flatten(p.fn, p.args, p.solver, p.z0, budget, tape)
+        if p.budget is not None:
+            flat = flatten(p.fn, p.args, p.solver, p.z0, p.budget, tape)
             out, rec = recorded(stop_gradient(flat))
         else:
             if p.max_steps is None:
@@ -106,7 +105,7 @@ class ReversibleAdjoint(AbstractAdjoint):
                     "on the number of steps, for which there has to be room."
                 )
             out = primal_fn((*stop_gradient(inputs), lax_while))
-            budget = Budget(p.max_steps, out[1][0], 0, fixed=True)
+            budget = Budget(p.max_steps, LoopResult(*out[1][:3]).num_steps, 0, fixed=True)
             flat, rec = flatten(p.fn, p.args, p.solver, p.z0, budget, tape), None
         z, extras = _attach(out, flat, rec, self.check)
         return z, no_gradient(extras)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
-from ..._iterate import Pair, iterate, lax_while
+from ..._iterate import LoopResult, Pair, iterate, lax_while
 from ..._step import isolate
 from ..._tree import (
     add,
@@ -62,19 +62,20 @@ class _Sweep(NamedTuple):
 
 
 @batchable
-def run(flat: Flat, own: Sequence[bool], record: None, gz: None) -> tuple[PyTree, tuple]:
+def run(flat: Flat, own: Sequence[bool], record: None, gz: None) -> tuple[PyTree, LoopResult]:
     """`iterate`, recording."""
     del own, record, gz
     return iterate(flat.inputs(lax_while))
 
 
-def recorded(flat: Flat) -> tuple[tuple[PyTree, tuple], Record]:
+def recorded(flat: Flat) -> tuple[tuple[PyTree, LoopResult], Record]:
     """What `iterate` returns, and the record of it."""
     out = run(flat, [False] * len(flat.arrays))
-    z, (num_steps, _, state) = out
+    z, loop = out
+    state = loop.state
     pair = flat.solver.pair(z, state.memory)
     lost = state.overflow | flat.solver.lost(state.memory)
-    return out, Record(pair, state.tape, num_steps, lost)
+    return out, Record(pair, state.tape, loop.num_steps, lost)
 
 
 @batchable

@@ -77,11 +77,11 @@ def _reversible_vjp(own, solver, z0, cotangent, budget, adjoint):
     arrays, treedef = jax.tree.flatten(own)
     flat = flatten(apply, arrays, solver, z0, budget, adjoint.tape(solver, z0))
     moving = [eqx.is_inexact_array(x) for x in flat.arrays]
-    (_, extras), rec = recorded(flat)
+    (_, loop), rec = recorded(flat)
     out, gap = sweep(flat, moving, rec, cotangent)
     stats = {
         "num_steps": rec.num_steps,
-        "overflow": extras[2].overflow,
+        "overflow": loop.state.overflow,
         "reversal_residual": gap,
         "trusted": gap <= flat.tape.bound(z0),
     }
