@@ -138,18 +138,18 @@ def iterate(inputs: tuple) -> tuple[PyTree, LoopResult]:
 
     def start(z0):
         memory = solver.blank(z0)
-        return solver.start(z0), memory, solver.overflow(memory), solver.lost(memory)
+        return solver.start(z0), memory, solver.status(memory)
 
     no = jnp.zeros(shape, bool)
-    z, memory, overflow, lost = per_problem(start, rank)(z0)
+    z, memory, status = per_problem(start, rank)(z0)
     blank = None if tape is None else tape.blank(solver.pair(z, memory), budget.max_steps, rank)
     # In the dtype of what is measured, which the solver's norm decides.
     dtype = jax.eval_shape(lambda: measured(solver, z, z, rank)).dtype
     error = jnp.full(shape, jnp.inf, dtype)
-    stopped = lost | (limit < 0) if keeps else lost
+    stopped = status.failed | (limit < 0) if keeps else status.failed
     kept = (z, error) if keeps else None
     count, zero = jnp.zeros(shape, jnp.int32), jnp.asarray(0, jnp.int32)
-    init = _Carry(zero, z, memory, blank, count, stopped, overflow, error, kept, no)
+    init = _Carry(zero, z, memory, blank, count, stopped, status.overflow, error, kept, no)
     passes = budget.max_steps + keeps
     out = while_loop(cond, body, vary(init, axes), max_steps=passes)
     z, error = out.z, out.error
@@ -173,7 +173,8 @@ def unrolled(fn: Callable, solver: Any, z0: PyTree, xs: PyTree) -> tuple[PyTree,
         return (out.z, out.memory, bad | out.overflow | out.broken), out.aux
 
     memory = solver.blank(z0)
-    init = (solver.start(z0), memory, solver.overflow(memory) | solver.lost(memory))
+    status = solver.status(memory)
+    init = (solver.start(z0), memory, status.overflow | status.failed)
     (z, _, bad), aux = jax.lax.scan(body, init, xs)
     return z, aux, bad
 

@@ -55,24 +55,25 @@ def scaled_error(solver: Any, z: PyTree, fz: PyTree) -> Inexact[Array, ""]:
     return jnp.where(measurable | jnp.isnan(error), error, jnp.inf)
 
 
-def measured(solver: Any, z: PyTree, fz: PyTree, rank: int) -> Inexact[Array, "..."]:
+def measured(
+    solver: Any, z: PyTree, fz: PyTree, rank: int, memory: PyTree = None
+) -> Inexact[Array, "..."]:
     """The solver's own measure of `f(z) - z`, of each problem."""
-    return per_problem(lambda solver, *pair: solver.error(*pair), rank)(solver, z, fz)
+    return per_problem(lambda solver, *at: solver.error(*at), rank)(solver, z, fz, memory)
 
 
 def step(fn: Fn, solver: Any, z: PyTree, args: PyTree, memory: PyTree, *, rank: int = 0) -> Step:
     """One evaluation of `fn` at `z`, its verdict, and the solver's next iterate."""
     fz, aux = evaluate(fn, z, args)
-    error = measured(solver, z, fz, rank)
+    error = measured(solver, z, fz, rank, memory)
 
     def mix(solver, z, fz, memory, error):
-        error = solver.verdict(error, memory)
-        broken = jnp.isnan(error) & ~solver.recovers(memory)
+        broken = jnp.isnan(error) & ~solver.status(memory).retry
         z, memory = solver.mix(z, fz, memory)
-        return z, memory, error, broken, solver.overflow(memory)
+        return z, memory, broken, solver.status(memory).overflow
 
     # An array of the solver may hold one value per problem.
-    z, memory, error, broken, overflow = per_problem(mix, rank)(solver, z, fz, memory, error)
+    z, memory, broken, overflow = per_problem(mix, rank)(solver, z, fz, memory, error)
     return Step(z, memory, aux, error, broken, overflow)
 
 

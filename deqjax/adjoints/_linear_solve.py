@@ -38,7 +38,8 @@ class _Linear(AbstractSolver):
     atol: float | Inexact[Array, ""] = 0.0
     norm: Callable[[PyTree], Any] = optimistix.max_norm
 
-    def error(self, z, fz):
+    def error(self, z, fz, memory=None):
+        del memory
         return self.measure.error(z, fz)
 
     def seen(self, z: PyTree) -> PyTree:
@@ -52,8 +53,8 @@ class _Linear(AbstractSolver):
         z, memory = self.inner.mix(self.seen(z), self.seen(fz), memory)
         return z if self.unit is None else jax.tree.map(jnp.multiply, z, self.unit), memory
 
-    def recovers(self, memory):
-        return self.inner.recovers(memory)
+    def status(self, memory):
+        return self.inner.status(memory)
 
     def keep(self, go, live, new, old):
         return self.inner.keep(go, live, new, old)

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from .._tree import as_real, from_real
 from . import _secant
-from ._base import AbstractSolver, Number
+from ._base import AbstractSolver, Number, Status
 from ._secant import Secants
 
 
@@ -90,6 +90,6 @@ class Anderson(AbstractSolver):
         del go
         return _secant.keep(live, new, old)
 
-    def recovers(self, memory: Secants):
-        """See `AbstractSolver`."""
-        return memory.stride > 0
+    def status(self, memory: Secants) -> Status:
+        """An iterate to which an accelerated step led may be taken back."""
+        return super().status(memory)._replace(retry=memory.stride > 0)

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,6 +16,14 @@ from .._step import scaled_error, step
 from .._tree import is_traced, mesh_axes, select, vary
 
 Number = float | Inexact[Array, ""]
+
+
+class Status(NamedTuple):
+    """The state of a method, read off its memory."""
+
+    failed: Bool[Array, ""]  # no step can be taken from here
+    overflow: Bool[Array, ""]  # an iterate has left the range of the method's numbers
+    retry: Bool[Array, ""]  # the next step takes back an iterate at which f is not finite
 
 
 class OptimistixState(eqx.Module):
@@ -43,9 +51,18 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     def blank(self, z0: PyTree) -> PyTree:
         """The memory before the first step, for the initial iterate `z0` of one problem."""
 
-    def error(self, z: PyTree, fz: PyTree) -> Inexact[Array, ""]:
-        """The measure of `f(z) - z` that the tolerances hold below 1."""
+    def error(self, z: PyTree, fz: PyTree, memory: PyTree = None) -> Inexact[Array, ""]:
+        """The measure of `f(z) - z` that the tolerances hold below 1; NaN: the method gives up.
+
+        With the memory that the method had at z, or None after the solve.
+        """
+        del memory
         return scaled_error(self, z, fz)
+
+    def status(self, memory: PyTree) -> Status:
+        """The state of the method, by its memory."""
+        del memory
+        return Status(*[jnp.asarray(False)] * 3)
 
     def around(self, fn: Callable) -> Callable:
         """`fn` as the solver wants it to be traced."""
@@ -55,11 +72,6 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         """The solver with what it reads off `fn(z, args) -> (z', aux)` itself, before the loop."""
         del fn, z0, args, rank
         return self
-
-    def verdict(self, error: Inexact[Array, ""], memory: PyTree) -> Inexact[Array, ""]:
-        """The measure as corrected by what the method remembers; NaN: it gives up."""
-        del memory
-        return error
 
     def report(self, z: PyTree, memory: PyTree) -> dict[str, Array]:
         """What `sol.stats` tells beside the rest, for the iterate `z` that is returned."""
@@ -81,21 +93,6 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     def start(self, z0: PyTree) -> PyTree:
         """The first iterate: `z0`, as exactly as the method can represent it."""
         return z0
-
-    def overflow(self, memory: PyTree) -> Bool[Array, ""]:
-        """Whether an iterate has left the range of the numbers that the method calculates with."""
-        del memory
-        return jnp.asarray(False)
-
-    def lost(self, memory: PyTree) -> Bool[Array, ""]:
-        """Whether a step could not be taken in those numbers, for that or because of a NaN."""
-        del memory
-        return jnp.asarray(False)
-
-    def recovers(self, memory: PyTree) -> Bool[Array, ""]:
-        """Whether the next `mix` takes back an iterate at which f is not finite."""
-        del memory
-        return jnp.asarray(False)
 
     def keep(
         self, go: Bool[Array, "..."], live: Bool[Array, "..."], new: PyTree, old: PyTree
@@ -146,7 +143,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         del options, f_struct, aux_struct, tags
         self.check()
         memory = self.blank(y)
-        state = OptimistixState(memory, jnp.asarray(False), self.lost(memory))
+        state = OptimistixState(memory, jnp.asarray(False), self.status(memory).failed)
         return vary(state, mesh_axes(fn, y, args))
 
     def step(self, fn, y, args, options, state, tags):

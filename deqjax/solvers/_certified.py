@@ -125,13 +125,12 @@ class AbstractCertifiedSolver(AbstractSolver):
         z = jnp.where(jnp.isfinite(z), z, 0)
         return jnp.asarray(self.atol, z.dtype) + jnp.asarray(self.rtol, z.dtype) * z
 
-    def error(self, z: PyTree, fz: PyTree) -> Float[Array, ""]:
-        """See `AbstractSolver`; never below 1, which only a proof is."""
+    def error(self, z: PyTree, fz: PyTree, memory: Any = None) -> Float[Array, ""]:
+        """Below 1 only where there is a proof; NaN after a contradiction, or beyond rounding."""
         x, fx = flat(z, 0), flat(fz, 0)
-        return 1 + self.norm((fx - x) / jnp.where(fx == 0, 1, jnp.abs(fx)))
-
-    def verdict(self, error, memory):
-        """See `AbstractSolver`; there is no going on from a contradiction, nor beyond rounding."""
+        error = 1 + self.norm((fx - x) / jnp.where(fx == 0, 1, jnp.abs(fx)))
+        if memory is None:
+            return error
         bracket, done = self.proved(memory)
         over = ~consistent(bracket) | (self.limited(memory) & ~done)
         return jnp.where(over, jnp.nan, jnp.where(done, 0, error))

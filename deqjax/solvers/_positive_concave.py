@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import optimistix
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._tree import quotient, select
 from ..positive._bracket import Bracket, at_most, consistent, flat, narrow, unflat
 from . import _secant
+from ._base import Status
 from ._certified import AbstractCertifiedSolver
 from ._secant import Secants
 
@@ -226,10 +227,10 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
             failed=m.failed + jnp.where(hopeless, 3, 1),
         )
 
-    def recovers(self, memory: _Memory) -> Bool[Array, ""]:
-        """See `AbstractSolver`."""
+    def status(self, memory: _Memory) -> Status:
+        """An iterate to which an accelerated step led is taken back while proofs are tried."""
         going = (memory.failed < _ATTEMPTS) & consistent(memory.bracket)
-        return going & (memory.secants.stride > 0)
+        return super().status(memory)._replace(retry=going & (memory.secants.stride > 0))
 
     def keep(self, go, live, new: _Memory, old: _Memory) -> _Memory:
         """See `AbstractSolver`."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from .._checks import check_real
 from .._tree import as_real, from_real, lincomb, scale, select, widen
-from ._base import AbstractSolver, Number
+from ._base import AbstractSolver, Number, Status
 from ._grid import Grid, grid
 
 
@@ -162,13 +162,12 @@ class Reversible(AbstractSolver):
         overflow = ~fits & _finite(z0)
         return _Integers(integers, integers, self.start(z0), overflow, ~fits)
 
-    def overflow(self, memory: PyTree) -> Bool[Array, ""]:
-        """See `AbstractSolver`."""
-        return memory.overflow if self.exact else jnp.asarray(False)
-
-    def lost(self, memory: PyTree) -> Bool[Array, ""]:
-        """See `AbstractSolver`."""
-        return memory.lost if self.exact else jnp.asarray(False)
+    def status(self, memory: PyTree) -> Status:
+        """A step that the integers of the exact mode cannot take, by overflow or NaN, fails."""
+        status = super().status(memory)
+        if not self.exact:
+            return status
+        return status._replace(failed=memory.lost, overflow=memory.overflow)
 
     def mix(self, z: PyTree, fz: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
         """`(1 - beta) s[k-1] + beta f(s[k])`, and `s[k]` for the step after."""

@@ -74,7 +74,7 @@ def recorded(flat: Flat) -> tuple[tuple[PyTree, LoopResult], Record]:
     z, loop = out
     state = loop.state
     pair = flat.solver.pair(z, state.memory)
-    lost = state.overflow | flat.solver.lost(state.memory)
+    lost = state.overflow | flat.solver.status(state.memory).failed
     return out, Record(pair, state.tape, loop.num_steps, lost)
 
 
