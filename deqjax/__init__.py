@@ -15,9 +15,9 @@ from .adjoints import (
     PositiveConcaveAdjoint as PositiveConcaveAdjoint,
     RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
     ReversibleAdjoint as ReversibleAdjoint,
-    implicit_vjp as implicit_vjp,
-    reversible_vjp as reversible_vjp,
 )
+from .adjoints._implicit import implicit_vjp as implicit_vjp
+from .adjoints.reversible import reversible_vjp as reversible_vjp
 from .diagnostics import (
     SpectralRadius as SpectralRadius,
     fixed_point_path as fixed_point_path,

@@ -1,6 +1,8 @@
 """What a number given by hand has to be, and a state of many."""
 
+import inspect
 import math
+import warnings
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,13 +19,41 @@ def number(value: Any) -> float:
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
-def check_size(name: str, value: Any) -> None:
-    """Raises `ValueError` unless `value` is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+def is_int(value: Any, least: float = 1) -> bool:
+    """Whether `value` is an integer that is known, and at least so much."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def check_int(owner: str, name: str, value: Any, instead: str, least: int = 1) -> int:
+    """`value` as an int of at least `least`, or `ValueError`; `instead` says what to do."""
+    if not is_int(value, least):
         raise ValueError(
-            f"Expected {name} to be an int >= 1, got {value!r}. Pass the length of an axis that "
-            f"there is."
+            f"{owner} expects {name} to be an int of at least {least}, got {value!r}; {instead}"
         )
+    return int(value)
+
+
+def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless `value` is one of the choices."""
+    if value not in choices:
+        shown = ", ".join(f'"{x}"' for x in choices[:-1]) + f' or "{choices[-1]}"'
+        raise ValueError(
+            f"{owner} expects {name} to be {shown}, got {value!r}; choose one of them."
+        )
+
+
+def check_size(name: str, value: Any) -> None:
+    """Raises `ValueError` unless `value` is the length of an axis."""
+    check_int("The layer", name, value, "pass the length of an axis that there is.")
+
+
+def renamed(owner: str, old: str, new: str) -> None:
+    """Warns, where the user's code calls, that an argument has another name now."""
+    message = f"{owner}({old}=...) is {new}=... now; the old name goes in the next release."
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("deqjax", "equinox"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, DeprecationWarning, stacklevel=level)
 
 
 def float_state(z: PyTree) -> PyTree:

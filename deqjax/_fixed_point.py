@@ -5,12 +5,11 @@ import functools as ft
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Int, PyTree
 
-from ._iterate import LoopResult, iterate
+from ._iterate import LoopResult, Memory, iterate
 from ._problem import (
     Budget,
     OptimistixSolver,
@@ -21,8 +20,8 @@ from ._problem import (
     prepare,
 )
 from ._program import run
-from ._solution import RESULTS, Solution, raise_unsuccessful, relative_residual, result_code
-from ._step import evaluate, measured, residual
+from ._solution import RESULTS, Solution, completed, outcome, raise_unsuccessful
+from ._step import evaluate, residual
 from ._tree import per_problem, vary
 from .adjoints import AbstractAdjoint, AbstractFixedPointAdjoint, ImplicitAdjoint
 from .solvers import AbstractSolver
@@ -137,20 +136,17 @@ def solve(
 def _solve(fn, solver, z0, args, budget, requested, adjoint) -> Solution:
     solver = solver.bound(fn, z0, args, budget.rank)
     inputs = (fn, solver, z0, args, budget)
-    z, (num_steps, small, state) = adjoint.apply(iterate, residual, inputs, frozenset())
+    z, loop = adjoint.apply(iterate, residual, inputs, frozenset())
 
     # Outside the differentiated loop: gradients of aux and residual come free, and what is not
     # used is not computed.
     fz, aux = evaluate(fn, z, args)
-    small = small | (measured(solver, z, fz, budget.rank) < 1)
-    # Zero tolerances, traced or not, ask for a number of steps.
-    untested = (solver.rtol == 0) & (solver.atol == 0)
-    complete = jnp.where(untested, num_steps == requested, small)
-    sol = _solution(z, fz, aux, complete, solver.in_range(), state.overflow, num_steps, budget)
+    complete = completed(solver, z, fz, loop, budget, requested)
+    result, stats = outcome(z, fz, loop, complete, solver.in_range(), budget)
     report = per_problem(lambda solver, *at: solver.report(*at), budget.rank)
-    stats = report(solver, z, state.memory)
-    sol.stats.update(solver.finish(fn, z, args, stats, ~complete, budget.rank))
-    return sol
+    told = report(solver, z, loop.state.memory)
+    told = solver.finish(fn, z, args, told, ~complete, budget.rank)
+    return Solution(value=z, result=result, aux=aux, stats=stats | told, state=None)
 
 
 def _solve_optimistix(fn, solver, z0, args, adjoint, max_steps) -> Solution:
@@ -175,24 +171,9 @@ def _solve_optimistix(fn, solver, z0, args, adjoint, max_steps) -> Solution:
     fz, aux = evaluate(fn, z, args)
     budget = Budget(max_steps, num_steps, rank=0, fixed=False)
     yes = jnp.asarray(True)
-    mine = _solution(z, fz, aux, yes, yes, ~yes, num_steps, budget)
-    result = RESULTS.where(mine.result == RESULTS.successful, result, mine.result)
-    return eqx.tree_at(lambda s: s.result, mine, result)
-
-
-def _solution(z, fz, aux, complete, in_range, overflow, num_steps, budget) -> Solution:
-    def report(z, fz, complete, overflow):
-        code = result_code(z, fz, complete, in_range & ~overflow)
-        return code, relative_residual(z, fz)
-
-    result, size = per_problem(report, budget.rank)(z, fz, complete, overflow)
-    stats = {
-        "num_steps": num_steps,
-        "num_fn_evals": num_steps + 1,
-        "residual": size,
-        "max_steps": budget.max_steps,
-        "overflow": overflow,
-    }
+    loop = LoopResult(num_steps, yes, Memory(None, ~yes, jnp.asarray(0.0)))
+    mine, stats = outcome(z, fz, loop, yes, yes, budget)
+    result = RESULTS.where(mine == RESULTS.successful, result, mine)
     return Solution(value=z, result=result, aux=aux, stats=stats, state=None)
 
 

@@ -1,7 +1,6 @@
 """What the front door refuses, when traced: sentences that say expected, got, and what to do."""
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +10,7 @@ import numpy as np
 import optimistix
 from jaxtyping import Array, Int, PyTree
 
-from ._checks import float_state
+from ._checks import check_int, float_state
 from ._traced import Traced, trace
 from ._tree import Axes, is_traced, mesh_axes, vary
 
@@ -115,12 +114,8 @@ def point_like(z: PyTree, x: Array, batched: bool) -> Array:
 def check_state(z0: PyTree, batched: bool, max_steps: Any) -> tuple[PyTree, int]:
     """`z0` as arrays, with a batch if there is to be one, and the ceiling on steps."""
     z0 = point(z0, batched)
-    if isinstance(max_steps, bool) or not isinstance(max_steps, Integral) or max_steps < 1:
-        raise ValueError(
-            f"fixed_point expects max_steps to be an int of at least 1, got {max_steps!r}; "
-            f"pass a smaller, traced budget as steps=..."
-        )
-    return z0, int(max_steps)
+    instead = "pass a smaller, traced budget as steps=..."
+    return z0, check_int("fixed_point", "max_steps", max_steps, instead)
 
 
 def check_steps(steps: Any, max_steps: int, shape: tuple[int, ...]) -> Int[Array, "..."]:

@@ -1,14 +1,44 @@
 """What a solve returns."""
 
+from typing import Any
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix
 from jaxtyping import Array, Bool, PyTree
 
-from ._tree import as_real, max_abs, quotient, two_norm, widen
+from ._step import measured
+from ._tree import as_real, is_traced, max_abs, per_problem, quotient, two_norm, widen
 
 RESULTS = optimistix.RESULTS
-Solution = optimistix.Solution
+
+
+# Those of `deqjax.fixed_point`; Optimistix and Lineax have more.
+_CODES = ("successful", "nonlinear_max_steps_reached", "nonfinite", "nonlinear_divergence")
+
+
+class Solution(optimistix.Solution):
+    """What `deqjax.fixed_point` returns: an `optimistix.Solution` that prints in words."""
+
+    def __repr__(self) -> str:
+        value = eqx.tree_pformat(self.value, struct_as_array=True)
+        if any(map(is_traced, jax.tree.leaves((self.result, self.stats)))):
+            return f"Solution(value={value}, traced)"
+        counts = {name: np.sum(self.result == getattr(RESULTS, name)) for name in _CODES}
+        counts["another result"] = self.stats["num_steps"].size - sum(counts.values())
+        seen = {name: n for name, n in counts.items() if n}
+        one = self.stats["num_steps"].ndim == 0
+        words = [name if one else f"{n} {name}" for name, n in seen.items()]
+        words += [f"{name}={span(self.stats[name])}" for name in ("num_steps", "residual")]
+        return f"Solution(value={value}, {', '.join(words)})"
+
+
+def span(x: Array) -> str:
+    """The number, or the least and the largest of several."""
+    ends = [f"{end:.3g}" for end in (np.min(x), np.max(x))] if x.size else ["none"]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def too_large(tree: PyTree) -> Bool[Array, ""]:
@@ -53,3 +83,37 @@ def relative_residual(z: PyTree, fz: PyTree) -> Array:
     fz = jax.tree.map(unit, fz)
     gap = two_norm(jax.tree.map(lambda fz, z: fz - unit(z), fz, z))
     return quotient(gap, two_norm(fz))
+
+
+def completed(
+    solver: Any, z: PyTree, fz: PyTree, loop: Any, budget: Any, requested: Array
+) -> Bool[Array, "..."]:
+    """Whether each problem met its tolerance, or took the steps that were asked for.
+
+    `loop` is a `LoopResult`, `budget` a `Budget`.
+    """
+    small = loop.outcome | (measured(solver, z, fz, budget.rank) < 1)
+    # Zero tolerances, traced or not, ask for a number of steps.
+    untested = (solver.rtol == 0) & (solver.atol == 0)
+    return jnp.where(untested, loop.num_steps == requested, small)
+
+
+def outcome(
+    z: PyTree, fz: PyTree, loop: Any, complete: Array, in_range: Array, budget: Any
+) -> tuple[RESULTS, dict[str, Array]]:
+    """The result of each problem, and the stats that every solve has."""
+
+    def report(z, fz, complete, overflow):
+        code = result_code(z, fz, complete, in_range & ~overflow)
+        return code, relative_residual(z, fz)
+
+    overflow = loop.state.overflow
+    result, size = per_problem(report, budget.rank)(z, fz, complete, overflow)
+    stats = {
+        "num_steps": loop.num_steps,
+        "num_fn_evals": loop.num_steps + 1,
+        "residual": size,
+        "max_steps": jnp.asarray(budget.max_steps, jnp.int32),
+        "overflow": overflow,
+    }
+    return result, stats

@@ -15,8 +15,8 @@ ROOT = pathlib.Path(deqjax.__file__).parent
 ORDER = [
     "_checks",
     "_tree",
-    "_solution",
     "_step",
+    "_solution",
     "_bilinear",
     "_compare",
     "_traced",

@@ -138,7 +138,7 @@ def test_checkpointed_steps_converge_to_the_implicit_gradient(solver, door):
     """The derivative of the iterates, of every solver of ours."""
     solver = {
         "anderson": deqjax.Anderson(1e-11, 1e-11, depth=3),
-        "broyden": deqjax.Broyden(1e-11, 1e-11, memory=4),
+        "broyden": deqjax.Broyden(1e-11, 1e-11, depth=4),
         "damped": deqjax.FixedPointIteration(1e-11, 1e-11, damp=0.1),
         "reversible": deqjax.Reversible(1e-11, 1e-11, beta=0.8, exact=False),
         "exact": deqjax.Reversible(1e-6, 1e-6, beta=0.75),
@@ -164,7 +164,7 @@ def test_reversed_steps_converge_to_the_implicit_gradient(exact):
 def test_shine(door):
     """Near the implicit gradient as it comes, and at `tol` if asked: the series goes on from it."""
     cases = affine()[:5] if door == "ours" else tree()
-    args = (cases[0].problem.fn, deqjax.Broyden(1e-12, 1e-12, memory=16))
+    args = (cases[0].problem.fn, deqjax.Broyden(1e-12, 1e-12, depth=16))
     loose = gradient(*args, deqjax.BroydenAdjoint(tol=0.1), DOORS[door])
     tight = gradient(*args, deqjax.BroydenAdjoint(tol=1e-10), DOORS[door])
     for d in cases:

@@ -31,7 +31,7 @@ def relative(z, fz):
     [
         lambda tol: deqjax.FixedPointIteration(tol, tol),
         lambda tol: deqjax.Anderson(tol, tol, depth=2),
-        lambda tol: deqjax.Broyden(tol, tol, memory=2),
+        lambda tol: deqjax.Broyden(tol, tol, depth=2),
     ],
     ids=["picard", "anderson", "broyden"],
 )

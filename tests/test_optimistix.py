@@ -57,7 +57,7 @@ ADJOINTS = [
     [
         deqjax.FixedPointIteration(1e-12, 1e-12),
         deqjax.Anderson(1e-12, 1e-12, depth=3),
-        deqjax.Broyden(1e-12, 1e-12, memory=4),
+        deqjax.Broyden(1e-12, 1e-12, depth=4),
         deqjax.Reversible(1e-12, 1e-12, beta=0.7, exact=False),
         optimistix.FixedPointIteration(1e-12, 1e-12),
         optimistix.Newton(1e-12, 1e-12),

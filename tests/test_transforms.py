@@ -31,12 +31,12 @@ PAIRS = {
         200,
     ),
     "broyden": (
-        deqjax.Broyden(rtol=1e-6, atol=1e-6, memory=8),
+        deqjax.Broyden(rtol=1e-6, atol=1e-6, depth=8),
         deqjax.BroydenAdjoint(tol=1e-6),
         200,
     ),
     "phantom": (
-        deqjax.Broyden(rtol=1e-6, atol=1e-6, memory=8, line_search=True),
+        deqjax.Broyden(rtol=1e-6, atol=1e-6, depth=8, line_search=True),
         deqjax.PhantomAdjoint(),
         200,
     ),

@@ -5,7 +5,7 @@ from ._base import (
     AbstractFixedPointAdjoint as AbstractFixedPointAdjoint,
 )
 from ._broyden import BroydenAdjoint as BroydenAdjoint
-from ._implicit import ImplicitAdjoint as ImplicitAdjoint, implicit_vjp as implicit_vjp
+from ._implicit import ImplicitAdjoint as ImplicitAdjoint
 from ._phantom import (
     JacobianFreeAdjoint as JacobianFreeAdjoint,
     NeumannPhantomAdjoint as NeumannPhantomAdjoint,
@@ -13,4 +13,4 @@ from ._phantom import (
 )
 from ._positive_concave import PositiveConcaveAdjoint as PositiveConcaveAdjoint
 from ._recursive_checkpoint import RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint
-from .reversible import ReversibleAdjoint as ReversibleAdjoint, reversible_vjp as reversible_vjp
+from .reversible import ReversibleAdjoint as ReversibleAdjoint

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import PyTree
 
+from .._checks import check_choice, check_int
 from .._iterate import LoopResult, lax_while
 from .._problem import Budget
 from .._tree import as_real, dot, from_real, mesh_axes, scale, stop_gradient, vary
@@ -81,9 +82,14 @@ class AbstractFixedPointAdjoint(AbstractAdjoint):
     def tangent(self, at: "Linearisation", problem: Problem, loop: LoopResult) -> PyTree:
         """The tangent of z."""
 
+    def check_solver(self, solver: Any) -> None:
+        """Raises `ValueError` for a solver with which the adjoint does not go."""
+        del solver
+
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
         """See `deqjax.adjoints`."""
         del tags
+        self.check_solver(unpack(inputs).solver)
         out = primal_fn((*stop_gradient(inputs), lax_while))
         z, extras = _attach(out, inputs, rewrite_fn, self)
         return z, no_gradient(extras)
@@ -188,11 +194,7 @@ def _attach_jvp(primals, tangents):
 def check_damped(adjoint: Any) -> None:
     """Raises `ValueError` unless the fields of a phantom gradient are right."""
     name, steps, damp = type(adjoint).__name__, adjoint.steps, adjoint.damp
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(
-            f"{name} expects steps to be an int of at least 1, got {steps!r}; one undamped step is "
-            f"deqjax.JacobianFreeAdjoint()."
-        )
+    check_int(name, "steps", steps, "one undamped step is deqjax.JacobianFreeAdjoint().")
     if not 0 <= damp < 1:
         raise ValueError(f"{name} expects damp in [0, 1), got {damp}; 0 is a plain step of f.")
 
@@ -201,20 +203,13 @@ def check_linear(adjoint: Any) -> None:
     """Raises `ValueError` unless the fields of an adjoint that solves a linear system are right."""
     name, how = type(adjoint).__name__, adjoint.on_failure
     tol, steps = adjoint.tol, adjoint.max_steps
-    if how not in ("nan", "keep", "raise"):
-        raise ValueError(
-            f'{name} expects on_failure="nan", "keep" or "raise", got {how!r}; choose one of the '
-            f"three."
-        )
+    check_choice(name, "on_failure", how, ("nan", "keep", "raise"))
     if tol is not None and not (isinstance(tol, float) and tol > 0):
         raise ValueError(
             f"{name} expects a float tolerance above 0, got tol={tol}; it is relative to y."
         )
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(
-            f"{name} expects max_steps to be an int of at least 1, got {steps!r}; None is the "
-            f"ceiling of the solve."
-        )
+    if steps is not None:
+        check_int(name, "max_steps", steps, "None is the ceiling of the solve.")
 
 
 def check_cotangent(name: str, z: PyTree, cotangent: PyTree) -> None:

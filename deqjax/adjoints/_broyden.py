@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 from jaxtyping import PyTree
@@ -52,14 +52,16 @@ class BroydenAdjoint(AbstractFixedPointAdjoint):
     def __check_init__(self):
         check_linear(self)
 
+    def check_solver(self, solver: Any) -> None:
+        """See `deqjax.adjoints`."""
+        if not isinstance(solver, Broyden):
+            raise ValueError(
+                f"BroydenAdjoint expects the solver deqjax.Broyden, got {type(solver).__name__}; "
+                f"use deqjax.Broyden(...), or deqjax.ImplicitAdjoint() with this solver."
+            )
+
     def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
         """See `deqjax.adjoints`."""
-        if not isinstance(problem.solver, Broyden):
-            raise ValueError(
-                f"BroydenAdjoint expects the solver deqjax.Broyden, got "
-                f"{type(problem.solver).__name__}; use deqjax.Broyden(...), or "
-                f"deqjax.ImplicitAdjoint() with this solver."
-            )
         secants: Secants = stop_gradient(loop.state.memory)
         steps = problem.ceiling if self.max_steps is None else self.max_steps
 

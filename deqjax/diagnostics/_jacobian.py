@@ -1,13 +1,13 @@
 """The Jacobian of `f` at a point: its size, and how fast it contracts in the long run."""
 
 from collections.abc import Callable
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._checks import check_int
 from .._problem import convert, point
 from .._program import run
 from .._step import evaluate
@@ -24,6 +24,8 @@ from .._tree import (
     vary,
     widen,
 )
+
+_NUMBER = "it is a Python number, not a traced one."
 
 
 class SpectralRadius(NamedTuple):
@@ -79,7 +81,7 @@ def jacobian_frobenius(
     2021, arXiv 2106.14342, section 4, there with normal v and one sample; Hutchinson, Commun. Stat.
     Simul. 19 (1990), for the signs.
     """
-    _check_count("jacobian_frobenius", "samples", samples, 1)
+    check_int("jacobian_frobenius", "samples", samples, _NUMBER, 1)
     fn, z, args, axes = convert(fn, point(z, batched), args, key)
     return run(_frobenius, fn, z, args, key, int(samples), int(batched), axes)
 
@@ -141,7 +143,7 @@ def spectral_radius(
     conjugate eigenvalues, for the fit; Bai, Koltun, Kolter, 2021 (see `deqjax.jacobian_frobenius`)
     for the diagnostic.
     """
-    _check_count("spectral_radius", "max_steps", max_steps, 2)
+    check_int("spectral_radius", "max_steps", max_steps, _NUMBER, 2)
     fn, z, args, axes = convert(fn, point(z, batched), args, key)
     return run(_radius, fn, z, args, key, int(max_steps), int(batched), axes)
 
@@ -211,11 +213,3 @@ def _draw(sampler: Callable, key: PRNGKeyArray, z: PyTree, rank: int) -> PyTree:
         return one(key)
     problem = jnp.arange(leaves[0].shape[0])
     return jax.vmap(lambda i: one(jax.random.fold_in(key, i)))(problem)
-
-
-def _check_count(name: str, field: str, count: Any, least: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
-        raise ValueError(
-            f"{name} expects {field} to be an int of at least {least}, got {count!r}; "
-            f"it is a Python number, not a traced one."
-        )

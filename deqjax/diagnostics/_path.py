@@ -1,13 +1,14 @@
 """A solve that also returns iterates on the way, so that a loss can ask for progress."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
+from .._checks import is_int
 from .._fixed_point import solve
 from .._problem import OptimistixSolver, check_state, check_steps, problems
 from .._solution import Solution
@@ -99,8 +100,7 @@ def fixed_point_path(
 
 
 def _check_indices(indices: Any, max_steps: int) -> tuple[int, ...]:
-    whole = lambda i: isinstance(i, Integral) and not isinstance(i, bool)
-    if not isinstance(indices, Sequence) or not all(map(whole, indices)):
+    if not isinstance(indices, Sequence) or not all(is_int(i, -math.inf) for i in indices):
         raise ValueError(
             f"fixed_point_path expects indices to be a sequence of ints, got {indices!r}; "
             f"for instance indices=(4, 8)."

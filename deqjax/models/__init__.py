@@ -1,5 +1,6 @@
 """Whole networks from the papers: composition only."""
 
+from ._base import Classified as Classified, Predicted as Predicted, Solve as Solve
 from ._implicit_resnet import ImplicitResNet as ImplicitResNet
 from ._positive_concave import PositiveConcaveNet as PositiveConcaveNet
 from ._transformer import (

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -14,11 +14,29 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from .._solution import Solution
 from ..nn import Conv2d
 
-# What a model returns: logits, the new state, and for each equilibrium layer in order the batch x
-# and the solution of its solve, which `layer.batch(x)` repeats.
-Output: TypeAlias = tuple[
-    Float[Array, "b classes"], eqx.nn.State, tuple[tuple[Float[Array, "b ..."], Solution], ...]
-]
+
+class Solve(NamedTuple):
+    """The solve of one equilibrium layer, which `layer.batch(x)` repeats."""
+
+    x: Float[Array, "b ..."]
+    solution: Solution
+
+
+class Classified(NamedTuple):
+    """What a classifier returns."""
+
+    logits: Float[Array, "b classes"]
+    state: eqx.nn.State
+    solves: tuple[Solve, ...]  # one per equilibrium layer, in the order of `deqs`
+
+
+class Predicted(NamedTuple):
+    """What a language model returns."""
+
+    logits: Float[Array, "b l v"]
+    solves: tuple[Solve, ...]  # one per equilibrium layer, in the order of `deqs`
+
+
 ImageShape = tuple[int, int, int]
 Lifted: TypeAlias = tuple[Float[Array, "b h2 w2 o"], eqx.nn.State]
 

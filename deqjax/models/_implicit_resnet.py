@@ -13,9 +13,10 @@ from ..adjoints import AbstractAdjoint, ReversibleAdjoint
 from ..nn import DEQ, Conv2d, GroupNorm
 from ..solvers import Reversible
 from ._base import (
+    Classified,
     Downsample,
     ImageShape,
-    Output,
+    Solve,
     Stem,
     adaptive_average_pool,
     check_image_shape,
@@ -209,7 +210,7 @@ class ImplicitResNet(eqx.Module):
         """The equilibrium layers, in the order of `solves`."""
         return tuple(stage.deq for stage in self.stages)
 
-    def __call__(self, images: Float[Array, "b h w c"], state: eqx.nn.State) -> Output:
+    def __call__(self, images: Float[Array, "b h w c"], state: eqx.nn.State) -> Classified:
         """Classify a batch."""
         check_images(images, self.image_shape)
         y, solves = images, []
@@ -217,7 +218,7 @@ class ImplicitResNet(eqx.Module):
             x, state = stage.lift(y, state)
             z, sol = stage.deq.batch(x)
             y = x + z
-            solves.append((x, sol))
+            solves.append(Solve(x, sol))
         pooled = jax.vmap(partial(adaptive_average_pool, size=_POOLED))(y)
         logits = jax.vmap(self.head)(pooled.reshape(len(pooled), -1))
-        return logits, state, tuple(solves)
+        return Classified(logits, state, tuple(solves))

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._problem import OptimistixSolver
-from .._solution import Solution
 from ..adjoints import AbstractAdjoint, ImplicitAdjoint
 from ..nn import DEQ, Conv2d, PositiveConcaveConv2d, PositiveConcaveLinear
 from ..solvers import FixedPointIteration
 from ._base import (
+    Classified,
     ImageShape,
-    Output,
+    Solve,
     average_pool,
     batch_norm,
     check_image_shape,
@@ -42,12 +42,12 @@ class Stage(eqx.Module):
 
     def __call__(
         self, y: Float[Array, "b ..."], state: eqx.nn.State
-    ) -> tuple[Float[Array, "b ..."], eqx.nn.State, tuple[Float[Array, "b ..."], Solution]]:
+    ) -> tuple[Float[Array, "b ..."], eqx.nn.State, Solve]:
         """Apply the stage to a batch; the last value is the solve, `(x, sol)`."""
         x, state = batch_norm(self.norm_before, jax.vmap(self.lift)(y), state)
         z, sol = self.deq.batch(x)
         y, state = batch_norm(self.norm_after, jax.vmap(self.after)(z), state)
-        return y, state, (x, sol)
+        return y, state, Solve(x, sol)
 
 
 class PositiveConcaveNet(eqx.Module):
@@ -215,7 +215,7 @@ class PositiveConcaveNet(eqx.Module):
         """The equilibrium layers, in the order of `solves`."""
         return tuple(stage.deq for stage in self.stages)
 
-    def __call__(self, images: Float[Array, "b h w c"], state: eqx.nn.State) -> Output:
+    def __call__(self, images: Float[Array, "b h w c"], state: eqx.nn.State) -> Classified:
         """Classify a batch."""
         check_images(images, self.image_shape)
         y, solves = images, []
@@ -223,4 +223,5 @@ class PositiveConcaveNet(eqx.Module):
             y, state, solve = stage(y, state)
             solves.append(solve)
         y = jax.vmap(self.pool)(y)
-        return jax.vmap(self.head)(y.reshape(len(y), -1)), state, tuple(solves)
+        logits = jax.vmap(self.head)(y.reshape(len(y), -1))
+        return Classified(logits, state, tuple(solves))

@@ -6,18 +6,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import paramax
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Int, PRNGKeyArray
 
 from .._iterate import unrolled
 from .._problem import OptimistixSolver
-from .._solution import Solution
 from ..adjoints import AbstractAdjoint, ReversibleAdjoint
 from ..nn import DEQ, TransformerCell
 from ..solvers import FixedPointIteration, Reversible
+from ._base import Predicted, Solve
 from ._language import AbstractLanguageModel, Vocabulary
 
 _FIXED_DEPTH = Reversible(beta=0.5, rtol=0.0, atol=0.0, fraction_bits=20)
-Solves = tuple[tuple[Float[Array, "b l width"], Solution], ...]
 
 
 class ReversibleTransformer(AbstractLanguageModel):
@@ -109,12 +108,12 @@ class ReversibleTransformer(AbstractLanguageModel):
 
     def __call__(
         self, tokens: Int[Array, "b l"], *, steps: int | Int[Array, "..."] | None = None
-    ) -> tuple[Float[Array, "b l v"], Solves]:
+    ) -> Predicted:
         """Logits of each next token of a batch of sequences."""
         _check_tokens(tokens, self.length)
         x = self.vocabulary.embed(tokens)
         z, sol = self.deq.batch(x, steps=steps)
-        return self.vocabulary.logits(z), ((x, sol),)
+        return Predicted(self.vocabulary.logits(z), (Solve(x, sol),))
 
     def caches(self, length: int):
         """See `AbstractLanguageModel`: one cache for each evaluation of the cell."""
@@ -205,14 +204,14 @@ class Transformer(AbstractLanguageModel):
         """There is no equilibrium layer."""
         return ()
 
-    def __call__(self, tokens: Int[Array, "b l"]) -> tuple[Float[Array, "b l v"], tuple[()]]:
+    def __call__(self, tokens: Int[Array, "b l"]) -> Predicted:
         """Logits of each next token of a batch of sequences."""
         _check_tokens(tokens, self.length)
         h = self.vocabulary.embed(tokens)
         for block in self.blocks:
             apply = lambda block, h: jax.vmap(block)(h, jnp.zeros_like(h))
             h = (jax.checkpoint(apply) if self.checkpoint else apply)(block, h)
-        return self.vocabulary.logits(h), ()
+        return Predicted(self.vocabulary.logits(h), ())
 
     def caches(self, length: int):
         """See `AbstractLanguageModel`: one cache for each block."""

@@ -12,9 +12,10 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from .._fixed_point import fixed_point
 from .._problem import OptimistixSolver
 from .._solution import Solution
-from ..adjoints import AbstractAdjoint
+from ..adjoints import AbstractAdjoint, ImplicitAdjoint
 from ..positive import Enclosure
 from ._base import masks_of
+from ._monotone import MonotoneLinear
 
 
 class _Mapped(eqx.Module):
@@ -59,26 +60,38 @@ class DEQ(eqx.Module):
 
     **When not to use it:** for a fixed number of explicit layers, which need no solver.
 
+    **Raises:** `ValueError` for an `nn.MonotoneLinear` without its splitting; when called, as
+    `deqjax.fixed_point`.
+
     Reference: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019, equation 3; for the
     predictor: Bai, Koltun, Kolter, Neural deep equilibrium solvers, ICLR 2022.
     """
 
     cell: Callable[[PyTree, PyTree], PyTree]
     solver: OptimistixSolver
-    adjoint: AbstractAdjoint
+    adjoint: AbstractAdjoint = ImplicitAdjoint()
     max_steps: int = eqx.field(static=True, default=256)
     predictor: Callable[[PyTree], PyTree] | None = None
     sharding: NamedSharding | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        if isinstance(self.cell, MonotoneLinear):
+            raise ValueError(
+                "nn.DEQ expects a splitting of an nn.MonotoneLinear, whose own iteration need not "
+                "converge, got the cell itself; pass cell.peaceman_rachford() or "
+                "cell.forward_backward()."
+            )
 
     def __call__(
         self,
         x: PyTree,
         z0: PyTree = None,
         *,
-        steps: int | Int[Array, ""] | None = None,
+        batched: bool = False,
+        steps: int | Int[Array, "..."] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree, Solution]:
-        """Solves one example.
+        """Solves one example, or a batch.
 
         **Arguments:**
 
@@ -87,6 +100,7 @@ class DEQ(eqx.Module):
             update (not the output z, if the cell has a `readout`: `nn.PeacemanRachford` leaves out
             of it what is negative); `None` is `predictor` of the injected x, the cell's `initial`,
             or zeros.
+        - `batched`: whether axis 0 of every leaf of x and z0 is a batch; see `batch`.
         - `steps`: a traced budget of at most `max_steps`; drawn anew in each training step, it
             randomises the depth without recompiling.
         - `key`: draws the masks of the cell's `nn.VariationalDropout`, one set for all evaluations
@@ -95,6 +109,8 @@ class DEQ(eqx.Module):
 
         **Returns:** `(z, sol)` with `z = sol.value`, or `cell.readout(sol.value)` if there is one.
         """
+        if batched:
+            return self.batch(x, z0, steps=steps, key=key)
         deq = self._unwrapped()
         masks = None if key is None else masks_of(deq.cell, key)
         return deq._solve(x, z0, masks, steps, batched=False)
@@ -107,7 +123,7 @@ class DEQ(eqx.Module):
         steps: int | Int[Array, "..."] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree, Solution]:
-        """Solves a batch, on axis 0 of every leaf, as one state.
+        """Solves a batch, on axis 0 of every leaf, as one state: `deq(xs, batched=True)`.
 
         Each example stops on its own tolerance, and the cotangent of the cell's parameters is
         accumulated once (so it is under `jax.vmap` of the layer, see `deqjax.fixed_point`).
@@ -133,14 +149,18 @@ class DEQ(eqx.Module):
 
         def solve(arrays, *inputs):
             z, sol = eqx.combine(arrays, static)._solve(*inputs)
-            del sol.stats["max_steps"]  # no array
+            del sol.stats["max_steps"]  # the same on all devices
             return z, sol
 
         split, steps = self.sharding.spec, None if steps is None else jnp.asarray(steps)
         specs = (P(), split, split, split, split if steps is not None and steps.ndim else P())
         sharded = jax.shard_map(solve, mesh=self.sharding.mesh, in_specs=specs, out_specs=split)
         z, sol = sharded(arrays, xs, z0, masks, steps)
-        return z, eqx.tree_at(lambda sol: sol.stats, sol, sol.stats | {"max_steps": self.max_steps})
+        return z, eqx.tree_at(
+            lambda sol: sol.stats,
+            sol,
+            sol.stats | {"max_steps": jnp.asarray(self.max_steps, jnp.int32)},
+        )
 
     def certify(
         self, x: PyTree, z: PyTree, *, batched: bool = False, fan_in: int | None = None

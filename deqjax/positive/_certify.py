@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -10,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._checks import check_real
 from .._problem import convert, point
 from .._program import run
+from .._solution import span
 from .._step import evaluate
-from .._tree import Axes, stop_gradient
+from .._tree import Axes, is_traced, stop_gradient
 from ._bracket import Bracket, Slack, flat, relative_error, unflat
 from ._candidates import Candidates
 from ._enclosure import enclose
@@ -32,6 +34,18 @@ class Enclosure(NamedTuple):
     spectral_radius: tuple[Float[Array, "..."], Float[Array, "..."]]
     steps: Int[Array, "..."]
     holds: Bool[Array, "..."]
+
+    def __repr__(self) -> str:
+        state = eqx.tree_pformat(self.lower, struct_as_array=True)
+        if any(map(is_traced, jax.tree.leaves(tuple(self)))):
+            return f"Enclosure({state}, traced)"
+        count = f"holds for {jnp.sum(self.holds)} of {self.holds.size}"
+        one = "holds" if self.holds.all() else "no proof"
+        rho = span(jnp.stack(self.spectral_radius))
+        return (
+            f"Enclosure({state}, {count if self.holds.ndim else one}, relative_error="
+            f"{span(self.relative_error)}, spectral_radius={rho})"
+        )
 
 
 def certify(

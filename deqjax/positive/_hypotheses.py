@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import paramax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._checks import check_real, float_state
+from .._checks import check_int, check_real, float_state
 from .._problem import convert
 from .._program import run
 from .._tree import cast, quotient, unify, widen
@@ -118,8 +117,7 @@ def check_hypotheses(
             f"check_hypotheses expected a cell(z, x), got {cell!r}. Pass the cell of an nn.DEQ, "
             f"not its parameters."
         )
-    if isinstance(samples, bool) or not isinstance(samples, Integral) or samples < 1:
-        raise ValueError(f"check_hypotheses expected samples to be an int >= 1, got {samples!r}.")
+    check_int("check_hypotheses", "samples", samples, "it is the number of points to draw.")
     unwrapped: Any = paramax.unwrap(cell)
     if hasattr(unwrapped, "inject"):
         x = unwrapped.inject(x)

@@ -18,6 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, Float, PyTree
 
 from .._bilinear import asks_highest
+from .._checks import check_int
 from .._tree import unify, widen
 from ._equations import (
     SWITCHES,
@@ -102,11 +103,9 @@ def count(jaxpr: ClosedJaxpr, name: str) -> float:
 
 def of_one_sum(z: PyTree, fan_in: int, name: str) -> float:
     """The bound for a sum of `fan_in` terms, one addition and one function."""
-    if isinstance(fan_in, bool) or not isinstance(fan_in, int) or fan_in < 1:
-        raise ValueError(
-            f"{name} expects fan_in to be None or an int of at least 1, the number of terms of "
-            f"the longest sum in fn, got {fan_in!r}."
-        )
+    check_int(
+        name, "fan_in", fan_in, "it is the number of terms of the longest sum in fn, or None."
+    )
     unit = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(z))
     return _relative((fan_in + 1 + 8) * unit)
 

@@ -1,11 +1,11 @@
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import equinox as eqx
 import optimistix
 from jaxtyping import PyTree
 
+from .._checks import check_int
 from .._tree import as_real, from_real
 from . import _secant
 from ._base import AbstractSolver, Number, Status
@@ -59,11 +59,8 @@ class Anderson(AbstractSolver):
     ridge: Number = 1e-8
 
     def __check_init__(self):
-        if isinstance(self.depth, bool) or not isinstance(self.depth, Integral) or self.depth < 1:
-            raise ValueError(
-                f"Anderson expects depth to be an int of at least 1, got {self.depth!r}; it is the "
-                f"number of differences in the window."
-            )
+        instead = "it is the number of differences in the window."
+        check_int("Anderson", "depth", self.depth, instead)
         self.check()
 
     def requirements(self):

@@ -1,11 +1,11 @@
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import equinox as eqx
 import optimistix
 from jaxtyping import PyTree
 
+from .._checks import check_int, renamed
 from .._tree import as_real, from_real
 from . import _secant
 from ._base import AbstractSolver, Number, Status
@@ -18,7 +18,7 @@ _RIDGE = 1e-10
 class Broyden(AbstractSolver):
     """Limited-memory good Broyden method on `g(z) = f(z) - z`, safeguarded.
 
-    With s, y and v the differences of z, g and f(z) over the last `memory` accepted iterates, in
+    With s, y and v the differences of z, g and f(z) over the last `depth` accepted iterates, in
     rows, B is the matrix nearest to -I (in the Frobenius norm) for which `B s_j = y_j` for all j,
 
         z' = z - B^-1 g,    B^-1 = -(I + V^T T^-1 S),    T = -S Y^T
@@ -31,13 +31,13 @@ class Broyden(AbstractSolver):
     **Arguments:**
 
     - `rtol`, `atol`, `norm`: as in `deqjax.FixedPointIteration`.
-    - `memory`: the number of secants, an int of at least 1.
+    - `depth`: the number of secants, an int of at least 1.
     - `line_search`: halve a step from z along d until `||g(z + t d)|| <= (1 - 1e-4 t) ||g(z)||`
         (Armijo's condition), at most five times, before it is taken back. A trial is a step like
         any other, of one evaluation.
 
-    **Cost:** one evaluation of `f` a step; `2 memory + 3` copies of `z`, of which a step reads
-    `5 memory`. Under `batched=True` each problem has a B of its own; `jax.vmap` gives the same
+    **Cost:** one evaluation of `f` a step; `2 depth + 3` copies of `z`, of which a step reads
+    `5 depth`. Under `batched=True` each problem has a B of its own; `jax.vmap` gives the same
     numbers and copies the window in each step.
 
     **When not to use it:** where Picard iteration takes some ten steps; where memory counts, for
@@ -45,30 +45,41 @@ class Broyden(AbstractSolver):
     ill-conditioned near a fixed point (`deqjax.RecursiveCheckpointAdjoint` asks for float64); with
     `line_search`, where ||g|| has to rise on the way (a clipped f that is expansive at z0).
 
-    **Raises:** `ValueError` for a tolerance below 0 or NaN, or `memory < 1`.
+    **Raises:** `ValueError` for a tolerance below 0 or NaN, or `depth < 1`.
 
     Reference: Fang and Saad, Two classes of multisecant methods for nonlinear acceleration, Numer.
     Linear Algebra Appl. 16 (2009), equation 14, from B_0 = -I.
     """
 
-    rtol: Number = 1e-4
-    atol: Number = 1e-6
-    norm: Callable[[PyTree], Any] = optimistix.max_norm
-    memory: int = eqx.field(static=True, default=16)
-    line_search: bool = eqx.field(static=True, default=False)
+    rtol: Number
+    atol: Number
+    norm: Callable[[PyTree], Any]
+    depth: int = eqx.field(static=True)
+    line_search: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        rtol: Number = 1e-4,
+        atol: Number = 1e-6,
+        norm: Callable[[PyTree], Any] = optimistix.max_norm,
+        depth: int = 16,
+        line_search: bool = False,
+        *,
+        memory: int | None = None,
+    ):
+        if memory is not None:
+            renamed("Broyden", "memory", "depth")
+            depth = memory
+        self.rtol, self.atol, self.norm = rtol, atol, norm
+        self.depth, self.line_search = depth, line_search
 
     def __check_init__(self):
-        rows = self.memory
-        if isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1:
-            raise ValueError(
-                f"Broyden expects memory to be an int of at least 1, got {rows!r}; it is the "
-                f"number of steps that are remembered."
-            )
+        check_int("Broyden", "depth", self.depth, "it is the number of steps that are remembered.")
         self.check()
 
     def blank(self, z0: PyTree) -> Secants:
         """An empty window."""
-        return _secant.empty(as_real(z0), self.memory)
+        return _secant.empty(as_real(z0), self.depth)
 
     def mix(self, z: PyTree, fz: PyTree, memory: Secants) -> tuple[PyTree, Secants]:
         """One step."""

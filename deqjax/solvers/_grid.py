@@ -10,7 +10,6 @@ and the only information it destroys is the remainder `r = Z[k-1] mod d`, which 
 """
 
 from fractions import Fraction
-from numbers import Integral
 
 import equinox as eqx
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Inexact, Int, UInt
 
+from .._checks import is_int
 from .._tree import widen
 
 # Beyond it neighbouring betas are closer than float32 can tell, and a word holds two digits.
@@ -87,7 +87,7 @@ class Grid(eqx.Module):
 
 def grid(beta: float, bits: int) -> Grid:
     """The grid on which `beta` is exact, or a `ValueError` that names the nearest ones."""
-    if isinstance(bits, bool) or not isinstance(bits, Integral) or not 8 <= bits <= 30:
+    if not is_int(bits, 8) or bits > 30:
         raise ValueError(
             f"Reversible expects fraction_bits to be an int from 8 to 30, got {bits!r}; with 24 "
             f"the state has the range +-128 at a spacing of 6e-8."

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._checks import check_int
 from .._tree import quotient, select
 from ..positive._bracket import Bracket, at_most, consistent, flat, narrow, unflat
 from . import _secant
@@ -116,11 +116,8 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     counted: Array | None = eqx.field(init=False, default_factory=lambda: None)
 
     def __check_init__(self):
-        if isinstance(self.depth, bool) or not isinstance(self.depth, Integral) or self.depth < 1:
-            raise ValueError(
-                f"PositiveConcaveSolver expects depth to be an int of at least 1, got "
-                f"{self.depth!r}; it is the number of differences in Anderson's window."
-            )
+        instead = "it is the number of differences in Anderson's window."
+        check_int("PositiveConcaveSolver", "depth", self.depth, instead)
 
     def proved(self, memory: _Memory):
         """See `AbstractCertifiedSolver`."""

@@ -12,7 +12,7 @@ import deqjax
 from bench.blocks import Args, Cell
 from bench.ways import Method
 
-TEXTBOOK = deqjax.ReversibleAdjoint(segment=None, check="off")
+TEXTBOOK = deqjax.ReversibleAdjoint(segment=None, on_failure="keep")
 REVERSIBLE: dict[Method, deqjax.ReversibleAdjoint] = {
     "exact": deqjax.ReversibleAdjoint(),
     "float": TEXTBOOK,

@@ -67,7 +67,8 @@ def test_all_find_one_fixed_point_where_picard_diverges(size, getkey):
     expected = np.stack([exact(cell, x) for x in xs])
     assert np.any(expected == 0) and np.any(expected > 0)
     solver, adjoint = deqjax.FixedPointIteration(rtol=1e-12, atol=1e-12), deqjax.ImplicitAdjoint()
-    _, sol = DEQ(cell, solver, adjoint, max_steps=2000).batch(xs)
+    options = dict(batched=True, max_steps=2000)
+    sol = deqjax.fixed_point(lambda z, x: jax.vmap(cell)(z, x), solver, 0 * xs, xs, **options)
     assert jnp.all(sol.result != deqjax.RESULTS.successful)
     np.testing.assert_allclose(jax.vmap(cell)(jnp.asarray(expected), xs), expected, atol=1e-10)
     for splitting in splittings(cell):

@@ -77,7 +77,7 @@ def test_bad_fields_raise(getkey):
             PositiveConcaveConv2d(3, kernel_size, key=getkey())  # pyright: ignore
     for size in (0, -1, 4.0, True):
         for make in (PositiveConcaveLinear, PositiveConcaveConv2d, SubhomogeneousLinear):
-            with pytest.raises(ValueError, match="size or channels to be an int >= 1"):
+            with pytest.raises(ValueError, match="size or channels to be an int of at least 1"):
                 make(size, key=getkey())  # pyright: ignore
 
 

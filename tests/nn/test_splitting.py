@@ -67,7 +67,7 @@ def test_bad_numbers_raise(getkey):
             MonotoneLinear(3, margin, key=getkey())  # pyright: ignore
     cell = MonotoneLinear(3, key=getkey())
     for size in (0, 4.0, True):
-        with pytest.raises(ValueError, match="size to be an int >= 1"):
+        with pytest.raises(ValueError, match="size to be an int of at least 1"):
             MonotoneLinear(size, key=getkey())  # pyright: ignore
     with pytest.raises(ValueError, match="weight without a margin"):
         ForwardBackward(jnp.eye(3))

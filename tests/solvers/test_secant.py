@@ -18,7 +18,7 @@ from bench import problems as _p
 pytestmark = pytest.mark.x64
 SECANT = {
     "anderson": lambda tol, rows: deqjax.Anderson(tol, tol, depth=rows, ridge=0.0),
-    "broyden": lambda tol, rows: deqjax.Broyden(tol, tol, memory=rows),
+    "broyden": lambda tol, rows: deqjax.Broyden(tol, tol, depth=rows),
 }
 
 
@@ -70,7 +70,7 @@ def test_broyden_is_its_formula():
         g = fs[-1] - z
         step = g + v.T @ np.linalg.solve(-s @ (v - s).T, s @ g) if len(s) else g
         zs.append(z + step)
-        value = solve(p, deqjax.Broyden(0.0, 0.0, memory=8), max_steps=8, steps=len(zs) - 1).value
+        value = solve(p, deqjax.Broyden(0.0, 0.0, depth=8), max_steps=8, steps=len(zs) - 1).value
         np.testing.assert_allclose(value, zs[-1], rtol=1e-7, atol=1e-9)
 
 
@@ -104,7 +104,7 @@ def memory_of(p, solver, steps):
 
 def test_the_inverse_of_broyden():
     """It meets every secant in its window, and is the transpose of itself when asked."""
-    memory, seen = memory_of(_p.tanh(0.9, n=9), deqjax.Broyden(memory=6), 6)
+    memory, seen = memory_of(_p.tanh(0.9, n=9), deqjax.Broyden(depth=6), 6)
     assert int(memory.count) == 5
     eye = jnp.eye(9)
     apply = jax.vmap(lambda x, t: _secant.inverse(memory, x, transpose=t), (1, None), 1)
@@ -117,7 +117,7 @@ def test_the_inverse_of_broyden():
 
 def test_inverse_of_a_linear_problem_is_exact_once_it_has_seen_all_of_it():
     p = _p.linear(0.9, n=5)
-    memory, _ = memory_of(p, deqjax.Broyden(memory=5), 6)
+    memory, _ = memory_of(p, deqjax.Broyden(depth=5), 6)
     x = jnp.arange(1.0, 6)
     truth = np.linalg.solve(np.eye(5) - p.args[0], x)
     assert relative_error(_secant.inverse(memory, x, transpose=False), truth) < 1e-4
@@ -174,7 +174,7 @@ def test_slow_tanh_in_a_hundred_evaluations(solver):
 
 def test_line_search_takes_armijo_steps_only():
     """From one accepted iterate to the next after a secant step, ||g|| shrinks by 1 - 1e-4 t."""
-    solver = deqjax.Broyden(memory=6, line_search=True)
+    solver = deqjax.Broyden(depth=6, line_search=True)
     kinds = collections.Counter()
     for p in (_p.tanh(1.95, n=20, scale=0.1), _p.positive(_p._tanh, 1.3, 1e-3, n=20)):
         p = p.astype(jnp.float64)
@@ -238,7 +238,7 @@ def test_fields_refused():
     ):
         with pytest.raises(ValueError, match="^Anderson expects"):
             deqjax.Anderson(**bad)
-    for bad in (dict(memory=0), dict(memory=1.5), dict(memory=True), dict(rtol=-1.0)):
+    for bad in (dict(depth=0), dict(depth=1.5), dict(depth=True), dict(rtol=-1.0)):
         with pytest.raises(ValueError, match="^Broyden expects"):
             deqjax.Broyden(**bad)
 

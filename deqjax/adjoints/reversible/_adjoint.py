@@ -4,6 +4,7 @@ from typing import Any, Literal
 import equinox as eqx
 from jaxtyping import PyTree
 
+from ..._checks import check_choice, is_int, renamed
 from ..._iterate import AbstractTape, LoopResult, lax_while
 from ..._problem import Budget
 from ..._tree import stop_gradient
@@ -42,8 +43,8 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     **Arguments:**
 
-    - `check`: what becomes of a gradient whose reversal did not arrive where it has to: `"nan"`,
-        `"raise"` a run-time error, `"off"` nothing. Exact: anything but equality with z0.
+    - `on_failure`: what becomes of a gradient whose reversal did not arrive where it has to:
+        `"nan"`, `"raise"` a run-time error, `"keep"` nothing. Exact: anything but equality with z0.
         Floating point: a stored state missed by more than `10 sqrt(eps)` of its size.
         `deqjax.reversible_vjp` tells how it went, without either.
     - `segment`: k, of the floating-point mode alone. `"auto"` lets reversal lose half of the
@@ -66,24 +67,32 @@ class ReversibleAdjoint(AbstractAdjoint):
     **When not to use it:** at a converged fixed point, where `deqjax.ImplicitAdjoint` needs no
     steps; for an `f` that cannot be reproduced (`deqjax.RecursiveCheckpointAdjoint`).
 
-    **Raises:** `ValueError` with a solver other than `deqjax.Reversible`, for a `check` or
+    **Raises:** `ValueError` with a solver other than `deqjax.Reversible`, for an `on_failure` or
     `segment` that is none of the above, or in the exact mode through Optimistix with no
     `max_steps`.
 
     Reference: Reversible deep equilibrium models, arXiv 2509.12917, the backward pass of section 3.
     """
 
-    check: Literal["nan", "off", "raise"] = eqx.field(static=True, default="nan")
-    segment: int | Literal["auto"] | None = eqx.field(static=True, default="auto")
+    on_failure: Literal["nan", "keep", "raise"] = eqx.field(static=True)
+    segment: int | Literal["auto"] | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        on_failure: Literal["nan", "keep", "raise"] = "nan",
+        segment: int | Literal["auto"] | None = "auto",
+        *,
+        check: Literal["nan", "off", "raise"] | None = None,
+    ):
+        if check is not None:
+            renamed("ReversibleAdjoint", "check", "on_failure")
+            on_failure = "keep" if check == "off" else check
+        self.on_failure, self.segment = on_failure, segment
 
     def __check_init__(self):
-        if self.check not in ("nan", "off", "raise"):
-            raise ValueError(
-                f'ReversibleAdjoint expects check="nan", "off" or "raise", got {self.check!r}; '
-                f"choose one of the three."
-            )
+        check_choice("ReversibleAdjoint", "on_failure", self.on_failure, ("nan", "keep", "raise"))
         k = self.segment
-        if not (k is None or k == "auto" or (isinstance(k, int) and k >= 1)):
+        if not (k is None or k == "auto" or is_int(k)):
             raise ValueError(
                 f'ReversibleAdjoint expects segment to be "auto", None or an int of at least 1, '
                 f"got {k!r}; it is the number of steps between two stored states."
@@ -107,7 +116,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             out = primal_fn((*stop_gradient(inputs), lax_while))
             budget = Budget(p.max_steps, LoopResult(*out[1][:3]).num_steps, 0, fixed=True)
             flat, rec = flatten(p.fn, p.args, p.solver, p.z0, budget, tape), None
-        z, extras = _attach(out, flat, rec, self.check)
+        z, extras = _attach(out, flat, rec, self.on_failure)
         return z, no_gradient(extras)
 
     def check_solver(self, solver: Any) -> None:
@@ -129,18 +138,18 @@ class ReversibleAdjoint(AbstractAdjoint):
 
 
 @eqx.filter_custom_jvp
-def _attach(out: PyTree, flat: Flat, rec: Record | None, check: str) -> PyTree:
+def _attach(out: PyTree, flat: Flat, rec: Record | None, on_failure: str) -> PyTree:
     """`out = (z, extras)` itself, z with the derivative of the steps taken."""
-    del flat, rec, check
+    del flat, rec, on_failure
     return out
 
 
 @_attach.def_jvp
 def _attach_jvp(primals, tangents):
-    _, flat, rec, check = primals
+    _, flat, rec, on_failure = primals
     _, t_flat, _, _ = tangents
     z, extras = _attach(*primals)  # so that z has a derivative here too
     if rec is None:  # Optimistix's loop has recorded nothing
         _, rec = recorded(stop_gradient(flat))
-    t_z = linear(flat, rec, tangents_of(flat, t_flat), check)
+    t_z = linear(flat, rec, tangents_of(flat, t_flat), on_failure)
     return (z, extras), (t_z, tangent_of_extras(extras, t_z))

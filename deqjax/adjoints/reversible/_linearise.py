@@ -44,9 +44,9 @@ def chosen(flat: Flat, own: Sequence[bool]) -> Cotangents:
     return Cotangents(arrays, flat.z0, beta if eqx.is_array(beta) else None)
 
 
-def linear(flat: Flat, record: Record, tangents: Cotangents, check: str) -> PyTree:
+def linear(flat: Flat, record: Record, tangents: Cotangents, on_failure: str) -> PyTree:
     """The tangent of `s[n]` for those of arrays, z0 and beta; its transpose is `backward`."""
-    return eqxi.filter_primitive_bind(_linear_p, flat, record, tangents, check)
+    return eqxi.filter_primitive_bind(_linear_p, flat, record, tangents, on_failure)
 
 
 @eqx.filter_custom_jvp
@@ -87,37 +87,37 @@ def _zeros(tree: PyTree, tangents: PyTree) -> PyTree:
     return jax.tree.map(zero, tree, tangents, is_leaf=is_none)
 
 
-def _impl(flat, record, tangents, check, while_loop=lax_while):
-    del check
+def _impl(flat, record, tangents, on_failure, while_loop=lax_while):
+    del on_failure
     own = [t is not None for t in tangents.arrays]
     run = lambda diff: steps(flat, diff, record.num_steps, while_loop)
     _, t_z = jax.jvp(run, (chosen(flat, own),), (tangents,))
     return vary(t_z, mesh_axes(record))
 
 
-def _abstract(flat, record, tangents, check):
-    del tangents, check
+def _abstract(flat, record, tangents, on_failure):
+    del tangents, on_failure
     like = lambda state, x: state.update(dtype=x.dtype, weak_type=False)
     return jax.tree.map(like, record.pair[1], flat.z0)
 
 
 def _jvp(primals, tangents):
-    flat, record, t, check = primals
+    flat, record, t, on_failure = primals
     t_flat, _, t_t, _ = tangents
-    out = linear(flat, record, t, check)
+    out = linear(flat, record, t, on_failure)
     t_t = _zeros(t, t_t)
     if not jax.tree.leaves(t_flat):
-        return out, linear(flat, record, t_t, check)
+        return out, linear(flat, record, t_t, on_failure)
     moving, still = eqx.partition(flat, eqx.is_inexact_array)
-    both = lambda m, t: _impl(eqx.combine(m, still), record, t, check, checkpointed_while)
+    both = lambda m, t: _impl(eqx.combine(m, still), record, t, on_failure, checkpointed_while)
     return out, jax.jvp(both, (moving, t), (_zeros(moving, t_flat), t_t))[1]
 
 
 def _transpose(inputs, gz):
-    flat, record, tangents, check = inputs
+    flat, record, tangents, on_failure = inputs
     own = [t is not None for t in tangents.arrays]
     out, gap = backward(flat, own, record, gz)
-    out = judged(flat, out, gap, gz, check)
+    out = judged(flat, out, gap, gz, on_failure)
     asked = lambda t, g: g if ad.is_undefined_primal(t) else None
     out = jax.tree.map(asked, tangents, out, is_leaf=ad.is_undefined_primal)
     nothing = jax.tree.map(lambda _: None, (flat, record))
@@ -129,7 +129,7 @@ def _batch(inputs, axes):
     places = list(zip(leaves, treedef.flatten_up_to(axes), strict=True))
     size = next(x.shape[a] for x, a in places if a is not None)
     front = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in places]
-    flat, record, t, check = jax.tree.unflatten(treedef, front)
+    flat, record, t, on_failure = jax.tree.unflatten(treedef, front)
     b_flat, b_record, b_t, _ = jax.tree.unflatten(treedef, [a is not None for _, a in places])
     # An array with a tangent per example has to be one per example itself, and the reverse.
     own = [
@@ -139,7 +139,7 @@ def _batch(inputs, axes):
     spread = ft.partial(with_axis, size)
     arrays = [spread(t, b) if o else t for t, b, o in zip(t.arrays, b_t.arrays, own, strict=True)]
     t = Cotangents(arrays, spread(t.z0, b_t.z0), spread(t.beta, b_t.beta))
-    out = linear(flat.mapped(size, b_flat, own), spread(record, b_record), t, check)
+    out = linear(flat.mapped(size, b_flat, own), spread(record, b_record), t, on_failure)
     return out, jax.tree.map(lambda _: 0, out)
 
 

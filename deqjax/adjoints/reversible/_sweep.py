@@ -148,17 +148,17 @@ def sweep(
 
 
 def judged(
-    flat: Flat, out: Cotangents, gap: Float[Array, "..."], gz: PyTree, check: str
+    flat: Flat, out: Cotangents, gap: Float[Array, "..."], gz: PyTree, on_failure: str
 ) -> Cotangents:
-    """`out` if every reversal has ended where it has to, and otherwise what `check` says.
+    """`out` if every reversal has ended where it has to, and otherwise what `on_failure` says.
 
     A problem whose cotangent is zero adds nothing to any other, wherever its reversal has ended.
     """
     used = per_problem(lambda gz: max_abs(gz) != 0, flat.budget.rank)(opaque(gz))
     wrong = used & ~(gap <= flat.tape.bound(flat.z0))
-    if check == "off":
+    if on_failure == "keep":
         return out
-    if check == "raise":
+    if on_failure == "raise":
         return eqx.error_if(out, jnp.any(wrong), _MESSAGE)
 
     def poisoned(x, has_axis):

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ..._problem import check_output, check_state, prepare
 from ..._program import run
+from ..._solution import completed, outcome
 from ..._traced import trace
 from ..._tree import strong
 from ...solvers import Reversible
@@ -47,7 +48,8 @@ def reversible_vjp(
     it is a list of the cotangents of the inexact arrays it closes over, in order of first use.
     `stats` has, with one entry per problem,
 
-    - `"num_steps"`, `"overflow"`: as in `deqjax.fixed_point`.
+    - `"value"`: `s[n]`; `"result"`, `"num_steps"`, `"num_fn_evals"`, `"residual"`, `"overflow"` and
+        `"max_steps"`: as in `deqjax.fixed_point`.
     - `"reversal_residual"`: exact mode, the largest difference of the initial states that the sweep
         arrives at and the true ones, 0 if and only if they are equal; floating point, the largest
         difference from a state that is known, relative to the size of the states. Infinite after
@@ -65,25 +67,28 @@ def reversible_vjp(
     cotangent = strong(cotangent)
     check_cotangent("reversible_vjp", z0, cotangent)
     adjoint.check_solver(solver)
-    prepared, budget, _ = prepare(solver, z0, batched, max_steps, steps)
+    prepared, budget, requested = prepare(solver, z0, batched, max_steps, steps)
     own, form = arrays_of("reversible_vjp", fn, z0, args)
     check_output(own.call.out_struct, z0)
-    d, d_z0, stats = run(_reversible_vjp, own, prepared, z0, cotangent, budget, adjoint)
+    d, d_z0, stats = run(_reversible_vjp, own, prepared, z0, cotangent, budget, requested, adjoint)
     return (*form(d), d_z0), stats
 
 
-def _reversible_vjp(own, solver, z0, cotangent, budget, adjoint):
+def _reversible_vjp(own, solver, z0, cotangent, budget, requested, adjoint):
     apply = trace(lambda z, at: (at.call(at.own, z, at.args), None), z0, own)
     arrays, treedef = jax.tree.flatten(own)
     flat = flatten(apply, arrays, solver, z0, budget, adjoint.tape(solver, z0))
     moving = [eqx.is_inexact_array(x) for x in flat.arrays]
-    (_, loop), rec = recorded(flat)
+    (z, loop), rec = recorded(flat)
+    fz = flat.f(flat.arrays, z)
+    complete = completed(solver, z, fz, loop, budget, requested)
+    result, stats = outcome(z, fz, loop, complete, solver.in_range(), budget)
     out, gap = sweep(flat, moving, rec, cotangent)
-    stats = {
-        "num_steps": rec.num_steps,
-        "overflow": loop.state.overflow,
+    stats |= {
+        "value": z,
+        "result": result,
         "reversal_residual": gap,
         "trusted": gap <= flat.tape.bound(z0),
     }
-    out = judged(flat, out, gap, cotangent, adjoint.check)
+    out = judged(flat, out, gap, cotangent, adjoint.on_failure)
     return jax.tree.unflatten(treedef, out.arrays), out.z0, stats
