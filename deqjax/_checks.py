@@ -47,9 +47,9 @@ def check_size(name: str, value: Any) -> None:
     check_int("The layer", name, value, "pass the length of an axis that there is.")
 
 
-def renamed(owner: str, old: str, new: str) -> None:
-    """Warns, where the user's code calls, that an argument has another name now."""
-    message = f"{owner}({old}=...) is {new}=... now; the old name goes in the next release."
+def renamed(old: str, new: str) -> None:
+    """Warns, where the user's code calls, that something has another name now."""
+    message = f"{old} is {new} now; the old name goes in the next release."
     frame, level = inspect.currentframe(), 1
     while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("deqjax", "equinox"):
         frame, level = frame.f_back, level + 1

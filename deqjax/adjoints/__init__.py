@@ -1,5 +1,7 @@
 """One way of differentiating a solve a file."""
 
+from .._checks import renamed as _renamed
+from . import _implicit
 from ._base import (
     AbstractAdjoint as AbstractAdjoint,
     AbstractFixedPointAdjoint as AbstractFixedPointAdjoint,
@@ -14,3 +16,10 @@ from ._phantom import (
 from ._positive_concave import PositiveConcaveAdjoint as PositiveConcaveAdjoint
 from ._recursive_checkpoint import RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint
 from .reversible import ReversibleAdjoint as ReversibleAdjoint
+
+
+def __getattr__(name: str) -> object:
+    if name != "implicit_vjp":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _renamed("deqjax.adjoints.implicit_vjp", "deqjax.implicit_vjp")
+    return _implicit.implicit_vjp

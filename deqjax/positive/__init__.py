@@ -4,10 +4,9 @@ The cells are layers: `nn.PositiveConcaveLinear`, `nn.PositiveConcaveConv2d`, an
 `nn.PositiveConcave` around a cell of your own.
 """
 
-import sys
-import warnings
-from typing import Any
+import sys as _sys
 
+from .._checks import renamed as _renamed
 from ._activations import (
     ACTIVATIONS as ACTIVATIONS,
     PROPERTIES as PROPERTIES,
@@ -31,9 +30,8 @@ from ._nonnegative import AbstractNonnegative as AbstractNonnegative, project as
 _MOVED = ("Bracketing", "PositiveConcaveSolver")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    message = f"deqjax.positive.{name} is now deqjax.{name}; the old name goes in the next release."
-    warnings.warn(message, DeprecationWarning, stacklevel=2)
-    return getattr(sys.modules["deqjax.solvers"], name)
+    _renamed(f"deqjax.positive.{name}", f"deqjax.{name}")
+    return getattr(_sys.modules["deqjax.solvers"], name)  # a room above this one

@@ -68,7 +68,7 @@ class Broyden(AbstractSolver):
         memory: int | None = None,
     ):
         if memory is not None:
-            renamed("Broyden", "memory", "depth")
+            renamed("Broyden(memory=...)", "depth=...")
             depth = memory
         self.rtol, self.atol, self.norm = rtol, atol, norm
         self.depth, self.line_search = depth, line_search

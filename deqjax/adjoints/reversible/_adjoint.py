@@ -85,7 +85,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         check: Literal["nan", "off", "raise"] | None = None,
     ):
         if check is not None:
-            renamed("ReversibleAdjoint", "check", "on_failure")
+            renamed("ReversibleAdjoint(check=...)", "on_failure=...")
             on_failure = "keep" if check == "off" else check
         self.on_failure, self.segment = on_failure, segment
 
