@@ -86,11 +86,7 @@ SMOKE: dict[str, Any] = {
 if __name__ == "__main__":  # before the rest, which takes seconds to import
     read(Config)
 
-import json
 import math
-import platform
-import time
-from importlib.metadata import version
 
 import jax
 
@@ -100,17 +96,17 @@ from bench.fidelity.memory import memory, residuals
 from bench.fidelity.plot import plot_errors
 from bench.fidelity.report import (
     claims,
-    claims_table,
     error_table,
     fraction,
     memory_table,
-    pick,
     residual_table,
     summary_table,
     time_table,
     vmap_table,
 )
 from bench.fidelity.time import timing, vmapped
+from bench.record import record
+from bench.report import claims_table, pick
 
 
 def small_cells(config: Config) -> list[Cell]:
@@ -189,44 +185,13 @@ NOTE = (
 )
 
 
-def finite(tree: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(tree, dict):
-        return {k: finite(v) for k, v in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [finite(v) for v in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
 def main(config: Config) -> None:
     if config.smoke:
         config = dataclasses.replace(config, **SMOKE)
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
-    out = config.out or Path("runs") / f"gradient_fidelity{'-smoke' if config.smoke else ''}"
-    out.mkdir(parents=True, exist_ok=True)
-    record = out / "results.json"
-    results: dict[str, Any] = {"runs": {}}
-    if record.exists():
-        results = json.loads(record.read_text(encoding="utf-8"))
-    versions = {name: version(name) for name in ("jax", "deqjax", "equinox", "numpy")}
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    about = {"python": platform.python_version(), **versions, "device": device}
-    marked = {"smoke": True} if config.smoke else {}
-    for section in config.sections:
-        start = time.perf_counter()
-        results |= finite(measure(section, config))
-        seconds = round(time.perf_counter() - start)
-        asked = dataclasses.asdict(config) | {"out": str(out)}
-        results["runs"][section] = {"config": asked, "versions": about, "seconds": seconds}
-        results["claims"] = [line | marked for line in claims(results)]
-        # After each section, so that a run that is stopped leaves what it has measured.
-        text = json.dumps(finite(results), indent=1, allow_nan=False)
-        record.write_text(text + "\n", encoding="utf-8")
-    (out / "table.md").write_text(tables(results), encoding="utf-8")
+    out, results = record("gradient_fidelity", config, measure, claims, tables)
     if "errors" in results:
         plot_errors(results["errors"], results["errors"][0]["dtype"], out / "error.png")
-    took = ", ".join(f"{name} {run['seconds']} s" for name, run in results["runs"].items())
-    print(f"\n{tables(results)}\n{took}, on {device}; {out}/")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The folder of a comparison: its record, section by section, its claims and its table."""
+"""The folder of a measuring script: its record, section by section, its claims and its table."""
 
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -10,36 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from gradient_fidelity import finite
 
-from bench.fidelity.report import claims_table
-
-Results = dict[str, Any]
-Row = dict[str, Any]
-
-
-class Claims:
-    """Lines of the table of claims. A bound of None: stated, nothing promised."""
-
-    def __init__(self):
-        self.lines: list[Row] = []
-
-    def add(self, text: str, measured: float | None, bound: float | None) -> None:
-        """`measured=None`: not measured, which neither holds nor fails."""
-        said = None if bound is None or measured is None else bool(measured <= bound)
-        self.lines.append({"claim": text, "measured": measured, "bound": bound, "holds": said})
-
-
-def said(lines: list[Row]) -> str:
-    """The table of claims; one that could not be measured says so."""
-    text = claims_table([line | {"measured": line["measured"]} for line in lines])
-    missing = {line["claim"] for line in lines if line["measured"] is None}
-    rows = text.splitlines()
-    for i, row in enumerate(rows):
-        if row.split(" | ")[0][2:] in missing:
-            bound = row.split(" | ")[2]
-            rows[i] = f"| {row.split(' | ')[0][2:]} | not measured | {bound} | - |"
-    return "\n".join(rows)
+from bench.report import Results
 
 
 def record(
@@ -56,7 +29,7 @@ def record(
     results: Results = {"runs": {}}
     if file.exists():
         results = json.loads(file.read_text(encoding="utf-8"))
-    packages = ("jax", "deqjax", "equinox", "optimistix", "lineax", "jaxopt")
+    packages = ("jax", "deqjax", "equinox", "optimistix", "lineax", "jaxopt", "numpy")
     versions = {"python": platform.python_version()} | {p: _version(p) for p in packages}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     marked = {"smoke": True} if config.smoke else {}
@@ -82,3 +55,12 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def finite(tree: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(tree, dict):
+        return {k: finite(v) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(v) for v in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

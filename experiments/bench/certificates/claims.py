@@ -1,13 +1,7 @@
 """Which promises of certificates hold."""
 
-from typing import Any
-
 from bench.certificates.time import ratios
-from bench.fidelity.report import number, pick
-from bench.record import Claims
-
-Results = dict[str, Any]
-Row = dict[str, Any]
+from bench.report import Claims, Results, Row, number, pick
 
 
 def claims(results: Results) -> list[Row]:

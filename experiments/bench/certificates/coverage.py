@@ -11,8 +11,8 @@ import deqjax
 
 from bench.certificates.cells import LONG, SIGMAS, Batch
 from bench.certificates.random import SOURCES, points, problems, radii
+from bench.report import Row
 
-Row = dict[str, Any]
 SIZES = 40  # the largest
 _EACH = 4  # sizes of an activation; 13 activations have room for all 40
 SOLVERS = {"PositiveConcaveSolver": deqjax.PositiveConcaveSolver, "Bracketing": deqjax.Bracketing}

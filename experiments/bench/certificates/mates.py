@@ -9,8 +9,8 @@ import numpy as np
 import deqjax
 
 from bench.certificates.cells import Batch, dense
+from bench.report import Row
 
-Row = dict[str, Any]
 KEPT = 4  # the examples that stay, at the front
 MINE, EASY, HARD = 0.065, 10.0, 1e-4  # sizes of x, with tanh and rho(W) = 1
 MOST = 50_000

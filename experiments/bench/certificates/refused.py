@@ -13,7 +13,7 @@ import deqjax
 from deqjax.nn import PositiveConcaveLinear
 from deqjax.positive import Shifted, check_hypotheses
 
-Row = dict[str, Any]
+from bench.report import Row
 
 
 class Case(NamedTuple):

@@ -2,15 +2,10 @@
 
 import json
 import statistics
-from typing import Any
 
 from bench.certificates.claims import noticed
 from bench.certificates.random import SOURCES
-from bench.fidelity.report import markdown, pick, show
-from bench.record import said
-
-Results = dict[str, Any]
-Row = dict[str, Any]
+from bench.report import Results, Row, markdown, pick, said, show
 
 
 def tables(results: Results) -> str:

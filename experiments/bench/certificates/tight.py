@@ -13,8 +13,8 @@ from tqdm import tqdm
 import deqjax
 
 from bench.certificates.cells import SIGMAS, Batch, dense, images, radius
+from bench.report import Row
 
-Row = dict[str, Any]
 DTYPES = ("float32", "float64")
 SUCCESS = deqjax.RESULTS.successful
 

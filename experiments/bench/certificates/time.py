@@ -16,11 +16,9 @@ import deqjax
 
 from bench.certificates.cells import dense
 from bench.certificates.tight import ORDINARY
-from bench.compare.time import median_ratio
-from bench.fidelity.memory import compiled
-from bench.fidelity.time import Calls, interleaved
+from bench.report import Row
+from bench.timing import Calls, compiled, interleaved, median_ratio
 
-Row = dict[str, Any]
 RTOL = 1e-4
 # The default, 10 eps; the series alone, which keeps no room for Anderson's method beside it; and
 # the adjoint that such a cell has, to a bound of 1e-4, whose three JVPs are not in the floor.

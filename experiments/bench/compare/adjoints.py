@@ -16,11 +16,9 @@ import deqjax
 from bench.blocks import Cell
 from bench.compare.methods import JAXOPT
 from bench.compare.time import error, exact
-from bench.fidelity.memory import compiled, temporary_bytes
-from bench.fidelity.time import Calls, interleaved
 from bench.problems import linear
-
-Row = dict[str, Any]
+from bench.report import Row
+from bench.timing import Calls, compiled, interleaved, temporary_bytes
 
 JAXOPT_ROW = "jaxopt, implicit_diff"
 

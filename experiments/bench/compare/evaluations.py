@@ -10,12 +10,9 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from bench.compare.methods import OURS, available, distance, history, newton, solve
-from bench.compare.time import median_ratio
-from bench.fidelity.memory import compiled
-from bench.fidelity.time import Calls, interleaved
 from bench.problems import Problem, mixed
-
-Row = dict[str, Any]
+from bench.report import Row
+from bench.timing import Calls, compiled, interleaved, median_ratio
 
 
 def evaluations(

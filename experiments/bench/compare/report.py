@@ -2,16 +2,11 @@
 
 import math
 import statistics
-from typing import Any
 
 from bench.compare.evaluations import ratio
 from bench.compare.methods import OURS, PAIRS, THEIRS
-from bench.compare.time import median_ratio
-from bench.fidelity.report import markdown, mib, number, pick, show
-from bench.record import Claims, said
-
-Results = dict[str, Any]
-Row = dict[str, Any]
+from bench.report import Claims, Results, Row, markdown, mib, number, pick, said, show
+from bench.timing import median_ratio
 
 ACCELERATED = ("Anderson", "Broyden")
 

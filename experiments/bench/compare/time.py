@@ -13,10 +13,9 @@ import deqjax
 
 from bench.blocks import Cell
 from bench.compare.methods import OURS, available, distance, solve
-from bench.fidelity.memory import compiled, temporary_bytes
-from bench.fidelity.time import Calls, interleaved
+from bench.report import Row
+from bench.timing import Calls, compiled, interleaved, median_ratio, temporary_bytes
 
-Row = dict[str, Any]
 Seconds = dict[str, list[float]]
 
 # Copies of z that the history of a step moves, with m rows: what it has to read (Anderson: -y
@@ -27,11 +26,6 @@ READS = {"Anderson": 3, "Broyden": 4}
 WINDOW = {"Anderson": 5, "Broyden": 16}  # the defaults
 ROWS_WRITTEN = 2
 VECTORS = 6  # z, f(z) and the last accepted pair read, that pair written
-
-
-def median_ratio(a: list[float], b: list[float]) -> float:
-    """Of two times of each round: what slows down one slows down the other."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def history_bytes(method: str, size: int, itemsize: int = 4) -> int:

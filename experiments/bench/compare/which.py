@@ -5,11 +5,7 @@ from typing import Any
 
 from bench.compare.adjoints import JAXOPT_ROW
 from bench.compare.methods import JAXOPT
-from bench.fidelity.report import markdown, number, pick, show, tiny
-from bench.record import Claims, said
-
-Results = dict[str, Any]
-Row = dict[str, Any]
+from bench.report import Claims, Results, Row, markdown, number, pick, said, show, tiny
 
 # What each needs, and what it is for; bias, memory and cost are measured.
 NEEDS = {

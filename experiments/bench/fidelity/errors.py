@@ -1,7 +1,6 @@
 """How right a gradient is: its error against float64 autodiff, and what the reversal misses."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,8 @@ from tqdm import tqdm
 
 from bench.blocks import Cell
 from bench.gradients import gradient
+from bench.report import Row
 from bench.ways import OF_THE_FIXED_POINT, TITLES, Method
-
-Row = dict[str, Any]
 
 
 def errors(

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,19 +11,9 @@ from tqdm import tqdm
 
 from bench.blocks import Cell
 from bench.gradients import solve, value_and_grad
+from bench.report import Row
+from bench.timing import compiled, temporary_bytes
 from bench.ways import Method
-
-Row = dict[str, Any]
-
-
-def compiled(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn` compiled for these arguments, which may be shapes only."""
-    return jax.jit(fn).lower(*args).compile()
-
-
-def temporary_bytes(program: Any) -> int:
-    """What the program allocates beside its inputs and outputs."""
-    return program.memory_analysis().temp_size_in_bytes
 
 
 def shapes(cell: Cell) -> tuple[Any, Any, Any]:

@@ -7,22 +7,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from bench.fidelity.report import fraction, pick, worst
+from bench.fidelity.report import fraction
+from bench.report import pick, worst
+from bench.style import STYLE
 
 matplotlib.use("Agg")  # files only: a machine without a screen has no other backend
 import matplotlib.pyplot as plt
 
-# Colours that the colour-blind tell apart too (Okabe and Ito's). Where two lines lie on each other
-# the one below is the broader.
-STYLE: dict[str, dict[str, Any]] = {
-    "checkpointed": {"color": "#bbbbbb", "linewidth": 7, "solid_capstyle": "round"},
-    "float": {"color": "#d55e00", "linewidth": 5},
-    "float64 state": {"color": "#e69f00", "linewidth": 1.8},
-    "implicit": {"color": "#cc79a7", "linewidth": 1.4, "linestyle": "--"},
-    "phantom": {"color": "#555555", "linewidth": 1.4, "linestyle": "--"},
-    "segmented": {"color": "#009e73", "linewidth": 1.8},
-    "exact": {"color": "#0072b2", "linewidth": 2.4},
-}
 LABELS: dict[str, str] = {
     "exact": "exact reversal",
     "float": "float reversal",

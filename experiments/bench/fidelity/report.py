@@ -2,27 +2,10 @@
 
 import math
 import statistics
-from collections.abc import Iterable
-from typing import Any
 
 from bench.gradients import REVERSIBLE
+from bench.report import Results, Row, markdown, mib, number, pick, show, tiny, worst
 from bench.ways import OF_THE_FIXED_POINT, TITLES
-
-Results = dict[str, Any]
-Row = dict[str, Any]
-
-
-def number(x: float | None) -> float:
-    """A measured number; JSON's null was not finite, and counts as worse than any other."""
-    return math.inf if x is None or not math.isfinite(x) else x
-
-
-def worst(rows: Iterable[Row], name: str) -> float:
-    return max((number(row[name]) for row in rows), default=math.inf)
-
-
-def pick(rows: list[Row], **where: Any) -> list[Row]:
-    return [row for row in rows if all(row[k] == v for k, v in where.items())]
 
 
 def claims(results: Results) -> list[Row]:
@@ -100,44 +83,13 @@ SOLVES: dict[str, str] = {"published scheme": "RevDEQ's scheme, written out"} | 
 }
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A table; the first row is its head, all columns but the first are numbers."""
-    head, *rest = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, "|" + "---|" + "---:|" * (len(rows[0]) - 1), *rest])
-
-
 def fraction(d: int) -> str:
     """1 - beta."""
     return f"{'-' if d < 0 else ''}1/{abs(d)}"
 
 
-def show(x: float | None) -> str:
-    if x is None or math.isnan(x):
-        return "-"
-    if math.isinf(x):
-        return "not finite"
-    return f"{x:.3g}" if x == 0 or 1e-2 <= abs(x) < 1e4 else f"{x:.1e}"
-
-
-def tiny(x: float) -> str:
-    """Errors: what counts is their order."""
-    return "0" if x == 0 else f"{x:.0e}" if math.isfinite(x) else "not finite"
-
-
-def mib(x: float) -> str:
-    return f"{x / 2**20:.1f}"
-
-
 def titled(method: str) -> str:
     return TITLES[method] + (" *" if method in OF_THE_FIXED_POINT else "")  # type: ignore[index]
-
-
-def claims_table(lines: list[Row]) -> str:
-    said = {True: "yes", False: "**no**", None: "stated"}
-    # Of a smoke run nothing is promised, and what happens to hold is no news either.
-    holds = lambda r: "too small to say" if r.get("smoke") else said[r["holds"]]
-    columns = lambda r: [r["claim"], show(r["measured"]), show(r["bound"]), holds(r)]
-    return markdown([["must hold", "measured", "at most", "holds"], *map(columns, lines)])
 
 
 def error_table(rows: list[Row]) -> str:

@@ -1,43 +1,18 @@
 """What a gradient costs, against what it can't do without; all of it in interleaved rounds."""
 
 import functools as ft
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from tqdm import tqdm
 
 from bench.blocks import Cell, attention_shapes
-from bench.fidelity.memory import compiled, temporary_bytes
 from bench.gradients import solve, value_and_grad
 from bench.pieces import pieces, published
+from bench.timing import Calls, compiled, interleaved, medians, temporary_bytes
 from bench.ways import Method
-
-Calls = dict[str, Callable[[], Any]]
-
-
-def interleaved(calls: Calls, rounds: int, repeats: dict[str, int]) -> dict[str, list[float]]:
-    """Seconds of each call in each round, so that a slow minute of the machine falls on all."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in tqdm(range(rounds), desc="rounds"):
-        for name, call in calls.items():
-            each = []
-            for _ in range(repeats.get(name, 1)):
-                start = time.perf_counter()
-                jax.block_until_ready(call())
-                each.append(time.perf_counter() - start)
-            seconds[name].append(statistics.median(each))
-    return seconds
-
-
-def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(x) for name, x in seconds.items()}
 
 
 def timing(

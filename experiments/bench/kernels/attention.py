@@ -10,10 +10,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 import deqjax
 
 from bench.blocks import attention_shapes, normalise
-from bench.compare.time import median_ratio
-from bench.fidelity.memory import compiled, temporary_bytes
-from bench.fidelity.time import Calls, interleaved
 from bench.pieces import reversal
+from bench.timing import Calls, compiled, interleaved, median_ratio, temporary_bytes
 
 D = 2  # 1 - beta = 1/2
 

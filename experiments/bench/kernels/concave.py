@@ -16,10 +16,8 @@ import deqjax
 from deqjax.nn import PositiveConcaveConv2d
 
 from bench.blocks import Cell
-from bench.compare.time import median_ratio
-from bench.fidelity.memory import compiled
-from bench.fidelity.time import Calls, interleaved
 from bench.pieces import pieces
+from bench.timing import Calls, compiled, interleaved, median_ratio
 
 TOLERANCE = 1e-4  # relative, of a step, forwards and backwards, as in the authors' code
 

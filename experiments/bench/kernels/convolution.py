@@ -10,10 +10,8 @@ from jaxtyping import Array, PRNGKeyArray
 from deqjax.nn._convolution import conv2d, stock
 
 from bench.blocks import Cell
-from bench.compare.time import median_ratio
-from bench.fidelity.memory import compiled
-from bench.fidelity.time import Calls, interleaved
 from bench.pieces import pieces
+from bench.timing import Calls, compiled, interleaved, median_ratio
 
 # Images, pixels a side, channels.
 SIZES = [(64, 28, 24), (64, 28, 32), (64, 28, 82), (64, 14, 48), (64, 7, 48),

@@ -2,10 +2,7 @@
 
 from typing import Any
 
-from bench.fidelity.report import markdown
-from bench.record import Claims, said
-
-Results = dict[str, Any]
+from bench.report import Claims, Results, markdown, said
 
 
 def claims(results: Results) -> list[dict[str, Any]]:

@@ -9,12 +9,12 @@ import numpy as np
 
 import deqjax
 
+from bench.report import Row
 from bench.soundness.families import ORDINARY, Arrays, Family
 from bench.soundness.mixed import MIXED
 from bench.soundness.reference import LONG, Reference, solved
 from bench.soundness.work import work
 
-Row = dict[str, Any]
 FAMILIES = (*ORDINARY, *MIXED)
 DTYPES = ("float32", "float64")
 SOLVERS = {"PositiveConcaveSolver": deqjax.PositiveConcaveSolver, "Bracketing": deqjax.Bracketing}

@@ -13,10 +13,10 @@ import numpy as np
 
 import deqjax
 
+from bench.report import Row
 from bench.soundness.reference import LONG, eliminated
 from bench.soundness.work import work
 
-Row = dict[str, Any]
 N, CUT = 24, 16  # unknowns, and those of the first leaf where there are two
 _REFINED = 4
 # A reference that still moves by more is none.

@@ -13,10 +13,10 @@ import paramax
 from deqjax import FixedPointIteration, ImplicitAdjoint, nn
 from deqjax.positive import Power, Shifted
 
+from bench.report import Row
 from bench.soundness.reference import LONG, eliminated
 from bench.soundness.work import work
 
-Row = dict[str, Any]
 _STEPS = 40  # of the cell, at most, before the certificate
 _SHOWN = 2
 _DOUBT = 1e-15  # of a reference, relative to the largest entry

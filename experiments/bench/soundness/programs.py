@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 import deqjax
 
+from bench.report import Row
 from bench.soundness.work import work
 
-Row = dict[str, Any]
 N = 64
 _WARM = 3  # calls before anything is counted
 # A process dies at 65,530 maps: this one stops before.

@@ -2,13 +2,9 @@
 
 import json
 import math
-from typing import Any
 
-from bench.fidelity.report import markdown
-from bench.record import Claims, said
+from bench.report import Claims, Results, Row, markdown, said
 
-Results = dict[str, Any]
-Row = dict[str, Any]
 # What is promised: as many tried at least, none false. A smoke run promises the second alone.
 CERTIFICATES, MIXED, FAMILIES, NORMALISED, PROGRAMS, KINDS, PLACES, GRADIENTS, CALLS = (
     10_000, 2_000, 12, 500, 300, 42, 19, 200, 2_000

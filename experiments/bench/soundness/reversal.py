@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.report import Row
 from bench.soundness.cells import CELLS, Cell, Data, data
 from bench.soundness.contexts import CONTEXTS, Along, Context, tangents
 from bench.soundness.problem import EXAMPLES, STEPS, Problem
 from bench.soundness.work import work
 
-Row = dict[str, Any]
 # 1 - beta = sign / d.
 BETAS = {0.5: (2, 1), 0.8: (5, 1), 0.9: (10, 1), 1.2: (5, -1)}
 # How far two programs may differ in rounding: hundreds of times what was seen in float32 and

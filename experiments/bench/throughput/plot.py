@@ -5,8 +5,8 @@ from typing import Any
 
 import matplotlib
 
-from bench.fidelity.plot import STYLE
-from bench.fidelity.report import pick
+from bench.report import pick
+from bench.style import STYLE
 from bench.throughput.report import SECTIONS, TITLES, totals
 
 matplotlib.use("Agg")  # files only: a machine without a screen has no other backend

@@ -1,13 +1,9 @@
 """What the numbers say: which promises hold, and tables of all that was measured."""
 
 from collections.abc import Callable
-from typing import Any
 
-from bench.fidelity.report import markdown, mib, pick
-from bench.record import Claims, said
+from bench.report import Claims, Results, Row, markdown, mib, pick, said
 
-Results = dict[str, Any]
-Row = dict[str, Any]
 SECTIONS = ("language", "multiscale")
 TITLES = {
     "exact": "exact reversal",

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from bench.blocks import Cell
-from bench.fidelity.memory import compiled, digits_per_word, temporary_bytes
-from bench.fidelity.time import Calls, interleaved, medians
+from bench.fidelity.memory import digits_per_word
 from bench.gradients import ADJOINTS, value_and_grad
 from bench.pieces import pieces
+from bench.report import Row
 from bench.throughput.blocks import Images, Language, distinct, unrolled
+from bench.timing import Calls, compiled, interleaved, medians, temporary_bytes
 from bench.ways import DType, Variant, floor, needed_flop
 
-Row = dict[str, Any]
 Case = tuple[Variant, int]  # and the number of evaluations
 
 LOOP = 8  # calls of a short piece in a row, as many as the paper's solve has
