@@ -1,4 +1,4 @@
-"""What a number given by hand has to be, and a state of many."""
+"""Checks of numbers, choices and states that are given by hand."""
 
 import inspect
 import math

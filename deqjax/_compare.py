@@ -1,4 +1,4 @@
-"""What two programs are compared by: a hashable form of a jaxpr, and of what is beside it.
+"""A hashable form of a jaxpr, and of what is beside it, by which programs are compared.
 
 Every equation, parameter, literal and abstract value is in it. What cannot be compared, or would
 keep more alive than the user does, raises `Fleeting`.
@@ -87,7 +87,7 @@ def _param(x: Any, rules: tuple) -> Hashable:
 
 
 def _rule(jaxpr: Jaxpr, eqn: Any, rules: tuple) -> Hashable:
-    """What a call does that has a derivative rule: its parameters are functions, new every time."""
+    """The effect of a call with a derivative rule: its parameters are functions, always new."""
     kept = {k: v for k, v in eqn.params.items() if isinstance(v, bool | int | ClosedJaxpr | Jaxpr)}
     this = _param(kept, rules)
     # A rule may call its own function (that of `jax.nn.relu` does), which has the same rule.
@@ -141,7 +141,7 @@ def _value(x: Any) -> Hashable:
 
 
 def static_key(x: Any, part: Callable | None = None) -> Hashable:
-    """What is compared of something that is no array of the inputs, `part` by part."""
+    """The compared form of something that is no array of the inputs, `part` by part."""
     part = part or static_key
     if isinstance(x, tuple | list):
         return type(x), *map(part, x)
@@ -193,7 +193,7 @@ def _changes(x: Any) -> bool:
 
 
 def _of_library(x: Any) -> bool:
-    """Of a module, or of a function or class in one."""
+    """Whether it is a library module, or a function or class in one."""
     if isinstance(x, types.FunctionType):  # whose __module__ may be copied from another
         name = x.__globals__.get("__name__", "")
     else:

@@ -36,7 +36,7 @@ class AbstractTape(eqx.Module):
         """Records step i, from `pair`, of the problems that `go`."""
 
     def words(self, tape: PyTree, rank: int) -> PyTree:
-        """What a sweep carries: like one row of a tape that is read digit by digit."""
+        """The words that a sweep carries, like one row of a tape that is read digit by digit."""
         del tape, rank
 
     @abc.abstractmethod
@@ -60,7 +60,7 @@ class AbstractTape(eqx.Module):
 
 
 class Memory(eqx.Module):
-    """What the solver remembers after the last step, where Optimistix keeps it too."""
+    """The memory of the solver after the last step, where Optimistix keeps it too."""
 
     memory: PyTree
     overflow: Bool[Array, "..."]
@@ -69,7 +69,7 @@ class Memory(eqx.Module):
 
 
 class LoopResult(NamedTuple):
-    """What a loop returns beside z, in the places where Optimistix's own loop has it."""
+    """The result of a loop beside z, in the places where Optimistix's own loop has it."""
 
     num_steps: Int[Array, "..."]
     outcome: Any  # whether the tolerance was met; of Optimistix's loop its result code

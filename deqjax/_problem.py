@@ -1,4 +1,4 @@
-"""What the front door refuses, when traced: sentences that say expected, got, and what to do."""
+"""Validates a problem, once, when it is traced; refuses in sentences: expected, got, what to do."""
 
 from collections.abc import Callable
 from typing import Any

@@ -24,7 +24,7 @@ _lock = threading.Lock()
 
 
 class _Rest:
-    """What a program returns beside arrays: one thing to JAX, which does not look into it."""
+    """The result of a program beside arrays: one thing to JAX, which does not look into it."""
 
     def __init__(self, tree: Any):
         self.tree = tree

@@ -1,4 +1,4 @@
-"""What a solve returns."""
+"""The result of a solve, and how it is judged."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ _CODES = ("successful", "nonlinear_max_steps_reached", "nonfinite", "nonlinear_d
 
 
 class Solution(optimistix.Solution):
-    """What `deqjax.fixed_point` returns: an `optimistix.Solution` that prints in words."""
+    """The result of `deqjax.fixed_point`: an `optimistix.Solution` that prints in words."""
 
     def __repr__(self) -> str:
         value = eqx.tree_pformat(self.value, struct_as_array=True)

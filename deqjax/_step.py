@@ -13,7 +13,7 @@ Fn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 class Step(NamedTuple):
-    """What one evaluation of `f` at `z` tells; the flags have one entry per problem."""
+    """The result of one evaluation of `f` at `z`; the flags have one entry per problem."""
 
     z: PyTree  # the next iterate
     memory: PyTree  # what the solver wants to see at the next step

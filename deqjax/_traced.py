@@ -28,7 +28,7 @@ class Body:
 
     @ft.cached_property
     def key(self) -> Hashable:
-        """What equality compares; None for what is equal to itself alone."""
+        """The value that equality compares; None for a body that is equal to itself alone."""
         static, treedef = jax.tree.flatten(self.out_static)
         try:
             static = tuple(map(static_key, (*static, *static_fields(self.out_static))))

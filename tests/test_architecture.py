@@ -111,3 +111,23 @@ def test_the_corridor_and_the_scripts_are_few():
     for path in files:
         if path.suffix == ".py":
             assert f"python experiments/{path.name}" in path.read_text(), "its command"
+
+
+def test_every_public_method_says_what_it_does():
+    """An override by the docstring of what it overrides."""
+    bases, said = {}, {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = [getattr(b, "id", getattr(b, "attr", None)) for b in node.bases]
+                methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
+                said[node.name] = {m.name: ast.get_docstring(m) for m in methods}
+    assert len(said) > 80
+
+    def documented(cls, name):
+        here = said.get(cls, {}).get(name)
+        return bool(here) or any(documented(base, name) for base in bases.get(cls, ()))
+
+    for cls, methods in said.items():
+        for name in methods:
+            assert cls[0] == "_" or name[0] == "_" or documented(cls, name), (cls, name)

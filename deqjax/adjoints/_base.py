@@ -1,4 +1,4 @@
-"""What every adjoint shares.
+"""The base of every adjoint.
 
 `apply` is the one seam between a solve and its derivative. Both front doors call it as Optimistix
 does, `adjoint.apply(primal_fn, rewrite_fn, inputs, tags)`: `primal_fn(inputs + (while_loop,))`
@@ -27,7 +27,7 @@ LinearSolve = Callable[[LinearMap, PyTree], PyTree]
 
 
 class Problem(NamedTuple):
-    """What an adjoint knows of the solve that it differentiates."""
+    """The solve that an adjoint differentiates."""
 
     fn: Any
     solver: Any
@@ -87,7 +87,6 @@ class AbstractFixedPointAdjoint(AbstractAdjoint):
         del solver
 
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
-        """See `deqjax.adjoints`."""
         del tags
         self.check_solver(unpack(inputs).solver)
         out = primal_fn((*stop_gradient(inputs), lax_while))
@@ -139,7 +138,7 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
 
     @abc.abstractmethod
     def known(self, matvec: LinearMap, z: PyTree, rank: int) -> PyTree:
-        """What `solve` is to know of `matvec = I - J` beforehand, at the fixed point z."""
+        """The knowledge of `matvec = I - J` that `solve` needs beforehand, at the fixed point z."""
 
     @abc.abstractmethod
     def solve(
@@ -155,7 +154,6 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
         """`y` with `matvec(y) = b`, where `matvec` is `I - J` or its transpose; and its stats."""
 
     def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
-        """See `AbstractFixedPointAdjoint`."""
         del loop
         matvec, b = at.equation()
         known = stop_gradient(self.known(matvec, at.z, problem.rank))

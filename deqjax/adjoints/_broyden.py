@@ -53,7 +53,6 @@ class BroydenAdjoint(AbstractFixedPointAdjoint):
         check_linear(self)
 
     def check_solver(self, solver: Any) -> None:
-        """See `deqjax.adjoints`."""
         if not isinstance(solver, Broyden):
             raise ValueError(
                 f"BroydenAdjoint expects the solver deqjax.Broyden, got {type(solver).__name__}; "
@@ -61,7 +60,6 @@ class BroydenAdjoint(AbstractFixedPointAdjoint):
             )
 
     def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
-        """See `deqjax.adjoints`."""
         secants: Secants = stop_gradient(loop.state.memory)
         steps = problem.ceiling if self.max_steps is None else self.max_steps
 

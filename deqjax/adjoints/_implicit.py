@@ -126,7 +126,6 @@ class ImplicitAdjoint(AbstractImplicitAdjoint):
         max_steps: int,
         rank: int,
     ) -> tuple[PyTree, dict[str, Any]]:
-        """See `deqjax.adjoints`."""
         del known
         solver = self.linear_solver
         # In the view of b: of a tangent, or of a cotangent.

@@ -38,7 +38,6 @@ class PhantomAdjoint(AbstractFixedPointAdjoint):
         check_damped(self)
 
     def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
-        """See `deqjax.adjoints`."""
         del problem, loop
 
         def unrolled(moving):
@@ -74,7 +73,6 @@ class NeumannPhantomAdjoint(AbstractFixedPointAdjoint):
         check_damped(self)
 
     def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
-        """See `deqjax.adjoints`."""
         del problem, loop
         matvec, b = at.equation()
         first = scale(1 - self.damp, b)
@@ -101,6 +99,5 @@ class JacobianFreeAdjoint(AbstractFixedPointAdjoint):
     """
 
     def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
-        """See `deqjax.adjoints`."""
         del problem, loop
         return at.right_side()

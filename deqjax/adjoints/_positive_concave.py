@@ -50,7 +50,7 @@ def _rate(image: PyTree, w: PyTree) -> Inexact[Array, ""]:
 
 
 def _rounding(tree: PyTree, rank: int) -> float:
-    """Of a product with J or its transpose, relative in the norms of the bound."""
+    """The rounding of a product with J or its transpose, relative in the norms of the bound."""
     sizes = [math.prod(x.shape[rank:]) for x in jax.tree.leaves(tree)]
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree))
     return eps * (_SLOPE + _SUM * math.sqrt(sum(sizes)))
@@ -98,7 +98,6 @@ class _Certificate(AbstractMeasure):
         return jnp.maximum(least / (1 - least), self.tol)
 
     def error(self, y, fy):
-        """See `AbstractMeasure`."""
         size = self.norm(y)
         left = self.norm(lincomb(1, fy, -1, y)) + self.rounding * size
         bound = left / jnp.where(self.holds, self.gap, 1)
@@ -110,13 +109,11 @@ class _Certificate(AbstractMeasure):
         return jnp.where(self.holds, (relative / self.target).astype(plain.dtype), plain)
 
     def accepts(self, error, growth, inverse):
-        """See `AbstractMeasure`."""
         target = self.target.astype(error.dtype)
         good = error * target <= slack(target)
         return jnp.where(self.holds, good, self.residual.accepts(error, growth, inverse))
 
     def report(self, error):
-        """See `AbstractMeasure`."""
         bound = jnp.where(self.holds, error * self.target.astype(error.dtype), jnp.inf)
         return {"error_bound": bound}
 
@@ -207,7 +204,6 @@ class PositiveConcaveAdjoint(AbstractImplicitAdjoint):
         max_steps: int,
         rank: int,
     ) -> tuple[PyTree, dict[str, Any]]:
-        """See `deqjax.adjoints`."""
         steps = max_steps if self.max_steps is None else self.max_steps
         tol = 0.0 if self.tol is None else self.tol
         r = _rounding(b, rank)

@@ -51,7 +51,6 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
             )
 
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
-        """See `deqjax.adjoints`."""
         del rewrite_fn, tags
         p = unpack(inputs)
         narrow = any(jnp.finfo(x.dtype).bits < 64 for x in jax.tree.leaves(p.z0))

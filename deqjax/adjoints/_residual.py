@@ -1,4 +1,4 @@
-"""What is left of a linear equation, leaf by leaf: each is held to its own size and precision.
+"""The residual of a linear equation, leaf by leaf: each is held to its own size and precision.
 
 A leaf whose y is small because g is small there is as right as any other. One whose y is small
 because large terms cancel is not to be had to more than the rounding of these terms, which is what
@@ -28,7 +28,7 @@ _PART = 0.1
 
 
 class AbstractMeasure(eqx.Module):
-    """What is asked of a `y` of one problem; its arrays may hold one value per problem."""
+    """A demand on a `y` of one problem; its arrays may hold one value per problem."""
 
     @abc.abstractmethod
     def error(self, y: PyTree, fy: PyTree) -> Inexact[Array, "..."]:
@@ -45,7 +45,7 @@ class AbstractMeasure(eqx.Module):
 
     @abc.abstractmethod
     def report(self, error: Inexact[Array, ""]) -> dict[str, Any]:
-        """What the error means, for the stats."""
+        """The error as the stats name it."""
 
 
 class Residual(AbstractMeasure):
@@ -61,7 +61,6 @@ class Residual(AbstractMeasure):
         return jnp.stack([jnp.asarray(t, dtype) for t in self.tol])
 
     def error(self, y, fy):
-        """See `AbstractMeasure`."""
         if self.rounding is None:
             left, size = two_norm(lincomb(1, fy, -1, y)), two_norm(fy)
             none = (left == 0) & (size == 0)
@@ -74,7 +73,6 @@ class Residual(AbstractMeasure):
         return jnp.max(left / tol)
 
     def accepts(self, error, growth, inverse):
-        """See `AbstractMeasure`."""
         tol = self.limits(error.dtype)
         good = error <= jnp.min(slack(tol) / tol)
         left = jnp.maximum(error * jnp.max(tol), self.eps)
@@ -83,7 +81,6 @@ class Residual(AbstractMeasure):
         return good & (jnp.minimum(left, 10 * self.eps) * inverse < _ROUNDING)
 
     def report(self, error):
-        """See `AbstractMeasure`."""
         return {
             "residual": error * jnp.max(_stack([jnp.asarray(t, error.dtype) for t in self.tol]))
         }
@@ -107,7 +104,7 @@ def residual_of(b: PyTree, tol: Any, coupled: Array | None, *, finest: bool = Tr
 
 
 def slack(tolerance: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
-    """What is accepted in the place of `tolerance`; ten times a loose one would be no answer."""
+    """The residual that is accepted instead of `tolerance`; ten times a loose one is no answer."""
     return jnp.maximum(tolerance, jnp.minimum(10 * tolerance, 0.1))
 
 

@@ -29,7 +29,7 @@ _NUMBER = "it is a Python number, not a traced one."
 
 
 class SpectralRadius(NamedTuple):
-    """What `deqjax.spectral_radius` returns; one entry per problem."""
+    """The result of `deqjax.spectral_radius`; one entry per problem."""
 
     value: Float[Array, "..."]
     residual: Float[Array, "..."]

@@ -1,4 +1,4 @@
-"""What the models share: their interface, batch normalisation outside the solve, pooling."""
+"""Parts of the models: their interface, batch normalisation outside the solve, pooling."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ class Solve(NamedTuple):
 
 
 class Classified(NamedTuple):
-    """What a classifier returns."""
+    """The output of a classifier."""
 
     logits: Float[Array, "b classes"]
     state: eqx.nn.State
@@ -31,7 +31,7 @@ class Classified(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What a language model returns."""
+    """The output of a language model."""
 
     logits: Float[Array, "b l v"]
     solves: tuple[Solve, ...]  # one per equilibrium layer, in the order of `deqs`

@@ -1,4 +1,4 @@
-"""What language models share: both ends of one, and how one goes on from a prefix."""
+"""Parts of every language model: both of its ends, and how it goes on from a prefix."""
 
 import abc
 import math

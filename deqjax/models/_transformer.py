@@ -116,14 +116,13 @@ class ReversibleTransformer(AbstractLanguageModel):
         return Predicted(self.vocabulary.logits(z), (Solve(x, sol),))
 
     def caches(self, length: int):
-        """See `AbstractLanguageModel`: one cache for each evaluation of the cell."""
+        """One cache per evaluation of the cell."""
         dtype = self.vocabulary.table.dtype
         cell: Any = paramax.unwrap(self.deq.cell)
         one = lambda _: cell.cache(length, dtype)
         return jax.vmap(one)(jnp.arange(self.deq.max_steps))
 
     def extend(self, tokens, caches, start):
-        """See `AbstractLanguageModel`."""
         solver = self.deq.solver
         zero = lambda tolerance: isinstance(tolerance, int | float) and tolerance == 0
         if not isinstance(solver, Reversible | FixedPointIteration) or not (
@@ -214,11 +213,10 @@ class Transformer(AbstractLanguageModel):
         return Predicted(self.vocabulary.logits(h), ())
 
     def caches(self, length: int):
-        """See `AbstractLanguageModel`: one cache for each block."""
+        """One cache per block."""
         return [block.cache(length, self.vocabulary.table.dtype) for block in self.blocks]
 
     def extend(self, tokens, caches, start):
-        """See `AbstractLanguageModel`."""
         h = self.vocabulary.embed(tokens, start)
         extended = []
         for block, cache in zip(self.blocks, caches, strict=True):

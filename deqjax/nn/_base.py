@@ -1,4 +1,4 @@
-"""What the layers share: masks drawn once a solve, and cells with a nonnegative weight."""
+"""Parts of several layers: masks drawn once per solve, and cells with a nonnegative weight."""
 
 import abc
 import copy

@@ -152,7 +152,7 @@ def _kernel_shape(x, g, *, size, **_):
 
 
 def _merged(primitive: Primitive, rule: Callable, args, dims, **params):
-    """Of images and a shared kernel: one convolution of more images."""
+    """One convolution of more images, if the kernel is shared."""
     images, kernel = args
     if dims[1] is None:
         images = jnp.moveaxis(images, dims[0], 0)

@@ -20,7 +20,7 @@ from ._convolution import conv2d
 
 
 class AbstractPositiveConcave(AbstractPositiveCell):
-    """What the two cells share: everything but the product `W z`."""
+    """The base of the two cells: everything but the product `W z`."""
 
     def __check_init__(self):
         StrictlyPositive(self.floor, self.sharpness)

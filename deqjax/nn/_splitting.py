@@ -27,7 +27,7 @@ def lipschitz(weight: Float[Array, "n n"]) -> Float[Array, ""]:
 
 
 class Operator(NamedTuple):
-    """What a splitting applies, and its step."""
+    """The matrix that a splitting applies, and its step."""
 
     matrix: Float[Array, "n n"]
     step: float | Float[Array, ""]
@@ -73,7 +73,7 @@ class Resolvent(paramax.AbstractUnwrappable[Operator]):
 
 
 class AbstractSplitting(eqx.Module):
-    """What the two splittings share: W, and a step."""
+    """The base of the two splittings: W, and a step."""
 
     operator: AbstractVar[Any]
 

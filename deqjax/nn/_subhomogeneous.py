@@ -28,7 +28,7 @@ from ._convolution import conv2d
 
 
 class AbstractSubhomogeneous(AbstractPositiveCell):
-    """What the two cells share: everything but the product `W z`."""
+    """The base of the two cells: everything but the product `W z`."""
 
     normalise: AbstractVar[bool]
 

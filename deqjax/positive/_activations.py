@@ -16,7 +16,7 @@ from ._base import AbstractActivation, Properties
 
 
 class Activation(NamedTuple):
-    """What the theorem needs to know of a function that is concave and nondecreasing on `u >= 0`.
+    """The facts that the theorem needs of a function, concave and nondecreasing on `u >= 0`.
 
     - `kind`: 1 if sigma(0) = 0, so that only a strictly positive x keeps f positive;
         2 if sigma(0) > 0, and x >= 0 suffices.
@@ -121,7 +121,7 @@ class Shifted(AbstractActivation):
 
     @property
     def properties(self) -> Properties:
-        """What is known of it."""
+        """The known properties."""
         known = properties(self.base)
         return known._replace(
             at_zero=known.at_zero + self.shift,
@@ -161,7 +161,7 @@ class Power(AbstractActivation):
 
     @property
     def properties(self) -> Properties:
-        """What is known of it."""
+        """The known properties."""
         return Properties(True, self.offset**self.exponent, math.inf, self.exponent, True)
 
 

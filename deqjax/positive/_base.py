@@ -50,7 +50,7 @@ class AbstractActivation(abc.ABC):
     @property
     @abc.abstractmethod
     def properties(self) -> Properties:
-        """What is known of it."""
+        """The known properties."""
 
     @abc.abstractmethod
     def __call__(self, u: Float[Array, "..."]) -> Float[Array, "..."]:

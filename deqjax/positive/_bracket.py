@@ -56,12 +56,12 @@ _LEAST = 2.0**-126 * 2.0**40
 
 
 def at_most(fy: Float[Array, "*b n"], slack: Slack) -> Float[Array, "*b n"]:
-    """What f(y) does not exceed, from its value in floating point."""
+    """An upper bound of f(y), from its value in floating point."""
     return fy * (1 + _margin(slack, fy.dtype)) + jnp.finfo(fy.dtype).tiny
 
 
 def at_least(fy: Float[Array, "*b n"], slack: Slack) -> Float[Array, "*b n"]:
-    """What f(y) does not fall below; a function of nonnegative numbers is nonnegative."""
+    """A lower bound of f(y); a function of nonnegative numbers is nonnegative."""
     tiny = jnp.finfo(fy.dtype).tiny
     return jnp.maximum(fy * (1 - jnp.minimum(_margin(slack, fy.dtype), 1)) - tiny, 0)
 
@@ -105,7 +105,7 @@ def relative_error(z: Float[Array, "*b n"], bracket: Bracket) -> Float[Array, "*
 
 
 def intersection(one: Bracket, other: Bracket) -> Bracket:
-    """What both prove."""
+    """The bracket that both prove."""
     return Bracket(jnp.maximum(one.lower, other.lower), jnp.minimum(one.upper, other.upper))
 
 

@@ -26,7 +26,7 @@ _SATURATED = {32: 310, 64: 1400}
 
 
 class Enclosure(NamedTuple):
-    """What `deqjax.certify` proves; one entry per problem in all but the two ends."""
+    """The proof of `deqjax.certify`; one entry per problem in all but the two ends."""
 
     lower: PyTree
     upper: PyTree

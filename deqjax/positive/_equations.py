@@ -1,4 +1,4 @@
-"""What the walks over a jaxpr have in common: its parts, and what is refused."""
+"""Parts of every walk over a jaxpr: its equations, and what is refused."""
 
 import math
 from collections.abc import Callable, Iterator

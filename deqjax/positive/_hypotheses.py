@@ -29,7 +29,7 @@ _BAND = 10.0
 
 
 class Finding(NamedTuple):
-    """What was seen of one hypothesis.
+    """The finding on one hypothesis.
 
     - `holds`: whether no counterexample was seen: no violation above 10 (of `exists`: whether an
         example was seen).
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 
 
 class Hypotheses(NamedTuple):
-    """What `deqjax.positive.check_hypotheses` returns, one `Finding` a hypothesis."""
+    """The result of `deqjax.positive.check_hypotheses`, one `Finding` per hypothesis."""
 
     positive: Finding
     monotone: Finding

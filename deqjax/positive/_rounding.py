@@ -217,6 +217,6 @@ def _worst(errors: tuple[float | None, ...]) -> float | None:
 
 
 def _cast(eqn: Any) -> float:
-    """Of a weight that a product takes in a shorter dtype than it has."""
+    """The rounding of a weight that a product takes in a shorter dtype than it has."""
     units = [float(jnp.finfo(v.aval.dtype).eps) / 2 for v in eqn.invars]
     return units[0] if eqn.primitive.name == "deqjax_dense" and units[0] > units[1] else 0.0

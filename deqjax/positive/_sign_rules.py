@@ -31,7 +31,7 @@ _CANCELS = "of numbers of opposite signs may cancel"
 
 
 class Moving(NamedTuple):
-    """What depends on z: all of it >= 0, or all of it <= 0."""
+    """A value that depends on z: all of it >= 0, or all of it <= 0."""
 
     sign: int = 1
     axis: int | None = None  # the one that enumerates problems, where it is known
@@ -152,7 +152,7 @@ def _select(inputs: list[Any]) -> Rule:
 
 
 def _outcome(kind: str, inputs: list[Any]) -> bool | None:
-    """Of a comparison of what depends on z with a number that it is not beyond."""
+    """The outcome of comparing a value that depends on z with a number that it is not beyond."""
     left, *right = inputs
     if kind == "not" and left.always is not None:
         return not left.always

@@ -23,7 +23,7 @@ from ._sign_rules import Held, Moving, Rule, join, rule, vouched
 def signs(
     jaxpr: ClosedJaxpr, shape: tuple[int, ...], name: str, *, strict: bool = True
 ) -> Bool[Array, "*b"]:
-    """Of each problem, whether the arrays that z meets have the signs that they should have.
+    """Whether the arrays that z meets have the signs that they should have, for each problem.
 
     `shape` is `(batch,)` if axis 0 of z enumerates problems, else `()`. An array, or a part of
     one, that belongs to one problem counts for that problem; one that problems share, or of which

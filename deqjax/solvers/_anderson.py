@@ -64,7 +64,6 @@ class Anderson(AbstractSolver):
         self.check()
 
     def requirements(self):
-        """See `AbstractSolver`."""
         mixing = lambda x: (x > 0) & (x <= 1)
         return [
             *super().requirements(),
@@ -83,7 +82,6 @@ class Anderson(AbstractSolver):
         return from_real(after, z), memory
 
     def keep(self, go, live, new: Secants, old: Secants) -> Secants:
-        """See `AbstractSolver`."""
         del go
         return _secant.keep(live, new, old)
 

@@ -27,7 +27,7 @@ class Status(NamedTuple):
 
 
 class OptimistixState(eqx.Module):
-    """What Optimistix carries between steps: the memory of the method and its last verdict."""
+    """The state that Optimistix carries between steps: the memory and the last verdict."""
 
     memory: PyTree
     small: Bool[Array, ""]
@@ -74,7 +74,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         return self
 
     def report(self, z: PyTree, memory: PyTree) -> dict[str, Array]:
-        """What `sol.stats` tells beside the rest, for the iterate `z` that is returned."""
+        """The stats of this method beside the usual ones, for the iterate `z` that is returned."""
         del z, memory
         return {}
 
@@ -134,7 +134,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
                 )
 
     def in_range(self) -> Bool[Array, ""]:
-        """What `check` tests, as an array, for fields whose values are traced."""
+        """Whether `check` would pass, as an array, for fields whose values are traced."""
         rows = [jnp.asarray(test(value)) for _, value, test, _ in self.requirements()]
         return jnp.all(jnp.stack(rows))
 

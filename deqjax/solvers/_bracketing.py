@@ -56,11 +56,9 @@ class Bracketing(AbstractCertifiedSolver):
     counted: Array | None = eqx.field(init=False, default_factory=lambda: None)
 
     def proved(self, memory: _Memory):
-        """See `AbstractCertifiedSolver`."""
         return memory.bracket, memory.done
 
     def limited(self, memory: _Memory):
-        """See `AbstractCertifiedSolver`."""
         return memory.limited
 
     def blank(self, z0: PyTree) -> _Memory:

@@ -88,7 +88,6 @@ class Broyden(AbstractSolver):
         return from_real(after, z), memory
 
     def keep(self, go, live, new: Secants, old: Secants) -> Secants:
-        """See `AbstractSolver`."""
         del go
         return _secant.keep(live, new, old)
 

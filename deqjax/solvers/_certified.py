@@ -1,4 +1,4 @@
-"""What the solvers share that end where they can prove how near the fixed point is."""
+"""The base of the solvers that end where they can prove how near the fixed point is."""
 
 import abc
 import math
@@ -58,11 +58,10 @@ class AbstractCertifiedSolver(AbstractSolver):
         """Whether there is no going on, for rounding."""
 
     def around(self, fn: Callable) -> Callable:
-        """See `AbstractSolver`: full products, which are what is counted, on every platform."""
+        """Full products on every platform: those are counted."""
         return _Precise(fn)
 
     def bound(self, fn: Callable, z0: PyTree, args: PyTree, rank: int) -> "AbstractCertifiedSolver":
-        """See `AbstractSolver`."""
         self._check_real(z0)
         given = (self.fan_in, type(self).__name__)
         fn, z0, args = stop_gradient((fn, z0, args))
@@ -70,7 +69,7 @@ class AbstractCertifiedSolver(AbstractSolver):
         return eqx.tree_at(lambda s: s.counted, self, counted, is_leaf=lambda x: x is None)
 
     def margin(self, z: PyTree) -> Slack:
-        """What was counted; Optimistix's own front door has no f to count in before its loop."""
+        """The counted rounding; Optimistix's own door has no f to count in before its loop."""
         if self.counted is not None:
             return self.counted
         if self.slack is not None:
@@ -90,7 +89,7 @@ class AbstractCertifiedSolver(AbstractSolver):
         return super(AbstractCertifiedSolver, whole).step(fn, y, args, options, state, tags)
 
     def start(self, z0: PyTree) -> PyTree:
-        """See `AbstractSolver`: `upper` where z0 is not between 0 and that."""
+        """`upper` where z0 is not between 0 and `upper`."""
         if self.upper is None or math.isinf(self.upper):
             return jax.tree.map(lambda x: jnp.maximum(x, 0), z0)
         inside = lambda x: (x > 0) & (x < self.upper)
@@ -136,14 +135,13 @@ class AbstractCertifiedSolver(AbstractSolver):
         return jnp.where(over, jnp.nan, jnp.where(done, 0, error))
 
     def report(self, z: PyTree, memory: Any) -> dict[str, Any]:
-        """See `AbstractSolver`."""
         bracket, done = jax.lax.stop_gradient(self.proved(memory))
         z = jax.lax.stop_gradient(z)
         limited = self.limited(memory) & ~done & consistent(bracket)
         return {**_bounds(z, bracket), "rounding_limited": limited}
 
     def finish(self, fn, z, args, stats, failed, rank):
-        """See `AbstractSolver`: no worse than `deqjax.certify` of what is returned."""
+        """Bounds no worse than those of `deqjax.certify` at the z that is returned."""
         fn, z, args = stop_gradient((fn, z, args))
         axes = mesh_axes(fn, z, args, stats, self)
         slack, at = self.margin(z), flat(z, rank)

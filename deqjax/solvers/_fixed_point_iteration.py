@@ -42,7 +42,6 @@ class FixedPointIteration(AbstractSolver):
         self.check()
 
     def requirements(self):
-        """See `AbstractSolver`."""
         damp = ("damp", self.damp, lambda x: x < 1, "a damping factor below 1")
         return [*super().requirements(), damp]
 

@@ -120,11 +120,9 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         check_int("PositiveConcaveSolver", "depth", self.depth, instead)
 
     def proved(self, memory: _Memory):
-        """See `AbstractCertifiedSolver`."""
         return memory.bracket, memory.phase == _ANSWER
 
     def limited(self, memory: _Memory):
-        """See `AbstractCertifiedSolver`."""
         return memory.failed >= _ATTEMPTS
 
     def blank(self, z0) -> _Memory:
@@ -201,7 +199,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         return m.part * weight * jnp.where(jnp.isfinite(least), least, 0)
 
     def _learn(self, m: _Memory, f_lower, width, slack) -> _Memory:
-        """What an attempt teaches that has failed, from f at the two ends.
+        """Learns from an attempt that has failed, by f at the two ends.
 
         Their half difference is J w, and `|f(c) - c| + rounding < w - J w` is what was missing.
         """
@@ -230,6 +228,5 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         return super().status(memory)._replace(retry=going & (memory.secants.stride > 0))
 
     def keep(self, go, live, new: _Memory, old: _Memory) -> _Memory:
-        """See `AbstractSolver`."""
         rest = super().keep(go, live, new._replace(secants=None), old._replace(secants=None))
         return rest._replace(secants=_secant.keep(live, new.secants, old.secants))

@@ -106,13 +106,11 @@ class Reversible(AbstractSolver):
         self.check()
 
     def requirements(self):
-        """See `AbstractSolver`."""
         reversible = lambda x: (x > 0) & (x < 2) & (x != 1)
         beta = ("beta", self.beta, reversible, "a relaxation in (0, 2) and not 1")
         return [*super().requirements(), beta]
 
     def check(self) -> None:
-        """See `AbstractSolver`."""
         super().check()
         if self.exact:
             self.grid  # noqa: B018, which raises

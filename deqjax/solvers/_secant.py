@@ -1,4 +1,4 @@
-"""What Anderson's and Broyden's methods share: secants, the step they imply, a safeguard.
+"""The engine of Anderson's and Broyden's methods: secants, the step they imply, a safeguard.
 
 With `g = f(z) - z`, each accepted iterate gives a secant: `s`, `y`, `v = s + y`, the differences of
 z, g and f(z) from the iterate accepted before it. The step is taken to where a combination of

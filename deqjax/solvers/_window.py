@@ -108,7 +108,7 @@ def restart(now: Bool[Array, ""], m: Secants) -> Secants:
 
 
 def _small(m: Secants) -> tuple[Array, ...]:
-    """What counts beside the window."""
+    """The part of the memory that counts, beside the window."""
     return m.count, m.size, m.best, m.stride, m.wait, m.pause, m.length, m.reach
 
 

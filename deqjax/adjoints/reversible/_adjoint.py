@@ -99,7 +99,6 @@ class ReversibleAdjoint(AbstractAdjoint):
             )
 
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
-        """See `deqjax.adjoints`."""
         del rewrite_fn, tags
         p = unpack(inputs)
         self.check_solver(p.solver)
@@ -130,7 +129,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             )
 
     def tape(self, solver: Reversible, z0: PyTree) -> AbstractTape:
-        """What the forward loop records."""
+        """The tape on which the forward loop records."""
         if solver.exact:
             return Digits(solver.grid)
         k = self.segment

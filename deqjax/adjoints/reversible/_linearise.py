@@ -38,7 +38,7 @@ def steps(flat: Flat, diff: Cotangents, num_steps: Any, while_loop: Callable) ->
 
 
 def chosen(flat: Flat, own: Sequence[bool]) -> Cotangents:
-    """What is differentiated."""
+    """The quantities that are differentiated."""
     arrays = [x if o else None for x, o in zip(flat.to_own(flat.arrays), own, strict=True)]
     beta = flat.solver.relaxation
     return Cotangents(arrays, flat.z0, beta if eqx.is_array(beta) else None)

@@ -30,7 +30,7 @@ from ._flat import Flat, batchable
 
 
 class Record(eqx.Module):
-    """What a forward loop leaves to the backward sweep."""
+    """The record that a forward loop leaves to the backward sweep."""
 
     pair: Pair  # the last two states
     tape: PyTree
@@ -39,7 +39,7 @@ class Record(eqx.Module):
 
 
 class Cotangents(eqx.Module):
-    """Of the arrays that are differentiated (None for the others), of z0 and of beta.
+    """Cotangents of the differentiated arrays (None for the others), of z0 and of beta.
 
     Tangents and the primals themselves are kept in the same form; arrays in that of `own_f`.
     """
@@ -69,7 +69,7 @@ def run(flat: Flat, own: Sequence[bool], record: None, gz: None) -> tuple[PyTree
 
 
 def recorded(flat: Flat) -> tuple[tuple[PyTree, LoopResult], Record]:
-    """What `iterate` returns, and the record of it."""
+    """The result of `iterate`, and the record of it."""
     out = run(flat, [False] * len(flat.arrays))
     z, loop = out
     state = loop.state

@@ -1,4 +1,4 @@
-"""What is written down on the way forward, so that the reversible iteration can be run backwards.
+"""The record of the way forward from which the reversible iteration is run backwards.
 
 Step i goes from `s[i-1], s[i]` to `s[i+1]`. A tape is a pytree like the state whose leaves have an
 axis of rows behind the batch axes.
@@ -25,16 +25,13 @@ class Digits(AbstractTape):
 
     @property
     def isolated(self):
-        """See `AbstractTape`."""
         return True
 
     def blank(self, pair, max_steps, rank):
-        """See `AbstractTape`."""
         words = -(-max_steps // self.grid.per_word)
         return jax.tree.map(lambda x: _rows(x, words, rank, jnp.uint32), pair[0])
 
     def push(self, tape, i, go, pair):
-        """See `AbstractTape`."""
         d, k = np.uint32(self.grid.d), i // self.grid.per_word
 
         def leaf(tape, before):
@@ -45,11 +42,9 @@ class Digits(AbstractTape):
         return jax.tree.map(leaf, tape, pair[0])
 
     def words(self, tape, rank):
-        """See `AbstractTape`."""
         return jax.tree.map(lambda x: _row(x, jnp.asarray(0), rank), tape)
 
     def undo(self, solver, tape, words, i, first, pair, fy, start, rank):
-        """See `AbstractTape`."""
         d, m = np.uint32(self.grid.d), self.grid.per_word
         stored = jax.tree.map(lambda x: _row(x, i // m, rank), tape)
         # A word is read when its last digit is due, and used up on the way to its first.
@@ -60,7 +55,6 @@ class Digits(AbstractTape):
         return before, words, jnp.asarray(0, jnp.float32)
 
     def final_gap(self, pair, start, rank):
-        """See `AbstractTape`."""
         return per_problem(self._gap, rank)(pair, (start, start))
 
     def _gap(self, a: PyTree, b: PyTree) -> Float[Array, ""]:
@@ -71,7 +65,6 @@ class Digits(AbstractTape):
         return max_abs(jax.tree.map(gap, a, b))
 
     def bound(self, z0):
-        """See `AbstractTape`."""
         return 0.0
 
 
@@ -82,18 +75,15 @@ class Segments(AbstractTape):
 
     @property
     def isolated(self):
-        """See `AbstractTape`."""
         return False
 
     def blank(self, pair, max_steps, rank):
-        """See `AbstractTape`."""
         if self.length is None:
             return None
         rows = -(-max_steps // self.length)
         return jax.tree.map(lambda x: _rows(x, 2 * rows, rank, x.dtype), pair[0])
 
     def push(self, tape, i, go, pair):
-        """See `AbstractTape`."""
         if self.length is None:
             return tape
         here, k = i % self.length == 0, 2 * (i // self.length)
@@ -107,7 +97,6 @@ class Segments(AbstractTape):
         return jax.tree.map(leaf, tape, *pair)
 
     def undo(self, solver, tape, words, i, first, pair, fy, start, rank):
-        """See `AbstractTape`."""
         del first
         raw = per_problem(lambda s, *a: s.unmix(*a), rank)(solver, pair[1], fy)
         if self.length is None:
@@ -122,11 +111,9 @@ class Segments(AbstractTape):
         return jax.tree.map(lambda a, b: jnp.where(known, a, b), stored, raw), words, gap
 
     def final_gap(self, pair, start, rank):
-        """See `AbstractTape`."""
         return jnp.asarray(0, jnp.float32)
 
     def bound(self, z0):
-        """See `AbstractTape`."""
         return math.inf if self.length is None else 10 * math.sqrt(_unit(z0))
 
 
