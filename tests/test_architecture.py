@@ -125,8 +125,9 @@ def test_every_public_method_says_what_it_does():
     assert len(said) > 80
 
     def documented(cls, name):
-        here = said.get(cls, {}).get(name)
-        return bool(here) or any(documented(base, name) for base in bases.get(cls, ()))
+        if cls not in said:  # of Optimistix and paramax
+            return name in ("apply", "init", "step", "terminate", "postprocess", "unwrap")
+        return bool(said[cls].get(name)) or any(documented(base, name) for base in bases[cls])
 
     for cls, methods in said.items():
         for name in methods:
