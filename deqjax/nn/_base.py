@@ -5,7 +5,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from numbers import Integral
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,14 +14,16 @@ import paramax
 from equinox import AbstractVar
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, PyTree
 
-from .._checks import check_size
+from .._checks import check_size, is_int
 from ..positive import (
     AbstractNonnegative,
     Enclosure,
     Properties,
     StrictlyPositive,
     certify,
+    properties,
 )
+from ._convolution import conv2d
 
 Weight = paramax.AbstractUnwrappable[Array] | Float[Array, "..."]
 # W as a function of an unbounded parameter, or None: the parameter is W, and `positive.project`
@@ -52,14 +54,16 @@ def masks_of(tree: PyTree, key: PRNGKeyArray) -> PyTree:
 class AbstractPositiveCell(AbstractNonnegative):
     """A cell made of `sigma(W z + x)`, `W >= 0`, with x as positive as sigma needs it."""
 
+    weight: AbstractVar[Weight]
     activation: AbstractVar[Callable[[Array], Array]]
     known: AbstractVar[Properties]  # the record of the activation, looked up once
     floor: AbstractVar[float]
     sharpness: AbstractVar[float]
 
-    @abc.abstractmethod
     def product(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
-        """`W z`."""
+        """`W z`, or the convolution of one image."""
+        weight = paramax.unwrap(self.weight)
+        return weight @ z if weight.ndim == 2 else conv2d(z[None], weight)[0]
 
     def __deepcopy__(self, memo: dict) -> "AbstractPositiveCell":
         # Arrays alone: a copy of JAX's jitted functions is another function to every cache.
@@ -71,6 +75,27 @@ class AbstractPositiveCell(AbstractNonnegative):
         if self.known.kind == 2:
             return jax.nn.relu(x)
         return StrictlyPositive(self.floor, self.sharpness)(x)
+
+
+def fill(
+    cell: Any,
+    sizes: tuple[int, ...],
+    activation: Callable[[Array], Array],
+    nonnegative: Nonnegative,
+    floor: float,
+    sharpness: float,
+    dtype: DTypeLike | None,
+    key: PRNGKeyArray,
+) -> None:
+    """Sets the fields that every positive cell has; `sizes` is `(size,)` or `(channels, k)`."""
+    length, *kernel = sizes
+    for k in kernel:
+        check_kernel_size(k)
+    shape = (*kernel * 2, length, length)
+    cell.weight = nonnegative_weight(shape, dtype, key, nonnegative)
+    cell.activation, cell.known = activation, properties(activation)
+    positive = StrictlyPositive(floor, sharpness)
+    cell.floor, cell.sharpness = positive.floor, positive.sharpness
 
 
 def certify_concave(
@@ -110,7 +135,7 @@ def nonnegative_weight(
 
 def check_kernel_size(kernel_size: int) -> None:
     """Raises `ValueError` unless the kernel has a centre."""
-    if not isinstance(kernel_size, Integral) or kernel_size < 1 or kernel_size % 2 == 0:
+    if not is_int(kernel_size) or kernel_size % 2 == 0:
         raise ValueError(
             f"A convolution expected an odd kernel_size, got {kernel_size!r}: an even "
             "one has no centre and shifts the image by half a pixel. Use the next odd size."

@@ -4,19 +4,16 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
-import paramax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ..positive import Enclosure, Properties, StrictlyPositive, properties, qualify
+from ..positive import Enclosure, Properties, StrictlyPositive, qualify
 from ._base import (
     AbstractPositiveCell,
     Nonnegative,
     Weight,
     certify_concave,
-    check_kernel_size,
-    nonnegative_weight,
+    fill,
 )
-from ._convolution import conv2d
 
 
 class AbstractPositiveConcave(AbstractPositiveCell):
@@ -101,15 +98,8 @@ class PositiveConcaveLinear(AbstractPositiveConcave):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        self.weight = nonnegative_weight((size, size), dtype, key, nonnegative)
         qualify(activation)
-        self.activation, self.known = activation, properties(activation)
-        positive = StrictlyPositive(floor, sharpness)
-        self.floor, self.sharpness = positive.floor, positive.sharpness
-
-    def product(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
-        """`W z`."""
-        return paramax.unwrap(self.weight) @ z
+        fill(self, (size,), activation, nonnegative, floor, sharpness, dtype, key)
 
 
 class PositiveConcaveConv2d(AbstractPositiveConcave):
@@ -151,14 +141,5 @@ class PositiveConcaveConv2d(AbstractPositiveConcave):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        check_kernel_size(kernel_size)
-        shape = (kernel_size, kernel_size, channels, channels)
-        self.weight = nonnegative_weight(shape, dtype, key, nonnegative)
         qualify(activation)
-        self.activation, self.known = activation, properties(activation)
-        positive = StrictlyPositive(floor, sharpness)
-        self.floor, self.sharpness = positive.floor, positive.sharpness
-
-    def product(self, z: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        """`W * z`."""
-        return conv2d(z[None], paramax.unwrap(self.weight))[0]
+        fill(self, (channels, kernel_size), activation, nonnegative, floor, sharpness, dtype, key)

@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from .._problem import point_like
 from .._program import run
 from .._tree import stop_gradient, widen
-from ..positive import Enclosure, Properties, Shifted, StrictlyPositive, properties
+from ..positive import Enclosure, Properties, Shifted, StrictlyPositive
 from ..positive._bracket import Bracket
 from ..positive._rounding import rounding
 from ..positive._thompson import enclose
@@ -21,10 +21,8 @@ from ._base import (
     AbstractPositiveCell,
     Nonnegative,
     Weight,
-    check_kernel_size,
-    nonnegative_weight,
+    fill,
 )
-from ._convolution import conv2d
 
 
 class AbstractSubhomogeneous(AbstractPositiveCell):
@@ -176,15 +174,8 @@ class SubhomogeneousLinear(AbstractSubhomogeneous):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        self.weight = nonnegative_weight((size, size), dtype, key, nonnegative)
-        self.activation, self.known = activation, properties(activation)
+        fill(self, (size,), activation, nonnegative, floor, sharpness, dtype, key)
         self.normalise = normalise
-        positive = StrictlyPositive(floor, sharpness)
-        self.floor, self.sharpness = positive.floor, positive.sharpness
-
-    def product(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
-        """`W z`."""
-        return paramax.unwrap(self.weight) @ z
 
 
 class SubhomogeneousConv2d(AbstractSubhomogeneous):
@@ -228,14 +219,5 @@ class SubhomogeneousConv2d(AbstractSubhomogeneous):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        check_kernel_size(kernel_size)
-        shape = (kernel_size, kernel_size, channels, channels)
-        self.weight = nonnegative_weight(shape, dtype, key, nonnegative)
-        self.activation, self.known = activation, properties(activation)
+        fill(self, (channels, kernel_size), activation, nonnegative, floor, sharpness, dtype, key)
         self.normalise = normalise
-        positive = StrictlyPositive(floor, sharpness)
-        self.floor, self.sharpness = positive.floor, positive.sharpness
-
-    def product(self, z: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        """`W * z`."""
-        return conv2d(z[None], paramax.unwrap(self.weight))[0]
