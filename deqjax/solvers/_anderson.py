@@ -6,13 +6,11 @@ import optimistix
 from jaxtyping import PyTree
 
 from .._checks import check_int
-from .._tree import as_real, from_real
-from . import _secant
-from ._base import AbstractSolver, Number, Status
-from ._secant import Secants
+from ._base import Number
+from ._secant import AbstractSecantSolver, Rule
 
 
-class Anderson(AbstractSolver):
+class Anderson(AbstractSecantSolver):
     """Anderson acceleration of `z <- f(z)`, regularised and safeguarded.
 
     With `g = f(z) - z` and, over the last `depth` accepted iterates, y and v the differences of g
@@ -71,20 +69,6 @@ class Anderson(AbstractSolver):
             ("ridge", self.ridge, lambda x: x >= 0, "a ridge of at least 0"),
         ]
 
-    def blank(self, z0: PyTree) -> Secants:
-        """An empty window."""
-        return _secant.empty(as_real(z0), self.depth)
-
-    def mix(self, z: PyTree, fz: PyTree, memory: Secants) -> tuple[PyTree, Secants]:
-        """One step."""
-        rule = _secant.Rule(galerkin=False, mixing=self.mixing, ridge=self.ridge)
-        after, memory = _secant.mix(rule, as_real(z), as_real(fz), memory)
-        return from_real(after, z), memory
-
-    def keep(self, go, live, new: Secants, old: Secants) -> Secants:
-        del go
-        return _secant.keep(live, new, old)
-
-    def status(self, memory: Secants) -> Status:
-        """An iterate to which an accelerated step led may be taken back."""
-        return super().status(memory)._replace(retry=memory.stride > 0)
+    @property
+    def rule(self) -> Rule:
+        return Rule(galerkin=False, mixing=self.mixing, ridge=self.ridge)

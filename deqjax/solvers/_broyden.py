@@ -6,16 +6,14 @@ import optimistix
 from jaxtyping import PyTree
 
 from .._checks import check_int, renamed
-from .._tree import as_real, from_real
-from . import _secant
-from ._base import AbstractSolver, Number, Status
-from ._secant import Secants
+from ._base import Number
+from ._secant import AbstractSecantSolver, Rule
 
 # The roundings of a Gram matrix in float32: without it two parallel steps are a breakdown.
 _RIDGE = 1e-10
 
 
-class Broyden(AbstractSolver):
+class Broyden(AbstractSecantSolver):
     """Limited-memory good Broyden method on `g(z) = f(z) - z`, safeguarded.
 
     With s, y and v the differences of z, g and f(z) over the last `depth` accepted iterates, in
@@ -77,20 +75,6 @@ class Broyden(AbstractSolver):
         check_int("Broyden", "depth", self.depth, "it is the number of steps that are remembered.")
         self.check()
 
-    def blank(self, z0: PyTree) -> Secants:
-        """An empty window."""
-        return _secant.empty(as_real(z0), self.depth)
-
-    def mix(self, z: PyTree, fz: PyTree, memory: Secants) -> tuple[PyTree, Secants]:
-        """One step."""
-        rule = _secant.Rule(galerkin=True, ridge=_RIDGE, line_search=self.line_search)
-        after, memory = _secant.mix(rule, as_real(z), as_real(fz), memory)
-        return from_real(after, z), memory
-
-    def keep(self, go, live, new: Secants, old: Secants) -> Secants:
-        del go
-        return _secant.keep(live, new, old)
-
-    def status(self, memory: Secants) -> Status:
-        """An iterate to which an accelerated step led may be taken back."""
-        return super().status(memory)._replace(retry=memory.stride > 0)
+    @property
+    def rule(self) -> Rule:
+        return Rule(galerkin=True, ridge=_RIDGE, line_search=self.line_search)

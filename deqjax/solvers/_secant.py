@@ -9,12 +9,15 @@ secants makes g vanish, as far as test vectors p can tell:
 `p = -y` minimises the norm of what is left of g, which is Anderson's method; `p = s` is Broyden's.
 """
 
+import abc
 import dataclasses
 
 import jax.numpy as jnp
+from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._tree import add, dot, lincomb, select, two_norm
+from .._tree import add, as_real, dot, from_real, lincomb, select, two_norm
+from ._base import AbstractSolver, Status
 from ._window import (
     LONGEST,
     Rule as Rule,
@@ -45,6 +48,34 @@ _DECREASE, _SHORTEST = 1e-4, 2.0**-5
 # off in 97; with this none does, and the worst takes 1.7 times Picard's evaluations. Shorter steps
 # are not judged: rotations take them with g behind them.
 _SHORT, _SHRINKS, _STRETCH = 2.0, 0.9, 4.0
+
+
+class AbstractSecantSolver(AbstractSolver):
+    """A method of secants in Optimistix's and deqjax's doors."""
+
+    depth: AbstractVar[int]
+
+    @property
+    @abc.abstractmethod
+    def rule(self) -> Rule:
+        """Which secant method."""
+
+    def blank(self, z0: PyTree) -> Secants:
+        """An empty window."""
+        return empty(as_real(z0), self.depth)
+
+    def mix(self, z: PyTree, fz: PyTree, memory: Secants) -> tuple[PyTree, Secants]:
+        """One step."""
+        after, memory = mix(self.rule, as_real(z), as_real(fz), memory)
+        return from_real(after, z), memory
+
+    def keep(self, go, live, new: Secants, old: Secants) -> Secants:
+        del go
+        return keep(live, new, old)
+
+    def status(self, memory: Secants) -> Status:
+        """An iterate to which an accelerated step led may be taken back."""
+        return super().status(memory)._replace(retry=memory.stride > 0)
 
 
 def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]:
