@@ -106,8 +106,8 @@ def test_fresh_noise_per_call_is_caught(exact):
     p = tanh(4, 0.8, dtype=np.float32)
     solver = reversible(exact=exact)
 
-    def run(check):
-        adjoint = ReversibleAdjoint(check=check, segment=4)
+    def run(on_failure):
+        adjoint = ReversibleAdjoint(on_failure=on_failure, segment=4)
         options = dict(max_steps=15, adjoint=adjoint)
         return deqjax.reversible_vjp(noisy(0.1), solver, p.z0, p.args, p.cotangent, **options)
 
@@ -115,7 +115,7 @@ def test_fresh_noise_per_call_is_caught(exact):
     assert not stats["trusted"]
     assert 0 < stats["reversal_residual"] < math.inf
     assert nothing_but_nan(out) and len(jax.tree.leaves(out)) == 3
-    assert finite(run("off")[0])
+    assert finite(run("keep")[0])
     with pytest.raises(eqx.EquinoxRuntimeError, match="did not end at z0"):
         jax.block_until_ready(run("raise"))
     loss = lambda a: jnp.sum(
@@ -170,7 +170,7 @@ def test_segments():
     assert not relative_error(deep(0.95, ReversibleAdjoint(segment=None))[0], truth) < 1e-3
 
 
-@pytest.mark.parametrize("field", [dict(segment=0), dict(segment="x"), dict(check="maybe")])
+@pytest.mark.parametrize("field", [dict(segment=0), dict(segment="x"), dict(on_failure="maybe")])
 def test_fields_refused(field):
     (name, value) = next(iter(field.items()))
     with pytest.raises(ValueError, match=f"expects {name}.*got {value!r}"):
