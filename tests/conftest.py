@@ -17,6 +17,25 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+# Of programs that take so long to compile: most of the suite's take less than a second.
+_CACHED = {"min_compile_time_secs": 0.03, "min_entry_size_bytes": -1}
+
+
+def pytest_configure(config):
+    """Compiled programs are kept in .pytest_cache for the next module, worker, script and run.
+
+    Without: `JAX_ENABLE_COMPILATION_CACHE=false python -m pytest`, or `-p no:cacheprovider`.
+    """
+    cache = getattr(config, "cache", None)
+    if cache is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    options = {"jax_compilation_cache_dir": str(cache.mkdir("jax"))}
+    options |= {f"jax_persistent_cache_{name}": value for name, value in _CACHED.items()}
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for the scripts that tests start
+
+
 @pytest.fixture
 def getkey():
     """A function that gives a new key at each call, the same ones in each run."""
