@@ -65,7 +65,9 @@ class ImplicitAdjoint(AbstractImplicitAdjoint):
 
     **Cost:** one evaluation of `f` with its linearisation, one Jacobian product a step and, in a
     state of several leaves, one a leaf; 50 copies of `z`, of which a step reads eight before
-    Anderson's method is at work. The number of terms of the series to a tolerance t is about
+    Anderson's method is at work. Where memory counts, 15 with
+    `linear_solver=deqjax.Anderson(rtol=1e-5, depth=3)`, which at rho(J) = 0.9 took 22 products for
+    16, and 102 for 43 at 0.99. The number of terms of the series to a tolerance t is about
     `log(t) / log(rho(J))`.
 
     **When not to use it:** away from a fixed point (a fixed small number of steps): it then
