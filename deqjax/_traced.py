@@ -53,13 +53,13 @@ class Body:
 
         def form(eqn):
             body = _nested(eqn)
+            if body in calls:
+                return calls[body]
             if body is None or not _multiplies(body.jaxpr):
                 return _in_place(eqn, replaced(eqn))
-            if body not in calls:
-                call = lambda *inputs: _evaluated(body.jaxpr, body.consts, inputs, form)
-                call.__name__ = eqn.params["name"]
-                calls[body] = jax.jit(call)
-            return calls[body]
+            call = lambda *inputs: _evaluated(body.jaxpr, body.consts, inputs, form)
+            call.__name__ = eqn.params["name"]
+            return calls.setdefault(body, jax.jit(call))
 
         return form
 

@@ -210,6 +210,16 @@ def check_linear(adjoint: Any) -> None:
         check_int(name, "max_steps", steps, "None is the ceiling of the solve.")
 
 
+def check_ceiling(name: str, max_steps: int | None, room: str = "") -> int:
+    """`max_steps`, or `ValueError` for a loop of any length, as Optimistix's front door has."""
+    if max_steps is None:
+        raise ValueError(
+            f"{name} expects a number as max_steps, got None; choose a ceiling on the number of "
+            f"steps{room}."
+        )
+    return max_steps
+
+
 def check_cotangent(name: str, z: PyTree, cotangent: PyTree) -> None:
     """Raises `ValueError` unless `cotangent` is shaped like `z`."""
     if jax.eval_shape(lambda: z) != jax.eval_shape(lambda: cotangent):

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from .._iterate import checkpointed_while
 from ..solvers import Anderson, Broyden
-from ._base import AbstractAdjoint, unpack
+from ._base import AbstractAdjoint, check_ceiling, unpack
 
 
 class RecursiveCheckpointAdjoint(AbstractAdjoint):
@@ -61,10 +61,6 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
                 f"coefficients of its steps are quotients of roundings, and their derivatives "
                 f"noise. Use deqjax.ImplicitAdjoint(), or differentiate deqjax.FixedPointIteration."
             )
-        if p.max_steps is None:
-            raise ValueError(
-                "RecursiveCheckpointAdjoint expects a number as max_steps, got None; "
-                "choose a ceiling on the number of steps."
-            )
+        check_ceiling("RecursiveCheckpointAdjoint", p.max_steps)
         loop = ft.partial(checkpointed_while, checkpoints=self.checkpoints)
         return primal_fn((p.fn, p.solver, p.z0, p.args, *p.rest, loop))

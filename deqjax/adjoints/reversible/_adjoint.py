@@ -9,7 +9,7 @@ from ..._iterate import AbstractTape, LoopResult, lax_while
 from ..._problem import Budget
 from ..._tree import stop_gradient
 from ...solvers import Reversible
-from .._base import AbstractAdjoint, no_gradient, tangent_of_extras, unpack
+from .._base import AbstractAdjoint, check_ceiling, no_gradient, tangent_of_extras, unpack
 from ._flat import Flat, flatten
 from ._linearise import linear, tangents_of
 from ._sweep import Record, recorded
@@ -107,13 +107,11 @@ class ReversibleAdjoint(AbstractAdjoint):
             flat = flatten(p.fn, p.args, p.solver, p.z0, p.budget, tape)
             out, rec = recorded(stop_gradient(flat))
         else:
-            if p.max_steps is None:
-                raise ValueError(
-                    "ReversibleAdjoint expects a number as max_steps, got None; choose a ceiling "
-                    "on the number of steps, for which there has to be room."
-                )
+            most = check_ceiling(
+                "ReversibleAdjoint", p.max_steps, ", for which there has to be room"
+            )
             out = primal_fn((*stop_gradient(inputs), lax_while))
-            budget = Budget(p.max_steps, LoopResult(*out[1][:3]).num_steps, 0, fixed=True)
+            budget = Budget(most, LoopResult(*out[1][:3]).num_steps, 0, fixed=True)
             flat, rec = flatten(p.fn, p.args, p.solver, p.z0, budget, tape), None
         z, extras = _attach(out, flat, rec, self.on_failure)
         return z, no_gradient(extras)
