@@ -17,12 +17,13 @@ from ._problem import (
     check_state,
     check_unmapped,
     convert,
+    precision_of,
     prepare,
 )
 from ._program import run
 from ._solution import RESULTS, Solution, completed, outcome, raise_unsuccessful
 from ._step import evaluate, residual
-from ._tree import per_problem, vary
+from ._tree import vary
 from .adjoints import AbstractAdjoint, AbstractFixedPointAdjoint, ImplicitAdjoint
 from .solvers import AbstractSolver
 
@@ -127,14 +128,14 @@ def solve(
         return run(_solve_optimistix, fn, solver, z0, args, adjoint, max_steps)
     prepared, budget, requested = prepare(solver, z0, batched, max_steps, steps)
     budget = dataclasses.replace(budget, best=best)
-    fn = prepared.around(fn)
-    fn, z0, args, axes = convert(fn, z0, args, prepared, budget, has_aux=has_aux)
+    with precision_of(prepared):
+        fn, z0, args, axes = convert(fn, z0, args, prepared, budget, has_aux=has_aux)
     prepared, budget = vary((prepared, budget), axes)
     return run(_solve, fn, prepared, z0, args, budget, requested, adjoint)
 
 
 def _solve(fn, solver, z0, args, budget, requested, adjoint) -> Solution:
-    solver = solver.bound(fn, z0, args, budget.rank)
+    solver = solver.prepared(fn, z0, args, budget.rank)
     inputs = (fn, solver, z0, args, budget)
     z, loop = adjoint.apply(iterate, residual, inputs, frozenset())
 
@@ -143,10 +144,8 @@ def _solve(fn, solver, z0, args, budget, requested, adjoint) -> Solution:
     fz, aux = evaluate(fn, z, args)
     complete = completed(solver, z, fz, loop, budget, requested)
     result, stats = outcome(z, fz, loop, complete, solver.in_range(), budget)
-    report = per_problem(lambda solver, *at: solver.report(*at), budget.rank)
-    told = report(solver, z, loop.state.memory)
-    told = solver.finish(fn, z, args, told, ~complete, budget.rank)
-    return Solution(value=z, result=result, aux=aux, stats=stats | told, state=None)
+    stats |= solver.stats(fn, z, args, loop.state.memory, ~complete, budget.rank)
+    return Solution(value=z, result=result, aux=aux, stats=stats, state=None)
 
 
 def _solve_optimistix(fn, solver, z0, args, adjoint, max_steps) -> Solution:

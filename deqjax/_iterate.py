@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
-from ._problem import problems
+from ._problem import Budget, problems
 from ._solution import too_large
-from ._step import isolate, measured, step
+from ._step import Step, freeze, isolate, measured, step
 from ._tree import mesh_axes, opaque, per_problem, select, vary
 
 WhileLoop = Callable[..., Any]
@@ -82,83 +82,104 @@ class _Carry(NamedTuple):
     memory: PyTree
     tape: PyTree
     num_steps: Int[Array, "..."]
-    stopped: Bool[Array, "..."]  # met its tolerance, or f(z) is beyond use, or overflow, or spent
+    stopped: Bool[Array, "..."]  # met its tolerance, f(z) is beyond use, overflow, or out of steps
     overflow: Bool[Array, "..."]
     error: Inexact[Array, "..."]  # at z, once measured
-    kept: tuple[PyTree, Array] | None  # the iterate of the least error so far, and that
-    spent: Bool[Array, "..."]  # stopped because no step was left
+    best: tuple[PyTree, Array] | None  # the iterate of the least error so far, and that error
+    out_of_steps: Bool[Array, "..."]
 
 
 def iterate(inputs: tuple) -> tuple[PyTree, LoopResult]:
     """Iterates `solver` on `fn` from `z0`: `((fn, solver, z0, args, budget, while_loop))`.
 
     Returns `z_n` and a `LoopResult`. A problem that has met its tolerance, or whose f(z)
-    is beyond use, keeps its state from then on, whatever its batch-mates do. One whose steps run
-    out is measured once more, and its best iterate returned.
+    is beyond use, keeps its state from then on, whatever its batch-mates do. A problem that runs
+    out of steps is measured once more, and its best iterate returned.
     """
     fn, solver, z0, args, budget, while_loop = inputs
     # Tests of a z0 that is constant would be folded, entry by entry: for 6 of 8 seconds of
     # compilation at 256 x 64 x 48.
     z0 = opaque(z0)
     axes = mesh_axes(fn, solver, z0, args, budget)
-    rank, limit, tape = budget.rank, budget.limit, budget.tape
-    shape = problems(z0, rank)
-    keeps = solver.best and budget.best and not budget.fixed
+    tracks_best = solver.returns_best and budget.best and not budget.fixed
 
-    def cond(c: _Carry):
-        going = ~c.stopped if keeps else ~c.stopped & (c.num_steps < limit)
-        return c.i < limit if budget.uniform else jnp.any(going)
+    def going(c: _Carry):
+        active = ~c.stopped if tracks_best else ~c.stopped & (c.num_steps < budget.limit)
+        return c.i < budget.limit if budget.uniform else jnp.any(active)
 
     def body(c: _Carry) -> _Carry:
-        f = isolate(fn, c.i) if tape is not None and tape.isolated else fn
-        out = step(f, solver, c.z, args, c.memory, rank=rank)
-        # A single problem that has stopped by a test has left the loop. At a fixed depth no test is
-        # made, and the compiler drops what is measured.
-        stopped = c.stopped if rank or budget.fixed else jnp.asarray(False)
-        error = c.error if budget.fixed else jnp.where(stopped, c.error, out.error)
-        live = ~stopped
-        going = live & (c.num_steps < limit)
-        overflow = c.overflow | (out.overflow & going)
-        if not budget.fixed:
-            stopped = stopped | (error < 1) | out.broken | out.overflow
-        spent, kept = c.spent, c.kept
-        if kept is not None:
-            spent = spent | (~stopped & (c.num_steps >= limit))
-            # A measure that is infinite throughout, as with zero tolerances, keeps the last.
-            kept = select(error <= kept[1], (c.z, error), kept)
-            stopped = stopped | spent
-        go = ~stopped & (c.num_steps < limit)
-        record = c.tape if tape is None else tape.push(c.tape, c.i, go, solver.pair(c.z, c.memory))
-        z, memory = out.z, out.memory
-        if not budget.uniform:
-            z, memory = select(go, z, c.z), solver.keep(go, live, memory, c.memory)
-        count = c.num_steps + go.astype(jnp.int32)
-        new = (c.i + 1, z, memory, record, count, stopped, overflow, error, kept, spent)
-        return vary(_Carry(*new), axes)
+        isolated = budget.tape is not None and budget.tape.isolated
+        f = isolate(fn, c.i) if isolated else fn
+        out = step(f, solver, c.z, args, c.memory, rank=budget.rank)
+        return vary(_after(c, out, solver, budget), axes)
+
+    init = vary(_first(solver, z0, budget, tracks_best), axes)
+    c = while_loop(going, body, init, max_steps=budget.max_steps + tracks_best)
+    z, error = _returned(c, budget)
+    return z, LoopResult(c.num_steps, error < 1, Memory(c.memory, c.overflow, error, c.tape))
+
+
+def _first(solver: Any, z0: PyTree, budget: Budget, tracks_best: bool) -> _Carry:
+    """The carry before the first step."""
 
     def start(z0):
         memory = solver.blank(z0)
         return solver.start(z0), memory, solver.status(memory)
 
+    rank, tape, shape = budget.rank, budget.tape, problems(z0, budget.rank)
     no = jnp.zeros(shape, bool)
     z, memory, status = per_problem(start, rank)(z0)
-    blank = None if tape is None else tape.blank(solver.pair(z, memory), budget.max_steps, rank)
+    record = None if tape is None else tape.blank(solver.pair(z, memory), budget.max_steps, rank)
     # In the dtype of what is measured, which the solver's norm decides.
     dtype = jax.eval_shape(lambda: measured(solver, z, z, rank)).dtype
     error = jnp.full(shape, jnp.inf, dtype)
-    stopped = status.failed | (limit < 0) if keeps else status.failed
-    kept = (z, error) if keeps else None
+    stopped = status.failed | (budget.limit < 0) if tracks_best else status.failed
+    best = (z, error) if tracks_best else None
     count, zero = jnp.zeros(shape, jnp.int32), jnp.asarray(0, jnp.int32)
-    init = _Carry(zero, z, memory, blank, count, stopped, status.overflow, error, kept, no)
-    passes = budget.max_steps + keeps
-    out = while_loop(cond, body, vary(init, axes), max_steps=passes)
-    z, error = out.z, out.error
-    if keeps:
-        # What has diverged is not to look like a solve that was merely too short.
-        spent = out.spent & ~per_problem(too_large, rank)(z)
-        z, error = select(spent, out.kept, (z, error))
-    memory = Memory(out.memory, out.overflow, error, out.tape)
-    return z, LoopResult(out.num_steps, error < 1, memory)
+    return _Carry(zero, z, memory, record, count, stopped, status.overflow, error, best, no)
+
+
+def _after(c: _Carry, out: Step, solver: Any, budget: Budget) -> _Carry:
+    """The carry after the step `out`."""
+    within = c.num_steps < budget.limit
+    # A single problem that has stopped by a test has left the loop. At a fixed depth no test is
+    # made, and the compiler drops what is measured.
+    stopped = c.stopped if budget.rank or budget.fixed else jnp.asarray(False)
+    error = c.error if budget.fixed else jnp.where(stopped, c.error, out.error)
+    active = ~stopped
+    overflow = c.overflow | (out.overflow & active & within)
+
+    # Stop what has met its tolerance, or cannot go on.
+    if not budget.fixed:
+        stopped = stopped | (error < 1) | out.broken | out.overflow
+
+    # Keep the best iterate for when the steps run out.
+    best, out_of_steps = c.best, c.out_of_steps
+    if best is not None:
+        out_of_steps = out_of_steps | (~stopped & ~within)
+        # A measure that is infinite throughout, as with zero tolerances, keeps the last.
+        best = select(error <= best[1], (c.z, error), best)
+        stopped = stopped | out_of_steps
+
+    # Record and take the step of those that go on; freeze the others.
+    moves = ~stopped & within
+    tape, record = budget.tape, c.tape
+    if tape is not None:
+        record = tape.push(record, c.i, moves, solver.pair(c.z, c.memory))
+    z, memory = out.z, out.memory
+    if not budget.uniform:
+        z, memory = select(moves, z, c.z), freeze(moves, active, memory, c.memory)
+    count = c.num_steps + moves.astype(jnp.int32)
+    return _Carry(c.i + 1, z, memory, record, count, stopped, overflow, error, best, out_of_steps)
+
+
+def _returned(c: _Carry, budget: Budget) -> tuple[PyTree, Inexact[Array, "..."]]:
+    """The last iterate, or the best one where the steps ran out, and the error measured there."""
+    if c.best is None:
+        return c.z, c.error
+    # What has diverged is not to look like a solve that was merely too short.
+    short = c.out_of_steps & ~per_problem(too_large, budget.rank)(c.z)
+    return select(short, c.best, (c.z, c.error))
 
 
 def unrolled(fn: Callable, solver: Any, z0: PyTree, xs: PyTree) -> tuple[PyTree, PyTree, Array]:

@@ -1,5 +1,6 @@
 """Validates a problem, once, when it is traced; refuses in sentences: expected, got, what to do."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,13 @@ def convert(
         traced = trace(call, z0, args)
     check_output(traced.out_struct[0], z0)
     return traced, z0, jax.tree.leaves(eqx.filter(args, eqx.is_array)), axes
+
+
+def precision_of(solver: Any) -> contextlib.AbstractContextManager:
+    """The context to trace f in: of the matrix precision that the solver asks for, if any."""
+    if solver.precision is None:
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(solver.precision)
 
 
 def check_output(got: PyTree, z0: PyTree) -> None:

@@ -1,15 +1,28 @@
 """One step: evaluate, measure, mix. Nothing else calls the function whose fixed point is sought."""
 
+import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
-from ._tree import opaque, per_problem, quotient, unify, widen
+from ._tree import opaque, per_problem, quotient, select, unify, widen
 
 Fn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+class AbstractMemory(eqx.Module):
+    """The memory of a method, or a part of it, that is not frozen entry by entry."""
+
+    @abc.abstractmethod
+    def kept(self, moves: Bool[Array, "..."], active: Bool[Array, "..."], old: Self) -> Self:
+        """The memory after a pass of the loop, which `moves` some problems.
+
+        `active` are those that had not stopped before the pass, `old` is the memory at that time.
+        """
 
 
 class Step(NamedTuple):
@@ -75,6 +88,16 @@ def step(fn: Fn, solver: Any, z: PyTree, args: PyTree, memory: PyTree, *, rank: 
     # An array of the solver may hold one value per problem.
     z, memory, broken, overflow = per_problem(mix, rank)(solver, z, fz, memory, error)
     return Step(z, memory, aux, error, broken, overflow)
+
+
+def freeze(
+    moves: Bool[Array, "..."], active: Bool[Array, "..."], new: PyTree, old: PyTree
+) -> PyTree:
+    """`new` of the problems that a pass `moves`, `old` of the others; an `AbstractMemory` decides
+    for itself."""
+    own = lambda x: isinstance(x, AbstractMemory)
+    leaf = lambda new, old: new.kept(moves, active, old) if own(new) else select(moves, new, old)
+    return jax.tree.map(leaf, new, old, is_leaf=own)
 
 
 def isolate(fn: Fn, i: Int[Array, ""]) -> Fn:

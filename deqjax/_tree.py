@@ -1,5 +1,7 @@
 """Pytree arithmetic, norms with a safe gradient at zero, and mesh axes."""
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Inexact, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Inexact, PyTree, Shaped
 
 Axes = frozenset[Any]
 
@@ -79,6 +81,21 @@ def unify(tree: PyTree) -> PyTree:
     """All leaves in the widest of their dtypes, which JAX's strict promotion leaves to us."""
     dtype = np.result_type(*(x.dtype for x in jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def flat(tree: PyTree, rank: int) -> Float[Array, "*b n"]:
+    """All entries of each problem in one axis, float32 or wider."""
+    leaves = unify([widen(x) for x in jax.tree.leaves(tree)])
+    return jnp.concatenate([x.reshape(*x.shape[:rank], -1) for x in leaves], -1)
+
+
+def unflat(vector: Float[Array, "*b n"], like: PyTree) -> PyTree:
+    """`vector` in the structure, shapes and dtypes of `like`."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = list(itertools.accumulate(math.prod(x.shape[vector.ndim - 1 :]) for x in leaves))
+    parts = jnp.split(vector, ends[:-1], -1)
+    back = [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, back)
 
 
 def _join(combine: Callable, scalars: list[Array]) -> Array:

@@ -1,6 +1,7 @@
 """The rules of the house: imports point one way, none is inside a function, classes are flat."""
 
 import ast
+import dataclasses
 import collections
 import graphlib
 import pathlib
@@ -94,7 +95,7 @@ def test_classes_are_abstract_or_final():
         derived = [c for c in ours if cls in c.__mro__[1:]]
         assert abstract or not derived, (cls, "is neither abstract nor final")
         if abstract:
-            assert "__init__" not in vars(cls) or not cls.__dataclass_fields__, cls
+            assert "__init__" not in vars(cls) or not dataclasses.fields(cls), cls
 
 
 def test_files_stay_small():

@@ -64,11 +64,22 @@ def no_gradient(tree: PyTree) -> PyTree:
     return jax.tree.map(eqxi.nondifferentiable_backward, tree)
 
 
-def tangent_of_extras(extras: PyTree, t_z: PyTree) -> PyTree:
-    """Zero, but made of tangents: so that `no_gradient` notices a loss of the extras."""
+@eqx.filter_custom_jvp
+def attach(out: PyTree, inputs: PyTree, tangent: Callable[[PyTree, PyTree, PyTree], PyTree]):
+    """`out = (z, extras)` itself, z with the derivative `tangent(out, inputs, their tangents)`."""
+    del inputs, tangent
+    return out
+
+
+@attach.def_jvp
+def _attach_jvp(primals, tangents):
+    _, inputs, tangent = primals
+    z, extras = attach(*primals)  # so that z has a derivative here too
+    t_z = tangent((z, extras), inputs, tangents[1])
+    # Zero, but made of tangents: so that `no_gradient` notices a loss of the extras.
     zero = dot(t_z, scale(0, t_z))
     like = lambda x: vary(jnp.broadcast_to(zero.astype(x.dtype), x.shape), mesh_axes(x))
-    return jax.tree.map(like, eqx.filter(extras, eqx.is_inexact_array))
+    return (z, extras), (t_z, jax.tree.map(like, eqx.filter(extras, eqx.is_inexact_array)))
 
 
 class AbstractFixedPointAdjoint(AbstractAdjoint):
@@ -90,7 +101,7 @@ class AbstractFixedPointAdjoint(AbstractAdjoint):
         del tags
         self.check_solver(unpack(inputs).solver)
         out = primal_fn((*stop_gradient(inputs), lax_while))
-        z, extras = _attach(out, inputs, rewrite_fn, self)
+        z, extras = attach(out, inputs, eqx.Partial(_implicit, self, rewrite_fn))
         return z, no_gradient(extras)
 
 
@@ -165,18 +176,9 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
         return solved(matvec, b, by(False), by(True))
 
 
-@eqx.filter_custom_jvp
-def _attach(out: PyTree, inputs: tuple, rewrite_fn: Callable, adjoint: Any) -> PyTree:
-    """`out = (z, extras)` itself, z with the derivative that the adjoint says it has."""
-    del inputs, rewrite_fn, adjoint
-    return out
-
-
-@_attach.def_jvp
-def _attach_jvp(primals, tangents):
-    out, inputs, rewrite_fn, adjoint = primals
-    _, t_inputs, _, _ = tangents
-    z, extras = _attach(out, inputs, rewrite_fn, adjoint)  # so that z has a derivative here too
+def _implicit(adjoint: Any, rewrite_fn: Callable, out: PyTree, inputs: tuple, t_inputs: PyTree):
+    """The tangent of z by the residual of the inputs, as `attach` wants it."""
+    z, extras = out
     is_none = lambda x: x is None
     moved = jax.tree.map(lambda t: t is not None, t_inputs, is_leaf=is_none)
     moving, still = eqx.partition(inputs, moved, is_leaf=is_none)
@@ -185,8 +187,7 @@ def _attach_jvp(primals, tangents):
         return rewrite_fn(z, None, eqx.combine(moving, still))
 
     at = Linearisation(residual, z, moving, t_inputs)
-    t_z = adjoint.tangent(at, unpack(inputs), LoopResult(*extras[:3]))
-    return (z, extras), (t_z, tangent_of_extras(extras, t_z))
+    return adjoint.tangent(at, unpack(inputs), LoopResult(*extras[:3]))
 
 
 def check_damped(adjoint: Any) -> None:

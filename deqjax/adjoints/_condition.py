@@ -7,7 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PyTree
 
-from .._tree import cast, lincomb, mesh_axes, per_problem, quotient, select, unify, vary, widen
+from .._tree import (
+    cast,
+    flat,
+    lincomb,
+    mesh_axes,
+    per_problem,
+    quotient,
+    select,
+    unflat,
+    unify,
+    vary,
+    widen,
+)
 
 LinearMap = Callable[[PyTree], PyTree]
 # `(b, transpose) -> (y, stats)` with A y = b, or A^T y = b.
@@ -38,7 +50,7 @@ def one_norm_of_inverse(
     Hager's walk from column to column of A^-1, by solves with A and its transpose. Infinite where a
     solve fails.
     """
-    norm = per_problem(lambda x: jnp.sum(jnp.abs(_flat(x))), rank)
+    norm = per_problem(lambda x: jnp.sum(jnp.abs(flat(x, 0))), rank)
 
     def body(c: _Carry) -> _Carry:
         u, stats = solve(cast(c.x, like), False)
@@ -106,31 +118,23 @@ def _signs(x: Array, seed: int) -> Array:
     return jnp.where(bits >> 16 & 1, 1, -1).astype(x.dtype).reshape(x.shape)
 
 
-def _flat(tree: PyTree) -> Inexact[Array, " n"]:
-    return jnp.concatenate([jnp.ravel(widen(x)) for x in jax.tree.leaves(unify(tree))])
-
-
-def _like(flat: Array, tree: PyTree) -> PyTree:
-    leaves, treedef = jax.tree.flatten(tree)
-    out, at = [], 0
-    for x in leaves:
-        out.append(flat[at : at + x.size].reshape(x.shape).astype(widen(x).dtype))
-        at += x.size
-    return jax.tree.unflatten(treedef, out)
+def _wide(tree: PyTree) -> PyTree:
+    return jax.tree.map(widen, tree)
 
 
 def _largest(tree: PyTree) -> PyTree:
     """The unit vector of the largest entry."""
-    flat = jnp.abs(_flat(tree))
-    return _like((jnp.arange(flat.size) == jnp.argmax(flat)).astype(flat.dtype), tree)
+    sizes = jnp.abs(flat(tree, 0))
+    unit = (jnp.arange(sizes.size) == jnp.argmax(sizes)).astype(sizes.dtype)
+    return unflat(unit, _wide(tree))
 
 
 def _even(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.ones_like(widen(x)), tree)
+    return jax.tree.map(lambda x: jnp.ones_like(x), _wide(tree))
 
 
 def _alternating(tree: PyTree) -> PyTree:
     """Higham's vector, for an A whose columns cancel in the sum: 1, ..., 2 with signs in turn."""
     n = sum(x.size for x in jax.tree.leaves(tree))
     k = jnp.arange(n)
-    return _like(jnp.where(k % 2 == 0, 1, -1) * (1 + k / max(n - 1, 1)), tree)
+    return unflat(jnp.where(k % 2 == 0, 1, -1) * (1 + k / max(n - 1, 1)), _wide(tree))

@@ -76,7 +76,7 @@ class ImplicitAdjoint(AbstractImplicitAdjoint):
     quantity (the columns of J sum to 1: a Markov chain, a balance of mass), of which there is a
     fixed point for every amount: I - J is singular, and the gradient NaN. Normalise inside f:
 
-        fn = lambda p, P: P @ p / jnp.sum(P @ p)    # in the place of P @ p
+        fn = lambda p, P: P @ p / jnp.sum(P @ p)    # instead of P @ p
 
     Forward mode, higher derivatives, and `jax.shard_map` hold for the iterations; a Lineax solver
     raises `ValueError` inside `jax.shard_map`. Through an `f` that holds a `jax.custom_vjp`

@@ -1,7 +1,8 @@
 """The default method for a linear equation: a series where it is fast, GMRES where it is slow."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optimistix
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
+from .._step import AbstractMemory
 from .._tree import dot, lincomb, quotient, select, two_norm
 from ..solvers._base import AbstractSolver, Number
 from ..solvers._secant import combine, products
@@ -21,7 +23,7 @@ _DEPTH = 16
 _RIDGE = 1e-8
 
 
-class Window(NamedTuple):
+class Window(AbstractMemory):
     """The memory of one problem."""
 
     z: PyTree  # the last iterate
@@ -33,6 +35,12 @@ class Window(NamedTuple):
     rows: Int[Array, ""]  # rows written
     size: Inexact[Array, ""]  # ||g|| / ||f(z)|| at the last iterate
     slow: Bool[Array, ""]  # whether the series has been given up
+
+    def kept(self, moves, active, old):
+        """The window as it is, in which nothing is written at the same z: no copy."""
+        # What has stopped shrinks no more, which is no reason to give up a series.
+        size, slow = select(moves, (self.size, self.slow), (old.size, old.slow))
+        return dataclasses.replace(self, size=size, slow=slow)
 
 
 class Krylov(AbstractSolver):
@@ -61,13 +69,6 @@ class Krylov(AbstractSolver):
         size = quotient(two_norm(lincomb(1, fz, -1, z)), two_norm(fz))
         slow = m.slow | (size > _SLOW * m.size)
         return ahead, Window(z, fz, y, v, gram, m.turn + 1, rows, size, slow)
-
-    def keep(self, go, live, new: Window, old: Window) -> Window:
-        """Without a copy of the window, in which nothing is written at the same z."""
-        del live
-        # What has stopped shrinks no more, which is no reason to give up a series.
-        size, slow = select(go, (new.size, new.slow), (old.size, old.slow))
-        return new._replace(size=size, slow=slow)
 
 
 def _at(k, rows: PyTree) -> PyTree:

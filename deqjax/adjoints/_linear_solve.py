@@ -56,9 +56,6 @@ class _Linear(AbstractSolver):
     def status(self, memory):
         return self.inner.status(memory)
 
-    def keep(self, go, live, new, old):
-        return self.inner.keep(go, live, new, old)
-
 
 def by_iteration(
     solver: AbstractSolver | None,
@@ -76,50 +73,63 @@ def by_iteration(
     `solver=None` sums the Neumann series, and goes on with a Krylov method where that stalls.
     `sharper` makes a measure that can tell more than the relative residual from that one.
     """
-    wide = jax.tree.map(widen, b)
-    # The equation is linear: its size is taken out, so that no square overflows.
-    size = per_problem(max_abs, rank)(b)
-    size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
-    divide = lambda x, s: jax.tree.map(lambda x: x / s.astype(x.dtype), x)
-    unit = per_problem(divide, rank)(wide, size)
-    start = unit
-    if y0 is not None:
-        # Where b is 0 so is y, to which a relative residual does not lead.
-        warm = per_problem(divide, rank)(cast(y0, wide), size)
-        usable = per_problem(lambda b, y: (max_abs(b) > 0) & jnp.isfinite(max_abs(y)), rank)
-        start = select(usable(b, y0), warm, unit)
+    size, unit = _scaled(b, rank)
+    start = unit if y0 is None else _warm(y0, b, size, unit, rank)
+
+    # What y is held to, and the units in which its leaves are compared.
+    if tol is None and solver is not None:
+        tol = solver.rtol
+    coupled = coupling(matvec, b, rank)
+    measure = sharper(residual_of(b, tol, coupled))
+    seen = None if coupled is None else per_problem(units, rank)(start, coupled)
 
     def fn(y, unit):
         product = matvec(cast(y, b))
         return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, product, unit), None
 
-    if tol is None and solver is not None:
-        tol = solver.rtol
-    coupled = coupling(matvec, b, rank)
-    measure = sharper(residual_of(b, tol, coupled))
-    unit_ = None if coupled is None else per_problem(units, rank)(start, coupled)
-    inner = Krylov() if solver is None else solver
-    method = _Linear(inner=inner, measure=measure, unit=unit_)
-    limit = jnp.asarray(max_steps, jnp.int32)
-    budget = Budget(max_steps, limit, rank, fixed=False)
+    method = _Linear(inner=Krylov() if solver is None else solver, measure=measure, unit=seen)
+    budget = Budget(max_steps, jnp.asarray(max_steps, jnp.int32), rank, fixed=False)
     y, (num_steps, _, state) = iterate((fn, method, start, unit, budget, lax_while))
+    inverse = _inverse_norm(state, rank if solver is None else None)
 
-    inverse = vary(jnp.ones_like(state.error), mesh_axes(state.error))
-    if solver is None:
-        of = lambda window: per_problem(inverse_bound, rank)(window)
-        window = state.memory
-        inverse = jax.lax.cond(jnp.any(window.slow), of, lambda _: inverse, window)
-
+    # The verdict on each problem, and its y in the size that it has.
     def outcome(measure, error, y, b, coupled, inverse):
         good = measure.accepts(error, growth(y, b, coupled), inverse)
         code = RESULTS.where(good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
         return measure.report(error) | {"result": code}
 
-    restore = lambda y, s, b: jax.tree.map(
-        lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b
-    )
+    def restore(y, s, b):
+        return jax.tree.map(lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b)
+
     stats = per_problem(outcome, rank)(measure, state.error, y, unit, coupled, inverse)
     return per_problem(restore, rank)(y, size, b), {"num_steps": num_steps} | stats
+
+
+def _scaled(b: PyTree, rank: int) -> tuple[Inexact[Array, "..."], PyTree]:
+    """The size of b, which is taken out so that no square overflows, and `b / size`."""
+    size = per_problem(max_abs, rank)(b)
+    size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    return size, per_problem(_divided, rank)(jax.tree.map(widen, b), size)
+
+
+def _divided(x: PyTree, size: Inexact[Array, ""]) -> PyTree:
+    return jax.tree.map(lambda x: x / size.astype(x.dtype), x)
+
+
+def _warm(y0: PyTree, b: PyTree, size: Inexact[Array, "..."], unit: PyTree, rank: int) -> PyTree:
+    """`y0 / size` where that is a start; where b is 0 so is y, to which no residual leads."""
+    warm = per_problem(_divided, rank)(cast(y0, unit), size)
+    usable = per_problem(lambda b, y: (max_abs(b) > 0) & jnp.isfinite(max_abs(y)), rank)
+    return select(usable(b, y0), warm, unit)
+
+
+def _inverse_norm(state: Any, rank: int | None) -> Inexact[Array, "..."]:
+    """A lower bound of the norm of A's inverse, by the window of `Krylov`; 1 of other methods."""
+    one = vary(jnp.ones_like(state.error), mesh_axes(state.error))
+    if rank is None:
+        return one
+    of = lambda window: per_problem(inverse_bound, rank)(window)
+    return jax.lax.cond(jnp.any(state.memory.slow), of, lambda _: one, state.memory)
 
 
 def by_lineax(

@@ -129,7 +129,7 @@ def nonnegative_weight(
     raise ValueError(
         f"A cell with a nonnegative weight expected nonnegative=jnp.square, jax.nn.softplus or "
         f"None (an array, for deqjax.positive.project after each update), got {nonnegative!r}. "
-        f"For another function, put paramax.Parameterize(function, v) in the place of cell.weight."
+        f"For another function, set cell.weight to paramax.Parameterize(function, v)."
     )
 
 

@@ -194,17 +194,14 @@ class DEQ(eqx.Module):
         return cell.certify(z, x, batched=batched, fan_in=fan_in)
 
     def _solve(self, x, z0, masks, steps, *, batched: bool = True) -> tuple[Any, Solution]:
-        cell, predictor = self.cell, self.predictor
+        """Inject, start, solve, read out."""
+        cell = self.cell
         over = jax.vmap if batched else lambda one: one
         read = lambda name: over(lambda masks, x: getattr(eqx.combine(masks, cell), name)(x))
         if hasattr(cell, "inject"):
             x = read("inject")(masks, x)
-        if z0 is None and predictor is not None:
-            z0 = over(predictor)(x)
-        elif z0 is None and hasattr(cell, "initial"):
-            z0 = read("initial")(masks, x)
-        elif z0 is None:
-            z0 = jax.tree.map(jnp.zeros_like, x)
+        if z0 is None:
+            z0 = self._start(x, masks, over, read)
         sol = fixed_point(
             _Mapped(cell, masks) if batched else eqx.combine(masks, cell),
             self.solver,
@@ -216,6 +213,14 @@ class DEQ(eqx.Module):
             adjoint=self.adjoint,
         )
         return (read("readout")(masks, sol.value) if hasattr(cell, "readout") else sol.value), sol
+
+    def _start(self, x, masks, over, read) -> PyTree:
+        """The initial iterate, where none is given: a prediction, the cell's own, or zeros."""
+        if self.predictor is not None:
+            return over(self.predictor)(x)
+        if hasattr(self.cell, "initial"):
+            return read("initial")(masks, x)
+        return jax.tree.map(jnp.zeros_like, x)
 
 
 def shard_solves(model: PyTree, sharding: NamedSharding | None) -> PyTree:

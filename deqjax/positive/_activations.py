@@ -234,7 +234,7 @@ def qualify(activation: Callable[..., Any]) -> Activation:
             f"a positive.Power; got {name(activation)}. relu, the identity and softplus do not "
             "qualify: with them a fixed point exists only if the spectral radius of W is below 1, "
             "which no training keeps. Pass one of these functions itself, neither its name nor a "
-            "lambda around it: jax.nn.relu6 in the place of relu, jax.nn.sigmoid in the place of "
+            "lambda around it: jax.nn.relu6 instead of relu, jax.nn.sigmoid instead of "
             "softplus."
         )
     return Activation(known.kind, known.supremum)

@@ -8,15 +8,12 @@ since Picard iteration falls from the one and rises from the other. Tested in fl
 a relative bound of the rounding of f, this is a proof, whatever led to y.
 """
 
-import itertools
-import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
-from .._tree import quotient, unify, widen
+from .._tree import quotient
 
 # A bound of the relative rounding of f, of each problem or of all; infinite where there is none.
 Slack = float | Float[Array, "*b"]
@@ -27,21 +24,6 @@ class Bracket(NamedTuple):
 
     lower: Float[Array, "*b n"]
     upper: Float[Array, "*b n"]
-
-
-def flat(tree: PyTree, rank: int) -> Float[Array, "*b n"]:
-    """All entries of each problem in one axis, float32 or wider."""
-    leaves = unify([widen(x) for x in jax.tree.leaves(tree)])
-    return jnp.concatenate([x.reshape(*x.shape[:rank], -1) for x in leaves], -1)
-
-
-def unflat(vector: Float[Array, "*b n"], like: PyTree) -> PyTree:
-    """`vector` in the structure, shapes and dtypes of `like`."""
-    leaves, treedef = jax.tree.flatten(like)
-    ends = list(itertools.accumulate(math.prod(x.shape[vector.ndim - 1 :]) for x in leaves))
-    parts = jnp.split(vector, ends[:-1], -1)
-    back = [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, back)
 
 
 def _margin(slack: Slack, dtype) -> Float[Array, "*b 1"]:

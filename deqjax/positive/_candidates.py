@@ -58,56 +58,66 @@ def candidates(
 ) -> Candidates:
     """Looks for an upper and a lower point that hold by `margin`, the rounding of f at z."""
     base = jnp.maximum(z, fz)
-
-    def close(sign: int, term, total, weight, product) -> End:
-        largest = lambda x: jnp.max(x, -1)
-        # J at l is above J at z, by about as much as that is away.
-        away = 0.0 if sign > 0 else 4 * largest(jnp.abs(total) / base)[..., None]
-        room = weight - product * (1 + away)
-
-        def needed(margin):
-            missing = sign * term + 1.02 * margin
-            ratio = missing / jnp.where(room > 0, room, 1)
-            ratio = jnp.where(room > 0, ratio, jnp.inf)
-            return largest(jnp.where(missing > 0, ratio, 0))[..., None]
-
-        # An end away from z has a larger margin than z has.
-        longer = 1 + jnp.maximum(sign * total, 0) / base + needed(margin) * weight / base
-        t = needed(margin * longer)
-        step = sign * total + t * weight
-        size = largest(jnp.abs(step) / base)
-        return End(step, t * weight, jnp.where(jnp.isnan(size), jnp.inf, size), t[..., 0])
-
-    def compare(c: Candidates) -> Candidates:
-        up = close(1, c.term, c.sum, c.weight, c.product)
-        down = close(-1, c.term, c.sum, c.weight, c.product)
-        before = jnp.maximum(c.up.size, c.down.size)
-        now = jnp.maximum(up.size, down.size)
-        open = jnp.maximum(up.closed, down.closed) > _OPEN * now
-        shorter = (c.steps == 1) | (now < _SHORTER * before)
-        return c._replace(
-            up=select(up.size < c.up.size, up, c.up),
-            down=select(down.size < c.down.size, down, c.down),
-            # A bound that is not finite yet is worth another pass in any case.
-            going=c.going & (~jnp.isfinite(now) | (shorter & open)),
-        )
-
-    def further(c: Candidates) -> Candidates:
-        weight = jnp.maximum(c.product, _FLOOR * base)
-        weight = weight / jnp.max(weight / base, -1, keepdims=True)
-        new = c._replace(
-            term=jvp(c.term),
-            sum=c.sum + c.term,
-            weight=weight,
-            product=jvp(weight),
-            steps=c.steps + 2,
-        )
-        return select(c.going, compare(new), c)
-
     shape, zero = z.shape[:-1], jnp.zeros_like(z)
     inf = jnp.full(shape, jnp.inf, z.dtype)
     none = End(zero, zero, inf, inf)
     count, yes = jnp.ones(shape, jnp.int32), jnp.ones(shape, bool)
     first = Candidates(fz - z, zero, base, jvp(base), none, none, count, yes)
     going = lambda c: jnp.any(c.going & (c.steps < 2 * _PASSES + 1))
-    return jax.lax.while_loop(going, further, vary(compare(vary(first, axes)), axes))
+    compared = lambda c: _compared(c, base, margin)
+    further = lambda c: select(c.going, compared(_longer(jvp, c, base)), c)
+    return jax.lax.while_loop(going, further, vary(compared(vary(first, axes)), axes))
+
+
+def _longer(jvp: Callable, c: Candidates, base: Float[Array, "*b n"]) -> Candidates:
+    """One term more of d, and one power step of the weight."""
+    weight = jnp.maximum(c.product, _FLOOR * base)
+    weight = weight / jnp.max(weight / base, -1, keepdims=True)
+    return c._replace(
+        term=jvp(c.term),
+        sum=c.sum + c.term,
+        weight=weight,
+        product=jvp(weight),
+        steps=c.steps + 2,
+    )
+
+
+def _compared(
+    c: Candidates, base: Float[Array, "*b n"], margin: Float[Array, "*b n"]
+) -> Candidates:
+    """The better of the ends so far and those of this pass, and whether another one is worth it."""
+    up, down = _end(1, c, base, margin), _end(-1, c, base, margin)
+    before = jnp.maximum(c.up.size, c.down.size)
+    now = jnp.maximum(up.size, down.size)
+    open = jnp.maximum(up.closed, down.closed) > _OPEN * now
+    shorter = (c.steps == 1) | (now < _SHORTER * before)
+    return c._replace(
+        up=select(up.size < c.up.size, up, c.up),
+        down=select(down.size < c.down.size, down, c.down),
+        # A bound that is not finite yet is worth another pass in any case.
+        going=c.going & (~jnp.isfinite(now) | (shorter & open)),
+    )
+
+
+def _end(sign: int, c: Candidates, base: Float[Array, "*b n"], margin: Float[Array, "*b n"]) -> End:
+    """The upper end (sign 1) or the lower one (-1) that term, sum, weight and product give."""
+    # J at l is above J at z, by about as much as that is away.
+    away = 0.0 if sign > 0 else 4 * _largest(jnp.abs(c.sum) / base)[..., None]
+    room = c.weight - c.product * (1 + away)
+
+    def needed(margin):
+        missing = sign * c.term + 1.02 * margin
+        ratio = missing / jnp.where(room > 0, room, 1)
+        ratio = jnp.where(room > 0, ratio, jnp.inf)
+        return _largest(jnp.where(missing > 0, ratio, 0))[..., None]
+
+    # An end away from z has a larger margin than z has.
+    longer = 1 + jnp.maximum(sign * c.sum, 0) / base + needed(margin) * c.weight / base
+    t = needed(margin * longer)
+    step = sign * c.sum + t * c.weight
+    size = _largest(jnp.abs(step) / base)
+    return End(step, t * c.weight, jnp.where(jnp.isnan(size), jnp.inf, size), t[..., 0])
+
+
+def _largest(x: Float[Array, "*b n"]) -> Float[Array, "*b"]:
+    return jnp.max(x, -1)

@@ -13,8 +13,8 @@ from .._problem import convert, point
 from .._program import run
 from .._solution import span
 from .._step import evaluate
-from .._tree import Axes, is_traced, stop_gradient
-from ._bracket import Bracket, Slack, flat, relative_error, unflat
+from .._tree import Axes, flat, is_traced, stop_gradient, unflat
+from ._bracket import Bracket, Slack, relative_error
 from ._candidates import Candidates
 from ._enclosure import enclose
 from ._rounding import rounding

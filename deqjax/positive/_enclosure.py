@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._tree import Axes, vary
-from ._bracket import Bracket, Slack, at_most, consistent, flat, narrow, unflat
+from .._tree import Axes, flat, unflat, vary
+from ._bracket import Bracket, Slack, at_most, consistent, narrow
 from ._candidates import Candidates, candidates
 
 # What is tried, in steps and in t v beside them. First more of t v alone, for rounding: where d has

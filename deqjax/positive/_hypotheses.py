@@ -14,10 +14,8 @@ from .._checks import check_int, check_real, float_state
 from .._problem import convert
 from .._program import run
 from .._tree import cast, quotient, unify, widen
+from ._sampling import limit, sample
 
-# Half of the points lie within these powers of ten of the size of f(0), half anywhere from there to
-# as far above the largest fixed point.
-_DECADES = 4.0
 # Powers of 4 that are looked through for that fixed point.
 _POWERS = range(-64, 32)
 # A search that doubles reaches a scale of 1e8 in 27 steps; the others turn it to the Perron vector.
@@ -141,8 +139,8 @@ def _check(fn, like, x, key, samples: int) -> Hypotheses:
     largest = jnp.max(b)
     size = jnp.where(largest > 0, jnp.maximum(b, 1e-3 * largest), 1)
     above = jnp.maximum(jnp.log10(jnp.maximum(top / jnp.max(widen(size)), 1)), 0)
-    sample = lambda key: _sample(f, b, size, above, rounding, key)
-    found, points = jax.vmap(sample)(jax.random.split(key, samples))
+    draw = lambda key: sample(f, b, size, above, rounding, key)
+    found, points = jax.vmap(draw)(jax.random.split(key, samples))
     excess, u = _search(f, size)
     worst = jnp.argmax(found, axis=0)
     violation = jnp.max(found, axis=0)
@@ -157,70 +155,17 @@ def _scales(f, like) -> tuple[Float[Array, " n"], Float[Array, ""]]:
     # least t / 4 at the first power of 4 from s on. The size of f(0) tells nothing of it: the three
     # of sigmoid(60 z - 30) are 1e-13, 1/2 and 1.
     powers = 4.0 ** jnp.asarray(_POWERS, widen(like).dtype)
-    powers = jnp.where(powers < _limit(like.dtype), powers, 0)
+    powers = jnp.where(powers < limit(like.dtype), powers, 0)
     entries = jnp.concatenate([jnp.zeros_like(powers[:1]), powers]).astype(like.dtype)
     b, *_ = values = jax.vmap(lambda t: f(jnp.full_like(like, t)))(entries)
     reached = jnp.max(widen(values), axis=1)[1:] >= powers / 4
     return b, jnp.max(jnp.where(reached, powers, 0))
 
 
-def _sample(f, b, size, above, rounding, key) -> tuple[Float[Array, "4"], Float[Array, "4 n"]]:
-    keys = jax.random.split(key, 7)
-    draw = lambda i, low, high: jax.random.uniform(keys[i], (), size.dtype, low, high)
-    # Three of one scale: between points of very different ones a chord sees only the larger.
-    wide = _DECADES + jnp.where(jax.random.bernoulli(keys[6]), above, 0)
-    decade = -_DECADES + (wide + _DECADES) * widen(draw(0, 0.0, 1.0))
-    z, y, v = jax.vmap(lambda key: _point(size, decade, key))(keys[1:4])
-    t, a = draw(4, 0.1, 0.9), jnp.exp(draw(5, 0.0, 4.0))
-    d, m = y - z, (1 - t) * z + t * y
-    # One trace of f for all points and directions: it is f that takes time to compile.
-    points = jnp.stack([z, m, y, z, m, y, z])
-    ways = jnp.stack([d, d, d, *[jnp.abs(d)] * 3, v])
-    values, slopes = jax.vmap(lambda p, way: jax.jvp(f, (p,), (way,)))(points, ways)
-    b, t, a, values, slopes, (higher, scaled) = jax.tree.map(
-        widen, (b, t, a, values, slopes, jax.vmap(f)(jnp.stack([z + v, a * z])))
-    )
-    fz, fm, fy = values[:3]
-    first, middle, last, *steep, rise = slopes
-
-    def largest(*arrays):
-        return jnp.max(jnp.abs(jnp.stack(arrays)), axis=0)
-
-    def units(excess, size):
-        # 0 / 0 is no violation; what is not finite is one.
-        units = jnp.where(excess <= 0, 0, quotient(excess, rounding * size))
-        return jnp.where(jnp.isnan(units), jnp.inf, units)
-
-    sign = jnp.where((b > 0) & (fz > 0), 0, jnp.inf)
-    # The lesser of two: 1 - exp(-u) cancels in its value, 1 - tanh^2 in its derivative.
-    size = largest(fz, higher)
-    monotone = jnp.minimum(units(fz - higher, size), units(-rise, size))
-    chord = units((1 - t) * fz + t * fy - fm, largest(fz, fy, fm))
-    steeper = jnp.maximum(jnp.maximum(middle, last) - first, last - middle)
-    concave = jnp.minimum(chord, units(steeper, largest(*steep)))
-    # Where f(z) <= 0 it is not positive, which is counted above.
-    scalable = jnp.where(fz > 0, units(scaled - a * fz, a * fz), 0)
-    violations = jnp.stack([jnp.max(v) for v in (sign, monotone, concave, scalable)])
-    return violations, jnp.stack([jnp.where(jnp.all(b > 0), z, 0), z, m, z])
-
-
-def _point(size, decade, key):
-    of_scale, of_mask, of_density = jax.random.split(key, 3)
-    density = jnp.asarray([1.0, 0.5, 1 / size.size])[jax.random.randint(of_density, (), 0, 3)]
-    keep = jax.random.bernoulli(of_mask, density, size.shape)
-    spread = jax.random.uniform(of_scale, size.shape, decade.dtype, -1.0, 1.0)
-    z = jnp.minimum(widen(size) * 10 ** (decade + spread), _limit(size.dtype))
-    return jnp.where(keep, z, 0).astype(size.dtype)
-
-
-def _limit(dtype) -> float:
-    return float(jnp.finfo(dtype).max) ** 0.5
-
-
 def _search(f, size) -> tuple[Float[Array, ""], Float[Array, " n"]]:
     # If Picard for 2 f converges then f(u) = u / 2. If f is asymptotically A u + ..., it grows
     # along A's Perron vector p, and f(t p) <= t p for some t if and only if rho(A) < 1.
-    top = jnp.minimum(_SEARCH_SCALE * jnp.max(widen(size)), _limit(size.dtype)).astype(size.dtype)
+    top = jnp.minimum(_SEARCH_SCALE * jnp.max(widen(size)), limit(size.dtype)).astype(size.dtype)
 
     def step(_, carry):
         u, best, witness = carry

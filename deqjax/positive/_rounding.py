@@ -3,9 +3,9 @@
 For numbers of one sign, sums and products in any order have a relative error, which adds up and is
 never amplified: with unit roundoff u, a sum of m products is off by `m u / (1 - m u)` at most
 (Higham, Accuracy and stability of numerical algorithms, 2nd ed., 2002, equation 3.5). A function
-passes on `|u sigma'(u) / sigma(u)|` of the error of its argument, for which there is a bound of 1
-or less for each one in the table, and adds its own. That numbers have one sign is proved beside
-this, by `_signs.py`: as far as it depends on arrays, when f runs.
+passes on `|u sigma'(u) / sigma(u)|` of the error of its argument, bounded by 1 or less for each
+one in the table of `_rounding_rules.py`, and adds its own. `_signs.py` proves that numbers have one
+sign: as far as that depends on arrays, when f runs.
 """
 
 import math
@@ -23,41 +23,14 @@ from .._tree import unify, widen
 from ._equations import (
     SWITCHES,
     body,
-    constants,
     everything,
     is_softplus,
     refusal,
     scan_parts,
-    terms,
     trace,
 )
+from ._rounding_rules import Operation, error
 from ._signs import signs
-
-# How much of a relative error each passes on, of arguments >= 0 (or of either sign, if odd), and
-# by how many units in the last place XLA's version misses: the largest over 4e6 points log-uniform
-# in [1e-10, 60] on a CPU, float32 and float64, rounded up (tanh 4.9 and 7.0, erf 4.9, expm1 5.9,
-# log1p 3.6, logistic 1.8, atan 1.4, softplus 2.6). Not measured on other devices.
-_FUNCTIONS = {
-    **dict.fromkeys(("tanh", "erf", "expm1"), (1.0, 8)),
-    **dict.fromkeys(("log1p", "atan", "logistic", "softplus"), (1.0, 4)),
-    "sqrt": (0.5, 1),
-    "cbrt": (1 / 3, 8),
-    "rsqrt": (0.5, 4),
-    "square": (2.0, 1),
-    "integer_pow": (0.0, 0),  # by its exponent, below
-    "pow": (0.0, 8),  # likewise
-}
-_MATRIX = frozenset(
-    "dot_general conv_general_dilated deqjax_conv2d deqjax_conv2d_image deqjax_dense".split()
-)
-_EXACT = frozenset(
-    "abs broadcast_in_dim clamp concatenate copy dynamic_slice dynamic_update_slice expand_dims "
-    "gather max min name neg optimization_barrier pad pcast pvary reduce_max reduce_min "
-    "reduce_window_max reshape rev select_n sharding_constraint slice split squeeze stack "
-    "stop_gradient tile transpose".split()
-)
-# Of a float32 product on an accelerator unless the highest precision is asked for: bfloat16 inputs.
-_FAST_PRODUCTS = 2.0**-7
 
 
 def rounding(
@@ -169,35 +142,8 @@ class _Walk:
 
     def primitive(self, eqn: Any, kind: str, inputs: list[float | None]) -> float:
         moving = [x for x in inputs if x is not None]
-        largest, total = max(moving), sum(moving)
         unit = float(jnp.finfo(eqn.outvars[0].aval.dtype).eps) / 2
-        length = terms(eqn)
-        if kind in ("mul", "div"):
-            # XLA divides by multiplying with a rounded reciprocal, of a square root by rsqrt.
-            return total + (3 if kind == "div" else 1) * unit
-        if kind in _MATRIX:
-            fast = unit >= 2.0**-24 and not asks_highest(eqn.params.get("precision"))
-            return total + (length or 1) * unit + _cast(eqn) + fast * _FAST_PRODUCTS
-        if length is not None:
-            return largest + length * unit
-        if kind in ("add", "add_any"):
-            return largest + unit
-        if kind == "convert_element_type":
-            before = float(jnp.finfo(eqn.invars[0].aval.dtype).eps) / 2
-            return largest + (unit if unit > before else 0)
-        if kind in _EXACT:
-            return largest
-        if kind in _FUNCTIONS:
-            passed, units = _FUNCTIONS[kind]
-            if kind == "integer_pow":
-                passed = units = abs(eqn.params["y"])
-            if kind == "pow":
-                if inputs[1] is not None or not constants(eqn):
-                    raise refusal(self.name, kind, "has an exponent that is no constant")
-                passed = abs(constants(eqn)[-1])
-            return passed * largest + units * unit
-        what = "may cancel" if kind == "sub" else "is none whose rounding is known"
-        raise refusal(self.name, kind, what)
+        return error(Operation(self.name, eqn, kind, inputs, max(moving), sum(moving), unit))
 
     def scan(self, eqn: Any, inputs: list[float | None]) -> list[float | None]:
         inside, first, num = scan_parts(eqn)
@@ -214,9 +160,3 @@ class _Walk:
 
 def _worst(errors: tuple[float | None, ...]) -> float | None:
     return max((x for x in errors if x is not None), default=None)
-
-
-def _cast(eqn: Any) -> float:
-    """The rounding of a weight that a product takes in a shorter dtype than it has."""
-    units = [float(jnp.finfo(v.aval.dtype).eps) / 2 for v in eqn.invars]
-    return units[0] if eqn.primitive.name == "deqjax_dense" and units[0] > units[1] else 0.0

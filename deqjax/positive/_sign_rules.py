@@ -4,6 +4,7 @@ In the language of `_signs.py`: `Moving` is what depends on z, and anything else
 not: a scalar that is written into f, whose sign is known, or an array, known when f runs.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -87,41 +88,45 @@ def vouched(inputs: list[Any]) -> Rule:
 
 def rule(eqn: Any, kind: str, inputs: list[Any]) -> Rule:
     """That of an equation in which something depends on z."""
-    first = inputs[0]
-    if kind in _PRODUCTS:
-        sign = 1
-        for x in inputs:
-            sign *= _sign(x)
-        arrays = [(i, x) for i, x in enumerate(inputs) if not isinstance(x, Moving)]
-        by = lambda i: kind == "div" and i == 1
-        return Rule(sign, tuple(Held(i, x, 1, by(i)) for i, x in arrays if not written(x)))
-    if kind in _JOINING:
-        return join([*enumerate(inputs)][: _JOINING[kind]])
-    if kind in _KEEPING or terms(eqn) is not None:
-        kept = join([(0, first)])
-        fill = eqn.params.get("fill_value")
-        if fill is not None and not kept.sign * fill >= 0:
-            return kept._replace(refused="fills in numbers of another sign")
-        return kept._replace(always=first.always if isinstance(first, Moving) else None)
-    if kind in ("neg", "abs"):
-        return Rule(-first.sign if kind == "neg" else 1)
-    if kind in ("max", "min"):
-        return _extremum(1 if kind == "max" else -1, [*enumerate(inputs)])
-    if kind == "clamp":
-        return _clamp(inputs)
-    if kind == "select_n":
-        return _select(inputs)
+    if kind in _RULES:
+        return _RULES[kind](eqn, kind, inputs)
+    if terms(eqn) is not None:
+        return _kept(eqn, kind, inputs)
     if kind in SWITCHES or eqn.outvars[0].aval.dtype == bool:
         return Rule(always=_outcome(kind, inputs))
-    if kind in ODD or kind in _POSITIVE or kind == "expm1":
-        sign = _sign(first)
-        if kind == "expm1" and sign > 0:
-            return Rule(refused="of a positive number multiplies its relative error")
-        if kind in _POSITIVE and sign < 0:
-            return Rule(refused="of a negative number multiplies its relative error")
-        return Rule(sign, _all(sign, [*enumerate(inputs)][:1]).held)
     what = "may cancel" if kind == "sub" else "is none whose rounding is known"
     return Rule(refused=what)
+
+
+def _product(eqn: Any, kind: str, inputs: list[Any]) -> Rule:
+    sign = 1
+    for x in inputs:
+        sign *= _sign(x)
+    arrays = [(i, x) for i, x in enumerate(inputs) if not isinstance(x, Moving)]
+    by = lambda i: kind == "div" and i == 1
+    return Rule(sign, tuple(Held(i, x, 1, by(i)) for i, x in arrays if not written(x)))
+
+
+def _joined(eqn: Any, kind: str, inputs: list[Any]) -> Rule:
+    return join([*enumerate(inputs)][: _JOINING[kind]])
+
+
+def _kept(eqn: Any, kind: str, inputs: list[Any]) -> Rule:
+    first = inputs[0]
+    kept = join([(0, first)])
+    fill = eqn.params.get("fill_value")
+    if fill is not None and not kept.sign * fill >= 0:
+        return kept._replace(refused="fills in numbers of another sign")
+    return kept._replace(always=first.always if isinstance(first, Moving) else None)
+
+
+def _function(eqn: Any, kind: str, inputs: list[Any]) -> Rule:
+    sign = _sign(inputs[0])
+    if kind == "expm1" and sign > 0:
+        return Rule(refused="of a positive number multiplies its relative error")
+    if kind in _POSITIVE and sign < 0:
+        return Rule(refused="of a negative number multiplies its relative error")
+    return Rule(sign, _all(sign, [*enumerate(inputs)][:1]).held)
 
 
 def _extremum(sign: int, values: list[tuple[int, Any]]) -> Rule:
@@ -169,3 +174,17 @@ def _outcome(kind: str, inputs: list[Any]) -> bool | None:
     if kind in ("lt", "ge"):
         return kind == "ge" if right <= 0 else None
     return kind == "gt" if right < 0 else None
+
+
+_RULES: dict[str, Callable[[Any, str, list[Any]], Rule]] = {
+    **dict.fromkeys(_PRODUCTS, _product),
+    **dict.fromkeys(_JOINING, _joined),
+    **dict.fromkeys(_KEEPING, _kept),
+    **dict.fromkeys((*ODD, *_POSITIVE, "expm1"), _function),
+    "neg": lambda eqn, kind, inputs: Rule(-inputs[0].sign),
+    "abs": lambda eqn, kind, inputs: Rule(1),
+    "max": lambda eqn, kind, inputs: _extremum(1, [*enumerate(inputs)]),
+    "min": lambda eqn, kind, inputs: _extremum(-1, [*enumerate(inputs)]),
+    "clamp": lambda eqn, kind, inputs: _clamp(inputs),
+    "select_n": lambda eqn, kind, inputs: _select(inputs),
+}

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Inexact, PyTree
 
 from .._solution import RESULTS
 from .._step import scaled_error, step
-from .._tree import is_traced, mesh_axes, select, vary
+from .._tree import is_traced, mesh_axes, vary
 
 Number = float | Inexact[Array, ""]
 
@@ -47,6 +47,11 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     atol: AbstractVar[Number]  # pyright: ignore[reportIncompatibleVariableOverride]
     norm: AbstractVar[Callable[[PyTree], Any]]
 
+    # The best iterate is returned, and not the last, if the steps run out.
+    returns_best: ClassVar[bool] = True
+    # Of the matrix products in f; None: as the user has it.
+    precision: ClassVar[str | None] = None
+
     @abc.abstractmethod
     def blank(self, z0: PyTree) -> PyTree:
         """The memory before the first step, for the initial iterate `z0` of one problem."""
@@ -64,45 +69,21 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         del memory
         return Status(*[jnp.asarray(False)] * 3)
 
-    def around(self, fn: Callable) -> Callable:
-        """`fn` as the solver wants it to be traced."""
-        return fn
-
-    def bound(self, fn: Callable, z0: PyTree, args: PyTree, rank: int) -> "AbstractSolver":
-        """The solver with what it reads off `fn(z, args) -> (z', aux)` itself, before the loop."""
-        del fn, z0, args, rank
-        return self
-
-    def report(self, z: PyTree, memory: PyTree) -> dict[str, Array]:
-        """The stats of this method beside the usual ones, for the iterate `z` that is returned."""
-        del z, memory
-        return {}
-
-    def finish(
-        self, fn: Callable, z: PyTree, args: PyTree, stats: dict, failed: Array, rank: int
-    ) -> dict[str, Array]:
-        """The stats of `report`, of all problems, as improved where the solve has `failed`."""
-        del fn, z, args, failed, rank
-        return stats
-
-    @property
-    def best(self) -> bool:
-        """Whether the best iterate is returned, and not the last, if the steps run out."""
-        return True
-
     def start(self, z0: PyTree) -> PyTree:
         """The first iterate: `z0`, as exactly as the method can represent it."""
         return z0
 
-    def keep(
-        self, go: Bool[Array, "..."], live: Bool[Array, "..."], new: PyTree, old: PyTree
-    ) -> PyTree:
-        """The memory after a pass of the loop: `new` for problems that `go` on, `old` for others.
+    def prepared(self, fn: Callable, z0: PyTree, args: PyTree, rank: int) -> "AbstractSolver":
+        """The solver with what it reads off `fn(z, args) -> (z', aux)` itself, before the loop."""
+        del fn, z0, args, rank
+        return self
 
-        `live` are those that had not stopped before this pass.
-        """
-        del live
-        return select(go, new, old)
+    def stats(
+        self, fn: Callable, z: PyTree, args: PyTree, memory: PyTree, failed: Array, rank: int
+    ) -> dict[str, Array]:
+        """The stats of this method beside the usual ones, of all problems; some have `failed`."""
+        del fn, z, args, memory, failed, rank
+        return {}
 
     @abc.abstractmethod
     def mix(self, z: PyTree, fz: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._tree import select
-from ..positive._bracket import Bracket, flat, narrow, unflat
+from .._tree import flat, select, unflat
+from ..positive._bracket import Bracket, narrow
 from ._certified import AbstractCertifiedSolver
 
 

@@ -13,16 +13,14 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._checks import check_real
 from .._step import evaluate
-from .._tree import mesh_axes, per_problem, select, stop_gradient
+from .._tree import flat, mesh_axes, per_problem, select, stop_gradient, unflat
 from ..positive._bracket import (
     Bracket,
     Slack,
     centre,
     consistent,
-    flat,
     intersection,
     relative_error,
-    unflat,
 )
 from ..positive._enclosure import enclose
 from ..positive._equations import calls, trace
@@ -33,10 +31,12 @@ from ._base import AbstractSolver
 class AbstractCertifiedSolver(AbstractSolver):
     """A solver that ends where a bracket of z* is narrow enough, and nowhere else."""
 
+    precision = "highest"  # rounding is counted of full products, on every platform
+
     upper: AbstractVar[float | None]
     fan_in: AbstractVar[int | None]
     slack: AbstractVar[float | None]  # the bound of rounding itself; read off f where it is None
-    counted: AbstractVar[Array | None]  # what `bound` makes of these and of f
+    counted: AbstractVar[Array | None]  # what `prepared` makes of these and of f
 
     def __check_init__(self):
         self.check()
@@ -57,11 +57,9 @@ class AbstractCertifiedSolver(AbstractSolver):
     def limited(self, memory: Any) -> Bool[Array, ""]:
         """Whether there is no going on, for rounding."""
 
-    def around(self, fn: Callable) -> Callable:
-        """Full products on every platform: those are counted."""
-        return _Precise(fn)
-
-    def bound(self, fn: Callable, z0: PyTree, args: PyTree, rank: int) -> "AbstractCertifiedSolver":
+    def prepared(
+        self, fn: Callable, z0: PyTree, args: PyTree, rank: int
+    ) -> "AbstractCertifiedSolver":
         self._check_real(z0)
         given = (self.fan_in, type(self).__name__)
         fn, z0, args = stop_gradient((fn, z0, args))
@@ -85,7 +83,7 @@ class AbstractCertifiedSolver(AbstractSolver):
     def step(self, fn, y, args, options, state, tags):
         """Optimistix: as in `AbstractSolver`, with the signs of the arrays in f looked at."""
         self.margin(y)
-        whole = self.bound(fn, y, args, 0)
+        whole = self.prepared(fn, y, args, 0)
         return super(AbstractCertifiedSolver, whole).step(fn, y, args, options, state, tags)
 
     def start(self, z0: PyTree) -> PyTree:
@@ -134,14 +132,9 @@ class AbstractCertifiedSolver(AbstractSolver):
         over = ~consistent(bracket) | (self.limited(memory) & ~done)
         return jnp.where(over, jnp.nan, jnp.where(done, 0, error))
 
-    def report(self, z: PyTree, memory: Any) -> dict[str, Any]:
-        bracket, done = jax.lax.stop_gradient(self.proved(memory))
-        z = jax.lax.stop_gradient(z)
-        limited = self.limited(memory) & ~done & consistent(bracket)
-        return {**_bounds(z, bracket), "rounding_limited": limited}
-
-    def finish(self, fn, z, args, stats, failed, rank):
-        """Bounds no worse than those of `deqjax.certify` at the z that is returned."""
+    def stats(self, fn, z, args, memory, failed, rank):
+        """The bracket of the solve; where that has failed, no wider than `deqjax.certify` of z."""
+        stats = per_problem(lambda solver, *at: solver._told(*at), rank)(self, z, memory)
         fn, z, args = stop_gradient((fn, z, args))
         axes = mesh_axes(fn, z, args, stats, self)
         slack, at = self.margin(z), flat(z, rank)
@@ -157,15 +150,11 @@ class AbstractCertifiedSolver(AbstractSolver):
             bracket = jax.lax.cond(jnp.any(failed), better, lambda bracket: bracket, bracket)
         return {**stats, **per_problem(_bounds, rank)(z, bracket)}
 
-
-class _Precise(eqx.Module):
-    """f with every matrix product at the highest precision."""
-
-    fn: Callable
-
-    def __call__(self, z: PyTree, args: PyTree) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return self.fn(z, args)
+    def _told(self, z: PyTree, memory: Any) -> dict[str, Any]:
+        """The stats that the memory has, of one problem."""
+        bracket, done = jax.lax.stop_gradient(self.proved(memory))
+        limited = self.limited(memory) & ~done & consistent(bracket)
+        return {**_bounds(jax.lax.stop_gradient(z), bracket), "rounding_limited": limited}
 
 
 def _bounds(z: PyTree, bracket: Bracket) -> dict[str, Any]:

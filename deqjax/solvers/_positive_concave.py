@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import optimistix
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_int
-from .._tree import quotient, select
-from ..positive._bracket import Bracket, at_most, consistent, flat, narrow, unflat
+from .._tree import flat, quotient, select, unflat
+from ..positive._bracket import Bracket, at_most, consistent, narrow
 from . import _secant
 from ._base import Status
 from ._certified import AbstractCertifiedSolver
@@ -23,9 +23,9 @@ _SLOW = 0.7
 # A first attempt where the residual is half of the tolerance; after a failed one, where it has
 # shrunk as the attempt showed to be necessary, within these bounds.
 _FIRST, _LEAST, _MOST = 0.5, 0.5, 0.125
-# An attempt fails for a weight or a width that the next one mends, or for rounding, for good. At
-# rho(J) up to 0.999 (tanh, relu6, sigmoid, soft_sign, n = 80) two failed at most in float64, and up
-# to seven in float32 where rounding left one width in ten.
+# A failed attempt mends the weight or the width of the next; rounding fails it for good. At rho(J)
+# up to 0.999 (tanh, relu6, sigmoid, soft_sign, n = 80) at most two failed in float64, seven in
+# float32 where rounding left one width in ten.
 _ATTEMPTS = 8
 # Roundings that a width has at least, and the part of it that a weight keeps where J w is 0: as for
 # the candidates of `deqjax.certify`.
@@ -52,6 +52,21 @@ class _Memory(NamedTuple):
     failed: Int[Array, ""]
 
 
+class _Seen(NamedTuple):
+    """An evaluation of f, and what follows from it."""
+
+    x: Float[Array, " n"]
+    fx: Float[Array, " n"]
+    slack: Float[Array, ""]
+    bracket: Bracket
+    residual: Float[Array, ""]  # over the tolerance
+    iterating: Bool[Array, ""]  # x is an iterate
+    slow: Bool[Array, ""]  # Picard iteration gives way to Anderson's
+    climb: Bool[Array, ""]  # an upper point is looked for further up
+    arrived: Bool[Array, ""]  # x is one
+    attempt: Bool[Array, ""]  # a proof is tried around f(x)
+
+
 class PositiveConcaveSolver(AbstractCertifiedSolver):
     """Solves a positive concave f to a *certified* tolerance, entry by entry.
 
@@ -74,7 +89,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     - `fan_in`: as in `deqjax.certify`; it has to be given in Optimistix's own front door, where f
         comes with the matrix precision that it was traced with, and bounds are the solver's own
         (nothing is proved there of a 3 x 3 `nn.Conv2d`, unless the precision is the highest).
-    - `slack`: the bound of the relative rounding of f itself, in the place of what is counted. As
+    - `slack`: the bound of the relative rounding of f itself, instead of what is counted. As
         with `fan_in`, arrays still have to be nonnegative.
     - `depth`: of Anderson's window, an int of at least 1.
 
@@ -129,89 +144,79 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         """No bound but 0 and `upper`."""
         bracket = self.unbounded(z0)
         zero = bracket.lower
-        secants = dataclasses.replace(
-            _secant.empty(z0, self.depth), wait=jnp.asarray(_FAST, jnp.int32)
-        )
+        empty = _secant.empty(z0, self.depth)
+        secants = dataclasses.replace(empty, wait=jnp.asarray(_FAST, jnp.int32))
         count = jnp.asarray(0, jnp.int32)
         trigger = jnp.asarray(_FIRST, zero.dtype)
         unknown = jnp.asarray(jnp.inf, zero.dtype)
         one, ones = jnp.ones_like(unknown), jnp.ones_like(zero)
-        return _Memory(
-            secants, bracket, count, zero, ones, ones, zero, trigger, unknown, one, count
-        )
+        last = (zero, trigger, unknown, one, count)
+        return _Memory(secants, bracket, count, zero, ones, ones, *last)
 
     def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
         """One step of the iteration, or one evaluation of an attempt."""
-        m, x, fx = memory, flat(z, 0), flat(fz, 0)
+        at = self._look(z, fz, memory)
+        m = self._iterated(z, fz, memory, at)
+        m = m._replace(centre=jnp.where(at.attempt, at.fx, m.centre))
+        width = self._width(m)
+        m = m._replace(f_upper=jnp.where(m.phase == _ABOVE, at.fx, m.f_upper))
+        m = select(m.phase == _BELOW, self._learned(m, at, width), m)
+        return self._next(z, m, at, width)
+
+    def _look(self, z: PyTree, fz: PyTree, m: _Memory) -> _Seen:
+        """The bounds that an evaluation proves, and what is to follow it."""
+        x, fx = flat(z, 0), flat(fz, 0)
         slack = jnp.asarray(self.margin(z), x.dtype)
         countable = jnp.isfinite(slack)
         bracket, _, _ = narrow(m.bracket, x, fx, slack)
-        iterating = m.phase == _ITERATE
-        most = self.allowed(fx)
-        gap = jnp.abs(fx - x)
+        iterating, climbing = m.phase == _ITERATE, m.phase == _CLIMB
+        most, gap = self.allowed(fx), jnp.abs(fx - x)
         residual = jnp.max(gap / jnp.where(most > 0, most, 1))
         # What rounding is all that is left of cannot become less.
         least = jnp.where(countable, slack, jnp.finfo(x.dtype).eps)
         small = (residual <= m.trigger) | jnp.all(gap <= least * fx)
         slow = iterating & (residual > _SLOW * m.last) & (m.secants.wait > _FAST // 2)
         unbounded = ~jnp.all(jnp.isfinite(bracket.upper)) & countable
-        climb = (slow | (m.phase == _CLIMB)) & unbounded
-        arrived = (m.phase == _CLIMB) & ~unbounded
-        attempt = iterating & small & ~climb
+        climb = (slow | climbing) & unbounded
+        arrived, attempt = climbing & ~unbounded, iterating & small & ~climb
+        return _Seen(x, fx, slack, bracket, residual, iterating, slow, climb, arrived, attempt)
 
-        secants, ahead = self._advance(z, fz, m, iterating, slow, arrived)
-        ahead = jnp.clip(ahead, bracket.lower, bracket.upper)
-        ahead = jnp.where(iterating | arrived, ahead, m.ahead)
-        m = m._replace(secants=secants, bracket=bracket, ahead=ahead)
-        m = m._replace(centre=jnp.where(attempt, fx, m.centre))
-        width = self._width(m)
-        m = m._replace(
-            f_upper=jnp.where(m.phase == _ABOVE, fx, m.f_upper),
-            last=jnp.where(iterating, residual, m.last),
+    def _iterated(self, z: PyTree, fz: PyTree, m: _Memory, at: _Seen) -> _Memory:
+        """The iteration's own memory and next iterate; unless iterating, those it stopped at."""
+        s = dataclasses.replace(m.secants, wait=jnp.where(at.slow, 0, m.secants.wait))
+        z, fz = select(at.iterating, (z, fz), (s.z, s.f))
+        ahead, after = _secant.mix(_RULE, z, fz, s)
+        s = _secant.restart(at.arrived, after.kept(at.iterating, at.iterating, s))
+        ahead = jnp.where(at.arrived, at.fx, flat(ahead, 0))
+        ahead = jnp.clip(ahead, at.bracket.lower, at.bracket.upper)
+        return m._replace(
+            secants=s,
+            bracket=at.bracket,
+            ahead=jnp.where(at.iterating | at.arrived, ahead, m.ahead),
+            last=jnp.where(at.iterating, at.residual, m.last),
         )
-        m = select(m.phase == _BELOW, self._learn(m, fx, width, slack), m)
-        # Where rounding has no bound no attempt can succeed.
-        m = m._replace(failed=jnp.where(attempt & ~countable, _ATTEMPTS, m.failed))
-
-        target = jnp.where(climb, 2 * jnp.maximum(x, fx), ahead)
-        target = jnp.where(attempt, m.centre + width, target)
-        target = jnp.where(m.phase == _ABOVE, m.centre - width, target)
-        answer, done = self.answer(bracket, z)
-        phase = jnp.where(m.phase == _ABOVE, _BELOW, _ITERATE)
-        phase = jnp.where(attempt, _ABOVE, jnp.where(climb, _CLIMB, phase))
-        phase = jnp.where(done, _ANSWER, phase).astype(jnp.int32)
-        return select(done, answer, unflat(target, z)), m._replace(phase=phase)
-
-    def _advance(self, z, fz, m: _Memory, iterating, slow, arrived):
-        """The iteration's own memory and next iterate; unless iterating, asked where it was."""
-        s = m.secants
-        s = dataclasses.replace(s, wait=jnp.where(slow, 0, s.wait))
-        ahead, after = _secant.mix(_RULE, *select(iterating, (z, fz), (s.z, s.f)), s)
-        s = _secant.restart(arrived, _secant.keep(iterating, after, s))
-        return s, jnp.where(arrived, flat(fz, 0), flat(ahead, 0))
 
     def _width(self, m: _Memory) -> Float[Array, " n"]:
         """Half of the bracket to be tried: its centre is off by no more than that."""
         weight = jnp.where(m.failed == 0, m.centre, m.weight)
-        most = self.allowed(m.centre)
-        ratio = jnp.where(weight > 0, most / jnp.where(weight > 0, weight, 1), jnp.inf)
-        least = jnp.min(ratio)
+        positive = jnp.where(weight > 0, weight, 1)
+        least = jnp.min(jnp.where(weight > 0, self.allowed(m.centre) / positive, jnp.inf))
         return m.part * weight * jnp.where(jnp.isfinite(least), least, 0)
 
-    def _learn(self, m: _Memory, f_lower, width, slack) -> _Memory:
-        """Learns from an attempt that has failed, by f at the two ends.
+    def _learned(self, m: _Memory, at: _Seen, width: Float[Array, " n"]) -> _Memory:
+        """The memory with what f at the two ends of an attempt that has failed says.
 
         Their half difference is J w, and `|f(c) - c| + rounding < w - J w` is what was missing.
         """
-        product = (m.f_upper - f_lower) / 2
-        left = jnp.abs((m.f_upper + f_lower) / 2 - m.centre)
-        margin = at_most(m.centre, slack) - m.centre
+        product = (m.f_upper - at.fx) / 2
+        left = jnp.abs((m.f_upper + at.fx) / 2 - m.centre)
+        margin = at_most(m.centre, at.slack) - m.centre
         room = width - product
         over = lambda x: jnp.max(jnp.where(room > 0, x / jnp.where(room > 0, room, 1), jnp.inf))
         # Where f bends too much within the width, no small residual helps; rounding asks for width.
         bent = ~jnp.all(room > 0)
-        finest = quotient(_ROUNDINGS * slack, jnp.asarray(self.rtol, width.dtype))
-        finest = jnp.clip(finest, 0, 1)
+        rtol = jnp.asarray(self.rtol, width.dtype)
+        finest = jnp.clip(quotient(_ROUNDINGS * at.slack, rtol), 0, 1)
         narrower = jnp.maximum(m.part / 4, jnp.minimum(finest, m.part))
         # Rounding alone is more than there is room for, by a weight that has been mended.
         hopeless = (over(margin) > 1) & ~bent & (m.failed > 0)
@@ -222,11 +227,24 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
             failed=m.failed + jnp.where(hopeless, 3, 1),
         )
 
+    def _next(
+        self, z: PyTree, m: _Memory, at: _Seen, width: Float[Array, " n"]
+    ) -> tuple[PyTree, _Memory]:
+        """Where f is evaluated next, and in which phase."""
+        answer, done = self.answer(at.bracket, z)
+        above = m.phase == _ABOVE
+        target = jnp.where(at.climb, 2 * jnp.maximum(at.x, at.fx), m.ahead)
+        target = jnp.where(at.attempt, m.centre + width, target)
+        target = jnp.where(above, m.centre - width, target)
+        phase = jnp.where(above, _BELOW, _ITERATE)
+        phase = jnp.where(at.attempt, _ABOVE, jnp.where(at.climb, _CLIMB, phase))
+        phase = jnp.where(done, _ANSWER, phase).astype(jnp.int32)
+        # Where rounding has no bound no attempt can succeed.
+        hopeless = at.attempt & ~jnp.isfinite(at.slack)
+        failed = jnp.where(hopeless, _ATTEMPTS, m.failed)
+        return select(done, answer, unflat(target, z)), m._replace(phase=phase, failed=failed)
+
     def status(self, memory: _Memory) -> Status:
         """An iterate to which an accelerated step led is taken back while proofs are tried."""
         going = (memory.failed < _ATTEMPTS) & consistent(memory.bracket)
         return super().status(memory)._replace(retry=going & (memory.secants.stride > 0))
-
-    def keep(self, go, live, new: _Memory, old: _Memory) -> _Memory:
-        rest = super().keep(go, live, new._replace(secants=None), old._replace(secants=None))
-        return rest._replace(secants=_secant.keep(live, new.secants, old.secants))

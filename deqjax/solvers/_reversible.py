@@ -95,6 +95,8 @@ class Reversible(AbstractSolver):
     Reference: Reversible deep equilibrium models, arXiv 2509.12917, the update of its section 3.
     """
 
+    returns_best = False  # what is returned is what is run backwards
+
     rtol: Number = 1e-4
     atol: Number = 1e-6
     norm: Callable[[PyTree], Any] = optimistix.max_norm
@@ -130,11 +132,6 @@ class Reversible(AbstractSolver):
         pairs = jax.tree.map(self.grid.quantise, tree)
         integers, fits = jax.tree.transpose(jax.tree.structure(tree), None, pairs)
         return integers, _all(fits)
-
-    @property
-    def best(self) -> bool:
-        """No: what is run backwards is what was returned."""
-        return False
 
     def start(self, z0: PyTree) -> PyTree:
         """`z0`, in the exact mode rounded to the grid."""

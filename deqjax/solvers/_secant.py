@@ -11,10 +11,11 @@ secants makes g vanish, as far as test vectors p can tell:
 
 import abc
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from equinox import AbstractVar
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._tree import add, as_real, dot, from_real, lincomb, select, two_norm
 from ._base import AbstractSolver, Status
@@ -26,7 +27,6 @@ from ._window import (
     differences,
     empty as empty,
     inverse as inverse,
-    keep as keep,
     minus,
     products,
     push,
@@ -35,7 +35,7 @@ from ._window import (
 )
 
 # Ten times the best residual is where a step counts as worse: with 1, where every increase does,
-# tanh at a spectral radius of 0.996 took 500 evaluations in the place of 25; with no bound relu6 at
+# tanh at a spectral radius of 0.996 took 500 evaluations instead of 25; with no bound relu6 at
 # 1.01 did not converge.
 _WORSE = 10.0
 # A rejected step costs one evaluation, and eight Picard steps after it bound that to an eighth.
@@ -69,19 +69,58 @@ class AbstractSecantSolver(AbstractSolver):
         after, memory = mix(self.rule, as_real(z), as_real(fz), memory)
         return from_real(after, z), memory
 
-    def keep(self, go, live, new: Secants, old: Secants) -> Secants:
-        del go
-        return keep(live, new, old)
-
     def status(self, memory: Secants) -> Status:
         """An iterate to which an accelerated step led may be taken back."""
         return super().status(memory)._replace(retry=memory.stride > 0)
+
+
+class _Verdict(NamedTuple):
+    """What becomes of the step that led to z."""
+
+    rejected: Bool[Array, ""]
+    shorter: Bool[Array, ""]  # rejected, and tried again at half the length
+    back: Bool[Array, ""]  # rejected, and taken back
+    beyond: Bool[Array, ""]  # past what it was to reach
 
 
 def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]:
     """The next iterate and memory of a secant method."""
     g = minus(fz, z)
     size = two_norm(g).astype(m.size.dtype)
+    verdict = _judge(rule, z, g, size, m)
+    accepted = ~verdict.rejected
+
+    # Take the secant in, and combine the window.
+    m = push(rule, z, fz, m, accepted)
+    wait = jnp.where(verdict.back, m.pause, m.wait)
+    c, ready, count = _combination(rule, g, verdict, wait, m)
+    m = dataclasses.replace(m, count=count)
+
+    # A rejected step ends where the Picard step from the last accepted iterate leads, or half way
+    # back to it; that Picard step needs no evaluation.
+    za, fa = select(accepted, (z, fz), (m.z, m.f))
+    ahead = add(fa, combine(c, m.v))
+    if rule.mixed:
+        left = add(minus(fa, za), combine(c, differences(rule, m)))
+        ahead = lincomb(1, ahead, rule.mixing - 1, left)
+    reach = _reach(m, verdict.rejected, verdict.beyond)
+    ahead, length = _within(reach, za, ahead, ready, m, size)
+    if rule.line_search:
+        ahead = select(verdict.shorter, lincomb(0.5, z, 0.5, za), ahead)
+        length = jnp.where(verdict.shorter, m.length / 2, length)
+
+    m = dataclasses.replace(_paused(m, verdict, wait, ready), length=length, reach=reach)
+    return ahead, dataclasses.replace(
+        m,
+        z=za,
+        f=fa,
+        size=jnp.where(accepted, size, m.size),
+        best=jnp.where(accepted, jnp.minimum(m.best, size), m.best),
+    )
+
+
+def _judge(rule: Rule, z: PyTree, g: PyTree, size: Float[Array, ""], m: Secants) -> _Verdict:
+    """Whether the step that led to z was good."""
     better = size <= _WORSE * m.best
     beyond = shorter = jnp.asarray(False)
     if rule.line_search:
@@ -93,47 +132,30 @@ def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]
         beyond = better & long & (size > _SHRINKS * m.size) & (dot(g, minus(z, m.z)) < 0)
         better = better & ~beyond
     rejected = (m.stride > 0) & ~better
-    shorter, back = shorter & rejected, rejected & ~shorter
+    return _Verdict(rejected, shorter & rejected, rejected & ~shorter, beyond)
 
-    m = push(rule, z, fz, m, ~rejected)
-    count = jnp.where(back, 0, m.count)
-    accepted = select(~rejected, (z, fz), (m.z, m.f))
-    wait = jnp.where(back, m.pause, m.wait)
-    ready = ~rejected & (wait == 0) & (count > 0)
+
+def _combination(
+    rule: Rule, g: PyTree, verdict: _Verdict, wait: Int[Array, ""], m: Secants
+) -> tuple[Float[Array, " m"], Bool[Array, ""], Int[Array, ""]]:
+    """The coefficients, zeros for a Picard step; whether it is none; and the rows that count."""
+    count = jnp.where(verdict.back, 0, m.count)
+    ready = ~verdict.rejected & (wait == 0) & (count > 0)
     c = solve(m, products(m.p, g), rule.ridge, False)
     broken = ready & ~jnp.all(jnp.isfinite(c))  # a breakdown: start anew
-    count = jnp.where(broken, 0, count)
-    m, ready = dataclasses.replace(m, count=count), ready & ~broken
-    c = jnp.where(ready, c, 0)
+    ready = ready & ~broken
+    return jnp.where(ready, c, 0), ready, jnp.where(broken, 0, count)
 
-    # A rejected step ends where the Picard step from the last accepted iterate leads, or half way
-    # back to it; that Picard step needs no evaluation.
-    za, fa = accepted
-    ahead = add(fa, combine(c, m.v))
-    if rule.mixed:
-        left = add(minus(fa, za), combine(c, differences(rule, m)))
-        ahead = lincomb(1, ahead, rule.mixing - 1, left)
-    reach = _reach(m, rejected, beyond)
-    ahead, length = _within(reach, za, ahead, ready, m, size)
-    if rule.line_search:
-        ahead = select(shorter, lincomb(0.5, z, 0.5, za), ahead)
-        length = jnp.where(shorter, m.length / 2, length)
 
+def _paused(m: Secants, verdict: _Verdict, wait: Int[Array, ""], ready: Bool[Array, ""]) -> Secants:
+    """The memory with the Picard steps that are to come, and how much of a step this one is."""
     recovering = jnp.where(m.stride > 0, jnp.maximum(m.pause // 2, 1), m.pause)
-    pause = jnp.where(back, jnp.minimum(2 * m.pause, _LONGEST_PAUSE), m.pause)
-    pause = jnp.where(rejected, pause, recovering)
-    stride = jnp.where(shorter, m.stride / 2, ready.astype(m.stride.dtype))
-    return ahead, dataclasses.replace(
+    pause = jnp.where(verdict.back, jnp.minimum(2 * m.pause, _LONGEST_PAUSE), m.pause)
+    return dataclasses.replace(
         m,
-        z=za,
-        f=fa,
-        size=jnp.where(rejected, m.size, size),
-        best=jnp.where(rejected, m.best, jnp.minimum(m.best, size)),
-        stride=stride,
-        wait=jnp.where(ready | shorter, wait, jnp.maximum(wait - 1, 0)),
-        pause=pause,
-        length=length,
-        reach=reach,
+        stride=jnp.where(verdict.shorter, m.stride / 2, ready.astype(m.stride.dtype)),
+        wait=jnp.where(ready | verdict.shorter, wait, jnp.maximum(wait - 1, 0)),
+        pause=jnp.where(verdict.rejected, pause, recovering),
     )
 
 

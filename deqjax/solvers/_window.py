@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._step import AbstractMemory
 from .._tree import add, lincomb, select, two_norm, unify, widen
 
 # In units of the longest Picard step of the window. Where ||g|| hardly changes with z, as of x -
@@ -31,7 +32,7 @@ class Rule(eqx.Module):
         return not (isinstance(self.mixing, float | int) and self.mixing == 1)
 
 
-class Secants(eqx.Module):
+class Secants(AbstractMemory):
     """The memory of a secant method, of one problem."""
 
     z: PyTree  # the last accepted iterate
@@ -49,6 +50,14 @@ class Secants(eqx.Module):
     pause: Int[Array, ""]  # how many there will be after the next rejection
     length: Float[Array, ""]  # of the accelerated step that led to z, in Picard steps; 0: as above
     reach: Float[Array, ""]  # how long the next may be
+
+    def kept(self, moves, active, old):
+        """The window as it is, and what counts beside it of the problems that were active.
+
+        At the same z there is no secant to take in but that from an iterate that was rejected,
+        which is not counted. A copy of the window would cost more than a step.
+        """
+        return eqx.tree_at(_small, self, select(active, _small(self), _small(old)))
 
 
 def empty(z0: PyTree, rows: int) -> Secants:
@@ -90,16 +99,6 @@ def minus(x: PyTree, y: PyTree) -> PyTree:
 def _set_row(rows: PyTree, k: Int[Array, ""], row: PyTree) -> PyTree:
     put = lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, k, 0)
     return jax.tree.map(put, rows, row)
-
-
-def keep(live: Bool[Array, "..."], new: Secants, old: Secants) -> Secants:
-    """The memory after a pass of the loop, of problems some of which had stopped before it.
-
-    Theirs stays what it was as far as it counts: at the same z there is no secant to take in but
-    that from an iterate that was rejected, which is not counted. A copy of the window would cost
-    more than a step.
-    """
-    return eqx.tree_at(_small, new, select(live, _small(new), _small(old)))
 
 
 def restart(now: Bool[Array, ""], m: Secants) -> Secants:

@@ -9,10 +9,10 @@ from ..._iterate import AbstractTape, LoopResult, lax_while
 from ..._problem import Budget
 from ..._tree import stop_gradient
 from ...solvers import Reversible
-from .._base import AbstractAdjoint, check_ceiling, no_gradient, tangent_of_extras, unpack
-from ._flat import Flat, flatten
+from .._base import AbstractAdjoint, attach, check_ceiling, no_gradient, unpack
+from ._flat import flatten
 from ._linearise import linear, tangents_of
-from ._sweep import Record, recorded
+from ._sweep import recorded
 from ._tape import Digits, Segments, segment_length
 
 
@@ -113,7 +113,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             out = primal_fn((*stop_gradient(inputs), lax_while))
             budget = Budget(most, LoopResult(*out[1][:3]).num_steps, 0, fixed=True)
             flat, rec = flatten(p.fn, p.args, p.solver, p.z0, budget, tape), None
-        z, extras = _attach(out, flat, rec, self.on_failure)
+        z, extras = attach(out, (flat, rec), eqx.Partial(_of_steps, self.on_failure))
         return z, no_gradient(extras)
 
     def check_solver(self, solver: Any) -> None:
@@ -134,19 +134,10 @@ class ReversibleAdjoint(AbstractAdjoint):
         return Segments(segment_length(solver.beta, z0) if k == "auto" else k)
 
 
-@eqx.filter_custom_jvp
-def _attach(out: PyTree, flat: Flat, rec: Record | None, on_failure: str) -> PyTree:
-    """`out = (z, extras)` itself, z with the derivative of the steps taken."""
-    del flat, rec, on_failure
-    return out
-
-
-@_attach.def_jvp
-def _attach_jvp(primals, tangents):
-    _, flat, rec, on_failure = primals
-    _, t_flat, _, _ = tangents
-    z, extras = _attach(*primals)  # so that z has a derivative here too
+def _of_steps(on_failure: str, out: PyTree, inputs: tuple, t_inputs: tuple) -> PyTree:
+    """The tangent of z by the steps taken, as `attach` wants it."""
+    del out
+    (flat, rec), (t_flat, _) = inputs, t_inputs
     if rec is None:  # Optimistix's loop has recorded nothing
         _, rec = recorded(stop_gradient(flat))
-    t_z = linear(flat, rec, tangents_of(flat, t_flat), on_failure)
-    return (z, extras), (t_z, tangent_of_extras(extras, t_z))
+    return linear(flat, rec, tangents_of(flat, t_flat), on_failure)

@@ -52,29 +52,33 @@ class Flat(eqx.Module):
         spread = ft.partial(with_axis, size)
         in_axes = [0 if b else None for b in batched.arrays]
         own_axes = [0 if b or o else None for b, o in zip(batched.arrays, own, strict=True)]
-        budget, b = self.budget, batched.budget.limit
-        one = budget.limit.ndim == 0 and not b  # for all problems
-        limit = budget.limit if one else spread(budget.limit, b)
-        rank = budget.rank + 1
-        # Its axes are the leading ones of the problems: others have to be there for it to line up.
-        limit = limit.reshape(limit.shape + (1,) * (rank - limit.ndim)) if limit.ndim else limit
+        copied = [a != b for a, b in zip(in_axes, own_axes, strict=True)]
 
         def to_own(arrays):
             inner = jax.vmap(self.to_own, (in_axes,), in_axes, axis_size=size)(arrays)
-            copy = [a != b for a, b in zip(in_axes, own_axes, strict=True)]
-            return [spread(x, not c) for x, c in zip(inner, copy, strict=True)]
+            return [spread(x, not c) for x, c in zip(inner, copied, strict=True)]
 
         return Flat(
             jax.vmap(self.f, (in_axes, 0)),
             self.arrays,
             spread(self.solver, batched.solver),
             spread(self.z0, batched.z0),
-            dataclasses.replace(budget, limit=limit, rank=rank),
+            _with_problems(size, self.budget, batched.budget.limit),
             self.tape,
             jax.vmap(self.own_f, (own_axes, 0)),
             to_own,
             tuple((a == 0, *x) for a, x in zip(own_axes, self.per_problem, strict=True)),
         )
+
+
+def _with_problems(size: int, budget: Budget, batched: bool) -> Budget:
+    """The budget of a batch of solves; `batched` tells whether each has a limit of its own."""
+    rank, limit = budget.rank + 1, budget.limit
+    if limit.ndim or batched:  # else one for all problems
+        limit = with_axis(size, limit, batched)
+        # Its axes are the leading ones of the problems: others have to be there to line up.
+        limit = limit.reshape(limit.shape + (1,) * (rank - limit.ndim))
+    return dataclasses.replace(budget, limit=limit, rank=rank)
 
 
 def flatten(
@@ -122,12 +126,11 @@ def batchable(call: Callable) -> Callable:
         def _(size, batched, *leaves):
             flat, record, gz = rebuild(leaves)
             b_flat, b_record, b_gz = jax.tree.unflatten(treedef, batched)
-            spread = ft.partial(with_axis, size)
-            gz = spread(gz, b_gz)
+            gz = with_axis(size, gz, b_gz)
             if any(jax.tree.leaves((b_flat, b_record))):
-                record = spread(record, b_record)
+                record = with_axis(size, record, b_record)
                 out = wrapped(flat.mapped(size, b_flat, own), own, record, gz)
-            else:  # Several cotangents of one solve: that stays one, and f what it was.
+            else:  # several cotangents of one solve, which stays one
                 out = jax.vmap(lambda gz: call(flat, own, record, gz))(gz)
             return out, jax.tree.map(lambda _: True, out)
 

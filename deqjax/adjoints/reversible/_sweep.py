@@ -1,6 +1,5 @@
 """The reversible iteration backwards: its states, and the cotangents that they carry."""
 
-import functools as ft
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 from ..._iterate import LoopResult, Pair, iterate, lax_while
 from ..._step import isolate
 from ..._tree import (
+    Axes,
     add,
     cast,
     conjugate,
@@ -86,65 +86,96 @@ def sweep(
 
     The mismatch has one entry per problem. `own` are the arrays that are differentiated.
     """
-    solver, budget = flat.solver, flat.budget
-    rank, tape, num_steps = budget.rank, flat.tape, record.num_steps
     params, others = eqx.partition(flat.to_own(flat.arrays), list(own))
-    memory = per_problem(solver.blank, rank)(flat.z0)
-    (start, _) = solver.pair(flat.z0, memory)
-    zeros = ft.partial(jax.tree.map, jnp.zeros_like)
-    times, beta = per_problem(scale, rank), solver.relaxation
-    beta_moves = eqx.is_array(beta)
-    view = lambda y: solver.view(y, flat.z0)
-
+    memory = per_problem(flat.solver.blank, flat.budget.rank)(flat.z0)
+    (start, _) = flat.solver.pair(flat.z0, memory)
     axes = mesh_axes(flat, record, gz)
+    total, waits = _trips(flat, record, params, axes)
+
+    def body(c: _Sweep) -> _Sweep:
+        i = c.k - 1
+        active = c.k <= record.num_steps  # a problem that stopped earlier waits for its last step
+        gz = select(active, c.gz, _zeros(c.gz)) if waits else c.gz
+        y = flat.solver.view(c.y, flat.z0)
+        fy, dp, dy = _pulled_back(flat, params, others, y, gz)
+        if flat.tape.isolated:  # to the bits that the forward loop saw
+            fy, _ = isolate(lambda y, arrays: (flat.f(arrays, y), None), i)(y, flat.arrays)
+
+        # Undo the step, and pass its cotangents on; a problem that waits keeps what it has.
+        first, pair = c.k == record.num_steps, (c.y, c.z)
+        before, words, gap = flat.tape.undo(
+            flat.solver, record.tape, c.words, i, first, pair, fy, start, flat.budget.rank
+        )
+        rest = per_problem(scale, flat.budget.rank)(1 - flat.solver.relaxation, gz)
+        new = (before, c.y, rest, add(c.gy, dy))
+        new = select(active, new, (c.y, c.z, c.gy, c.gz)) if waits else new
+        gap = jnp.maximum(c.gap, jnp.where(active, gap, 0))
+        gbeta = _plus_relaxation(flat, c.gbeta, gz, fy, before)
+        y, z, gy, gz, words, gbeta, gap = vary((*new, words, gbeta, gap), axes)
+        return _Sweep(c.k - 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, gap)
+
+    init = _last(flat, record, params, gz, total, axes)
+    end = lax_while(lambda c: c.k > 0, body, init)
+    out = Cotangents(cast(end.gp, params), add(end.gy, end.gz), _of_relaxation(flat, end.gbeta))
+    gap = flat.tape.final_gap((end.y, end.z), start, flat.budget.rank)
+    return out, jnp.where(record.lost, jnp.inf, jnp.maximum(end.gap, gap))
+
+
+def _trips(flat: Flat, record: Record, params: PyTree, axes: Axes) -> tuple[Int[Array, ""], bool]:
+    """The steps that the sweep takes, and whether a problem may have to wait for its own."""
     # Inside shard_map the VJP of f sums over devices what f closes over and what does not vary:
     # then all devices have to take part in each, so they sweep as often as the slowest.
     collective = any(mesh_axes(x) != axes for x in jax.tree.leaves(params))
-    total = budget.limit if budget.uniform else jnp.max(num_steps, initial=0)
+    budget = flat.budget
+    total = budget.limit if budget.uniform else jnp.max(record.num_steps, initial=0)
     total = jax.lax.pmax(total, tuple(axes)) if collective else total
-    masked = collective or not budget.uniform
+    return total, collective or not budget.uniform
+
+
+def _last(
+    flat: Flat, record: Record, params: PyTree, gz: PyTree, total: Int[Array, ""], axes: Axes
+) -> _Sweep:
+    """The carry at the end of the solve, where the sweep begins."""
+    # Sums over steps are kept in float32 or wider, and like the sums over devices inside f.
+    gp = jax.tree.map(lambda x: vary(jnp.zeros_like(widen(x)), mesh_axes(x)), params)
+    gbeta = jnp.zeros(record.num_steps.shape, dot(gz, gz).dtype)
+    gap = jnp.zeros(record.num_steps.shape, jnp.float32)
+    words = flat.tape.words(record.tape, flat.budget.rank)
+    y, z, words, gy, gz, gbeta, gap = vary((*record.pair, words, _zeros(gz), gz, gbeta, gap), axes)
+    return _Sweep(total, y, z, words, gy, gz, gp, gbeta, gap)
+
+
+def _pulled_back(flat: Flat, params: PyTree, others: PyTree, y: PyTree, gz: PyTree) -> tuple:
+    """f at y, and the cotangents that the step from there sends to the arrays and to y."""
 
     def f(params, y):
         return flat.own_f(eqx.combine(params, others), y)
 
-    def body(c: _Sweep) -> _Sweep:
-        i = c.k - 1
-        live = c.k <= num_steps  # a problem that stopped earlier waits for its own last step
-        gz = select(live, c.gz, zeros(c.gz)) if masked else c.gz
-        y = view(c.y)
-        fy, pull = jax.vjp(f, params, y)
-        if tape.isolated:
-            fy, _ = isolate(lambda y, arrays: (flat.f(arrays, y), None), i)(y, flat.arrays)
-        dp, dy = pull(times(beta, gz))
-        first, pair = c.k == num_steps, (c.y, c.z)
-        before, words, gap = tape.undo(
-            solver, record.tape, c.words, i, first, pair, fy, start, rank
-        )
-        new = (before, c.y, times(1 - beta, gz), add(c.gy, dy))
-        new = select(live, new, (c.y, c.z, c.gy, c.gz)) if masked else new
-        gap = jnp.maximum(c.gap, jnp.where(live, gap, 0))
-        gbeta = c.gbeta
-        if beta_moves:
-            db = per_problem(lambda g, fy, x: dot(conjugate(g), lincomb(1, fy, -1, x)), rank)
-            gbeta = gbeta + db(gz, fy, before)
-        y, z, gy, gz, words, gbeta, gap = vary((*new, words, gbeta, gap), axes)
-        return _Sweep(c.k - 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, gap)
+    fy, pull = jax.vjp(f, params, y)
+    dp, dy = pull(per_problem(scale, flat.budget.rank)(flat.solver.relaxation, gz))
+    return fy, dp, dy
 
-    # Sums over steps are kept in float32 or wider, and like the sums over devices inside f.
-    gp = jax.tree.map(lambda x: vary(jnp.zeros_like(widen(x)), mesh_axes(x)), params)
-    gbeta = jnp.zeros(num_steps.shape, dot(gz, gz).dtype)
-    gap = jnp.zeros(num_steps.shape, jnp.float32)
-    states = (*record.pair, tape.words(record.tape, rank), zeros(gz), gz, gbeta, gap)
-    y, z, words, gy, gz, gbeta, gap = vary(states, axes)
-    init = _Sweep(total, y, z, words, gy, gz, gp, gbeta, gap)
-    end = lax_while(lambda c: c.k > 0, body, init)
 
-    # A beta that problems share has the sum of their cotangents.
-    total = lambda x: jnp.sum(x, tuple(range(beta.ndim, x.ndim))).astype(beta.dtype)
-    g_beta = total(end.gbeta) if beta_moves else None
-    out = Cotangents(cast(end.gp, params), add(end.gy, end.gz), g_beta)
-    gap = jnp.maximum(end.gap, tape.final_gap((end.y, end.z), start, rank))
-    return out, jnp.where(record.lost, jnp.inf, gap)
+def _plus_relaxation(
+    flat: Flat, gbeta: Inexact[Array, "..."], gz: PyTree, fy: PyTree, before: PyTree
+) -> Inexact[Array, "..."]:
+    """The cotangent of beta with that of one step, `<gz, f(y) - s[k-1]>`, if beta is an array."""
+    if not eqx.is_array(flat.solver.relaxation):
+        return gbeta
+    one = lambda g, fy, x: dot(conjugate(g), lincomb(1, fy, -1, x))
+    return gbeta + per_problem(one, flat.budget.rank)(gz, fy, before)
+
+
+def _of_relaxation(flat: Flat, gbeta: Inexact[Array, "..."]) -> Array | None:
+    """The cotangent in the shape of beta: one that problems share has the sum of theirs."""
+    beta = flat.solver.relaxation
+    if not eqx.is_array(beta):
+        return None
+    return jnp.sum(gbeta, tuple(range(beta.ndim, gbeta.ndim))).astype(beta.dtype)
+
+
+def _zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def judged(
