@@ -1,8 +1,8 @@
 """The rules of the house: imports point one way, none is inside a function, classes are flat."""
 
 import ast
-import dataclasses
 import collections
+import dataclasses
 import graphlib
 import pathlib
 

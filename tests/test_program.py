@@ -7,6 +7,7 @@ import itertools
 import pathlib
 import types
 from collections import OrderedDict
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -35,7 +36,7 @@ def _(name, _, **__):
 
 
 class Module(eqx.Module):
-    fn: object
+    fn: Callable
 
     def __call__(self, z, x):
         return self.fn(z, x)

@@ -79,7 +79,7 @@ def test_no_error_beyond_ten_times_the_estimate():
     js += [symmetric(n, rho, rng) for rho in (0.5, 0.99, 0.9999)]
     js += [0.9 * np.abs(js[-1]) / np.max(np.sum(np.abs(js[-1]), 0)), np.eye(n)]
     js = np.asarray(js, np.float32)
-    g = np.float32(rng.standard_normal((len(js), n)))
+    g = rng.standard_normal((len(js), n)).astype(np.float32)
     fn = lambda z, a: jnp.einsum("bij,bj->bi", a[0], z, precision="highest") + a[1]
     run = lambda js, g: deqjax.implicit_vjp(fn, 0 * g, (js, 0 * g), g, batched=True, condition=True)
     (_, (_, y)), stats = jax.jit(run)(js, jnp.asarray(g))

@@ -37,7 +37,7 @@ each = pytest.mark.parametrize("adjoint", ADJOINTS, ids=["reversible", "checkpoi
 @each
 def test_beta_z0_and_args(adjoint):
     inputs = (BETA, jnp.linspace(-1.0, 1.0, 6), PROBLEM.args)
-    loss = lambda inputs: jnp.sum(jnp.sin(solve(*inputs, adjoint).value))
+    loss = lambda inputs: jnp.sum(jnp.sin(solve(*inputs, adjoint=adjoint).value))
     truth = jax.grad(lambda inputs: jnp.sum(jnp.sin(unrolled(*inputs))))(inputs)
     assert relative_error(jax.grad(loss)(inputs), truth) < 1e-11
 
@@ -50,7 +50,7 @@ def test_closed_over_tracers(adjoint):
     def loss(w, x, run):
         return jnp.sum(run(0.6, jnp.zeros(6), None, fn=lambda z, _: jnp.tanh(w @ z + x)) ** 2)
 
-    mine = lambda *a, fn: solve(*a, adjoint, fn=fn).value
+    mine = lambda *a, fn: solve(*a, adjoint=adjoint, fn=fn).value
     truth = jax.grad(loss, (0, 1))(w, x, lambda *a, fn: unrolled(*a, fn=fn))
     assert (
         relative_error(jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(w, x, mine), truth) < 1e-11
@@ -94,7 +94,7 @@ def test_integers_keys_and_none_pass_through(adjoint):
     }
     loss = lambda w, run: jnp.sum(run(0.6, jnp.zeros(6), args | {"w": w}, fn=fn))
     truth = jax.grad(loss)(args["w"], unrolled)
-    grad = jax.grad(loss)(args["w"], lambda *a, fn: solve(*a, adjoint, fn=fn).value)
+    grad = jax.grad(loss)(args["w"], lambda *a, fn: solve(*a, adjoint=adjoint, fn=fn).value)
     assert relative_error(grad, truth) < 1e-11
 
 
@@ -146,7 +146,7 @@ def test_forward_mode_and_higher_derivatives(adjoint):
     """Of beta, z0, parameters and input, in every order of modes."""
     primals = (BETA, jnp.linspace(-1.0, 1.0, 6), PROBLEM.args)
     tangents = jax.tree.map(jnp.cos, primals)
-    mine = lambda *p: jnp.sum(jnp.sin(solve(*p, adjoint).value))
+    mine = lambda *p: jnp.sum(jnp.sin(solve(*p, adjoint=adjoint).value))
     truth = lambda *p: jnp.sum(jnp.sin(unrolled(*p)))
     grad = lambda f: jax.grad(f, (0, 1, 2))
     push = lambda f: lambda *p: jax.jvp(f, p, tangents)[1]
@@ -209,6 +209,6 @@ def test_eqx_module_and_partial_training():
         mlp = eqx.combine(moving, still)
         return jnp.sum(run(0.6, jnp.zeros(6), jnp.ones(6), fn=lambda z, x: mlp(z) + x))
 
-    grad = eqx.filter_grad(loss)(moving, lambda *a, fn: solve(*a, ADJOINTS[0], fn=fn).value)
+    grad = eqx.filter_grad(loss)(moving, lambda *a, fn: solve(*a, adjoint=ADJOINTS[0], fn=fn).value)
     truth = eqx.filter_grad(loss)(moving, unrolled)
     assert relative_error(grad, truth) < 1e-11

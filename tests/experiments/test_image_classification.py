@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -59,9 +60,7 @@ def arrays(folder):
     with ocp.CheckpointManager((folder / "checkpoints").resolve()) as checkpoints:
         step = checkpoints.latest_step()
         leaves = checkpoints.restore(step, args=ocp.args.StandardRestore())
-    raw = lambda x: (
-        jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    )
+    raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     return step, {name: np.asarray(raw(leaf)) for name, leaf in leaves.items()}
 
 
@@ -246,7 +245,8 @@ def test_a_step_donates_its_buffers(monkeypatch):
 def write_tfds(name, data_dir, n=40):
     """Write `n` small random examples a split as TFDS would, without TensorFlow."""
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    features, path = builder.info.features, Path(builder.data_path)
+    features: Any = builder.info.features
+    path = Path(builder.data_path)
     path.mkdir(parents=True)
     features.save_config(str(path))
     rng = np.random.default_rng(0)

@@ -58,7 +58,7 @@ def tanh(n: int, rate: float, seed: int = 0, dtype=np.float32) -> Problem:
         np.asarray(jnp.asarray(x, dtype), np.float64)
         for x in (matrix(n, rate, seed), rng.standard_normal(n), rng.standard_normal(n))
     )
-    z = np.zeros(n)
+    z, s = np.zeros(n), np.ones(n)
     for _ in range(50):
         s = 1 - np.tanh(w @ z + x) ** 2
         z = z - np.linalg.solve(np.eye(n) - s[:, None] * w, z - np.tanh(w @ z + x))

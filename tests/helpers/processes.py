@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "tests" / "helpers" / "tiny_run.py"
@@ -21,7 +22,7 @@ def start(script, *options, devices=8, cwd=None, **variables):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, str(script), *map(str, options)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, cwd=cwd, env=environment | variables, **pipes)
 
 

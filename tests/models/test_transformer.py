@@ -134,13 +134,13 @@ def test_later_tokens_and_batch_mates_change_nothing(getkey, rotary):
 
 
 def loss_and_gradient(model, batch):
-    def loss(model):
+    def mean(model):
         logits, _ = model(batch[:, :-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
         return jnp.mean(losses)
 
     with jax.numpy_dtype_promotion("standard"):  # JAX's own attention in bfloat16 is not strict
-        loss, grads = eqx.filter_jit(eqx.filter_value_and_grad(loss))(model)
+        loss, grads = eqx.filter_jit(eqx.filter_value_and_grad(mean))(model)
     return loss, jax.flatten_util.ravel_pytree(eqx.filter(grads, eqx.is_inexact_array))[0]
 
 

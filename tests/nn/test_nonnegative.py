@@ -1,5 +1,7 @@
 """W >= 0 as a square, as a softplus and by projection: the same promises from all three."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,7 @@ def test_the_same_start(make, nonnegative, dtype, getkey):
     plain = make(40, nonnegative=None, dtype=dtype, key=key).weight
     # softplus^-1 of 1e-7 is -16, so that in bfloat16 exp has a relative error of 16 half-ulps.
     eps = float(jnp.finfo(dtype).eps)
-    close = dict(rtol=16 * eps, atol=2e-3 * eps)
+    close: Any = dict(rtol=16 * eps, atol=2e-3 * eps)
     np.testing.assert_allclose(w.astype(jnp.float32), plain.astype(jnp.float32), **close)
 
 
@@ -105,7 +107,7 @@ def test_training_keeps_it(make, nonnegative, getkey):
 
 
 def test_project_touches_nothing_else(getkey):
-    plain = PositiveConcaveLinear(3, nonnegative=None, key=getkey())
+    plain: Any = PositiveConcaveLinear(3, nonnegative=None, key=getkey())
     plain = eqx.tree_at(lambda c: c.weight, plain, plain.weight - 0.002)
     squared = PositiveConcaveConv2d(3, key=getkey())
     squared = eqx.tree_at(lambda c: c.weight.args[0], squared, squared.weight.args[0] - 1)
@@ -124,11 +126,11 @@ def test_project_touches_nothing_else(getkey):
 
 def test_cells_of_ones_own_take_part(getkey):
     class Mine(positive.AbstractNonnegative):
-        weight: jax.Array
+        weight: Any
         inner: PositiveConcaveLinear
         bias: jax.Array
 
-    inner = PositiveConcaveLinear(2, nonnegative=None, key=getkey())
+    inner: Any = PositiveConcaveLinear(2, nonnegative=None, key=getkey())
     inner = eqx.tree_at(lambda c: c.weight, inner, -inner.weight)
     out = positive.project(Mine(-jnp.ones(2), inner, -jnp.ones(2)))
     assert not jnp.any(out.weight) and not jnp.any(out.inner.weight) and jnp.all(out.bias == -1)

@@ -23,7 +23,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 import deqjax
 from deqjax.nn._convolution import conv2d, stock
-from deqjax.positive._rounding import _FUNCTIONS
+from deqjax.positive._rounding_rules import _FUNCTIONS
 
 from bench.accelerator.report import LATE
 from bench.accelerator.run import Compiled, Program, Run, Size, compiled, good
