@@ -9,12 +9,38 @@ os.environ["XLA_FLAGS"] = (
 import itertools
 
 import jax
+import jax._src.compiler as compiler
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Most of the time goes into compilation; what is promised to the last bit is marked `optimised`.
 jax.config.update("jax_disable_most_optimizations", True)
+# XLA's older emitters of loops, where it still has them, take a third of the time to compile.
+_QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+
+
+def _known(option):
+    try:
+        return bool(jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile())
+    except jax.errors.JaxRuntimeError:
+        return False
+
+
+def _quick(get_compile_options):
+    """JAX has no setting for options of XLA that can be changed from test to test."""
+    options = [*filter(_known, _QUICK.items())]
+
+    def get(*args, **kwargs):
+        found = get_compile_options(*args, **kwargs)
+        if found.executable_build_options.debug_options.xla_backend_optimization_level == 0:
+            found.env_option_overrides += options
+        return found
+
+    return get
+
+
+compiler.get_compile_options = _quick(compiler.get_compile_options)
 
 
 # Of programs that take so long to compile: most of the suite's take less than a second.
@@ -34,6 +60,13 @@ def pytest_configure(config):
     for name, value in options.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)  # for the scripts that tests start
+
+
+def pytest_xdist_auto_num_workers(config):
+    """All cores, up to eight: a worker holds gigabytes of programs. One file runs by itself."""
+    files = {argument.partition("::")[0] for argument in config.args}
+    alone = len(files) == 1 and files.pop().endswith(".py")
+    return 0 if alone else min(os.cpu_count() or 1, 8)
 
 
 @pytest.fixture
