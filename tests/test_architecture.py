@@ -104,7 +104,7 @@ def test_files_stay_small():
 
 
 def test_the_corridor_and_the_scripts_are_few():
-    """What only one room uses is in that room."""
+    """The corridor and the scripts: a file that one room alone uses is in that room."""
     assert len(list(ROOT.glob("*.py"))) <= 12
     experiments = pathlib.Path(__file__).parents[1] / "experiments"
     files = [path for path in experiments.iterdir() if path.is_file()]

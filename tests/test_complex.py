@@ -300,7 +300,7 @@ def test_theorems_refused_in_words():
 
 
 def test_the_jacobian_is_that_of_the_twin():
-    """Of `z -> d z + e conj(z)`: a 2 x 2 real block for each entry."""
+    """The Jacobian of `z -> d z + e conj(z)`: a 2 x 2 real block per entry."""
     d, e = jnp.asarray([0.5 + 0.6j, 0.1j, -0.3]), jnp.asarray([0.1, 0.2j, 0.3 + 0.1j])
     f = lambda z, _: d * z + e * jnp.conj(z)
     blocks = [

@@ -79,7 +79,7 @@ def test_phantoms_are_partial_sums(name, door):
 @pytest.mark.parametrize("solver", ["newton", "picard", "minimiser"])
 @pytest.mark.parametrize("name", ["phantom", "neumann-phantom", "jacobian-free"])
 def test_phantoms_of_the_solvers_of_optimistix(name, solver):
-    """Of f, though a minimiser works on the gradient of `||f(z) - z||^2`."""
+    """A phantom gradient of f, though a minimiser works on the gradient of `||f(z) - z||^2`."""
     solver = {
         "newton": optimistix.Newton(1e-11, 1e-11),
         "picard": optimistix.FixedPointIteration(1e-11, 1e-11),

@@ -62,7 +62,7 @@ def test_best_iterate_at_the_cap(make):
 
 @pytest.mark.x64
 def test_gradients_of_the_best_iterate():
-    """Of the iterate returned: unrolled to where that was, or implicit at it."""
+    """The gradient of the iterate returned: unrolled to that step, or implicit at it."""
     fn = lambda z, b: 1.5 * jnp.sin(b * z) + b
     z0, b, n = 0.4, 0.9, 6
     picard = deqjax.FixedPointIteration(1e-14, 1e-14)

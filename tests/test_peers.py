@@ -1,4 +1,4 @@
-"""What broke in other libraries when it was tried.
+"""Cases that broke other libraries when they were tried.
 
 Elsewhere: a loss on some leaves, z0 and closed-over tracers of the reversible gradient are in
 `adjoints/test_reversible.py`, of the implicit one in `adjoints/test_implicit.py`; what `beta=1` and

@@ -202,7 +202,7 @@ def maps():
 
 
 def test_a_program_that_cannot_be_found_again_dies():
-    """Its derivative rule closes over an array, and is another one every time."""
+    """A derivative rule that closes over an array is another one at each call."""
 
     def call(i):
         @jax.custom_jvp
@@ -327,7 +327,7 @@ dot = lambda precision: lambda z: jnp.dot(W, z, precision=precision)
 
 
 def masked(scale):
-    """Its rule multiplies with an integer operand."""
+    """A function whose derivative rule multiplies with an integer operand."""
     f = jax.custom_vjp(lambda z, mask: jnp.sin(z))
     back = lambda mask, g: (g * (scale * mask.astype(g.dtype)), None)
     f.defvjp(lambda z, mask: (jnp.sin(z), mask), back)

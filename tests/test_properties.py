@@ -55,7 +55,7 @@ def test_fixed_depth_is_a_python_loop(problem):
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(problems())
 def test_reversal_finds_its_gradient(problem):
-    """Of every leaf, at every number of steps, against the checkpointed loop, in float32."""
+    """Every leaf's gradient, at every number of steps, is the checkpointed loop's, in float32."""
     z0, beta, steps = problem
     z0 = jax.tree.map(lambda x: x.astype(jnp.float32), z0)
     solver = deqjax.Reversible(rtol=0.0, atol=0.0, beta=beta or 0.6, exact=False)

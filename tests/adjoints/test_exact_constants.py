@@ -38,7 +38,7 @@ def drawn():
 
 
 def apart(value, p, z0, g):
-    """What was saved is constant in the program of the pullback."""
+    """A pullback compiled by itself, in whose program the saved arrays are constants."""
     _, pull = jax.jit(lambda *a: jax.vjp(value, *a))(p, z0)
     return jax.jit(pull)(g)
 

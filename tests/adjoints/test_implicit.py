@@ -175,7 +175,7 @@ def test_any_size_of_cotangent(scale):
 
 
 def test_implicit_vjp_is_the_backward_pass():
-    """Of a module, of closed-over arrays and of args: the numbers that jax.grad gives."""
+    """The numbers that jax.grad gives, of a module, of closed-over arrays and of args."""
     mlp = eqx.nn.Linear(4, 4, key=jax.random.key(0))
     mlp = eqx.tree_at(lambda m: m.weight, mlp, 0.5 * mlp.weight)
     x, g = jnp.linspace(-1, 1, 4), jnp.arange(4.0)

@@ -59,7 +59,7 @@ def test_a_singular_system_has_no_gradient(linear):
 @pytest.mark.optimised
 @pytest.mark.parametrize("rho", [0.5, 0.99])
 def test_memory_is_linear_in_size_and_small(rho):
-    """Of the backward pass, at 32,768 entries in float32: 8 MiB are 64 copies of the state."""
+    """The backward pass at 32,768 entries in float32: 8 MiB are 64 copies of the state."""
 
     def temporary(n):
         fn = lambda z, b: rho * jnp.tanh(jnp.roll(z, 1)) + b
@@ -82,7 +82,7 @@ def test_memory_is_linear_in_size_and_small(rho):
     ],
 )
 def test_second_derivatives_of_a_pytree_state(solver, linear, leaf, outer):
-    """Of one leaf, where others move or do not; against differences."""
+    """The Hessian of one leaf, where others move or do not; against differences."""
     fn = lambda z, a: {"u": jnp.tanh(0.5 * z["u"] + a), "v": 0.3 * z["v"] + a[0] * jnp.sum(z["u"])}
     z0 = {"u": jnp.zeros(2), "v": jnp.zeros(3)}
     adjoint = deqjax.ImplicitAdjoint(linear)
@@ -145,7 +145,7 @@ def test_solution_is_the_adjoint_state():
 
 
 def test_training_that_logs_its_backward_solve_at_no_extra_cost():
-    """`implicit_vjp` in the place of jax.grad: its gradient, its cost, and steps and residual."""
+    """`implicit_vjp` instead of jax.grad: its gradient, its cost, and steps and residual."""
     count = collections.Counter()
 
     def evaluation(z):

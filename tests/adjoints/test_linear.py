@@ -15,7 +15,7 @@ MAP = lambda z, a: a[0] @ z + a[1]
 
 
 def triangular(n, seed):
-    """Of spectral radius 0.5, and an inverse of I - J that is up to 1e13 in norm."""
+    """A J of spectral radius 0.5, and an inverse of I - J that is up to 1e13 in norm."""
     rng = np.random.default_rng(seed)
     j = np.triu(rng.standard_normal((n, n)), 1) * 10 / np.sqrt(24) + 0.5 * np.eye(n)
     return j, rng
@@ -169,7 +169,7 @@ def test_a_leaf_that_is_nothing_but_rounding_does_not_keep_the_others(linear):
 
 @pytest.mark.parametrize("linear", [lineax.SVD(), lineax.AutoLinearSolver(well_posed=False)])
 def test_a_singular_system_is_none_of_lineax_either(linear):
-    """Its least squares solution misses a third of g and more, and is called a success."""
+    """Lineax calls a least squares solution a success that misses a third of g and more."""
     for j in ([[1.0, 0.0], [0.0, 0.5]], [[0.75, 0.25], [0.25, 0.75]]):
         grad, stats = solve(j, [1.0, 0.3], adjoint=deqjax.ImplicitAdjoint(linear))
         assert stats["result"] != RESULTS.successful

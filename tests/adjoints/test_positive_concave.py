@@ -75,7 +75,7 @@ def check(stats, known, jac, g, transpose, tol=None):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bound_holds(dtype, cell, transpose):
-    """Of 32 problems each, at every tolerance down to what the dtype can tell."""
+    """The bound holds for 32 problems each, at every tolerance down to what the dtype can tell."""
     fn, z, args, jac = batch(cell, dtype, 32)
     g = jnp.asarray(np.random.default_rng(1).standard_normal(z.shape), dtype)
     for tol in (1e-2, None):
@@ -93,7 +93,7 @@ def test_the_bound_holds(dtype, cell, transpose):
 @pytest.mark.x64
 @pytest.mark.parametrize("cell", CELLS)
 def test_tight_and_within_the_tolerance(cell):
-    """Of the series, whose error lies along the mode that c belongs to; true error <= tol."""
+    """The series, whose error lies along the mode that c belongs to; true error <= tol."""
     fn, z, args, jac = batch(cell, np.float64, 64, radii=(0.3, 0.6))
     g = jnp.asarray(np.random.default_rng(1).standard_normal(z.shape))
     _, known = product(ADJOINT, fn, z, args, batched=True)
@@ -202,7 +202,7 @@ def test_no_bound(why):
 
 @pytest.mark.x64
 def test_failure_is_nan_kept_or_raised():
-    """What is kept has a bound, and no small one."""
+    """A value that is kept has a bound, and no small one."""
     p = _p.slow_tanh().astype(np.float64)
     z, g = jnp.asarray(p.solution), jnp.ones(80)
     run = lambda how: deqjax.implicit_vjp(

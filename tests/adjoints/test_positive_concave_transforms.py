@@ -41,7 +41,7 @@ def test_gradient_of_the_layer(getkey, linear):
 @pytest.mark.x64
 @pytest.mark.parametrize("door", [deqjax.fixed_point, optimistix.fixed_point])
 def test_every_order_and_both_doors(door):
-    """Of a pytree: the derivatives that `ImplicitAdjoint` has, forwards and backwards."""
+    """A pytree has the derivatives that `ImplicitAdjoint` gives, forwards and backwards."""
     p = _p.split(_p.positive(_p._tanh, 0.9, 0.1, n=8)).astype(np.float64)
     solver = deqjax.FixedPointIteration(1e-13, 1e-13)
 

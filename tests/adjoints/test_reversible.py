@@ -1,4 +1,4 @@
-"""What differentiates through ReversibleAdjoint, and what is refused."""
+"""The derivatives that ReversibleAdjoint has, and those that it refuses."""
 
 import equinox as eqx
 import jax
@@ -143,7 +143,7 @@ def test_another_solver_is_refused():
 
 @each
 def test_forward_mode_and_higher_derivatives(adjoint):
-    """Of beta, z0, parameters and input, in every order of modes."""
+    """Derivatives in beta, z0, parameters and input, in every order of modes."""
     primals = (BETA, jnp.linspace(-1.0, 1.0, 6), PROBLEM.args)
     tangents = jax.tree.map(jnp.cos, primals)
     mine = lambda *p: jnp.sum(jnp.sin(solve(*p, adjoint=adjoint).value))

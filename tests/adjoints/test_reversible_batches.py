@@ -1,4 +1,4 @@
-"""What `jax.vmap` makes of a reversible solve, and what one bad example does to the others."""
+"""A reversible solve under `jax.vmap`, and a bad example among good ones."""
 
 import jax
 import jax.numpy as jnp

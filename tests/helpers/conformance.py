@@ -1,4 +1,4 @@
-"""What the conformance suite asks of a solver."""
+"""The demands of the conformance suite on a solver."""
 
 import functools as ft
 

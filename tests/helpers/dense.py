@@ -24,7 +24,7 @@ class Dense(NamedTuple):
 
     @property
     def condition(self) -> float:
-        """Of I - J: by how much a relative residual can understate an error."""
+        """The condition of I - J: by how much a relative residual can understate an error."""
         eye = np.eye(len(self.jacobian))
         return float(np.linalg.norm(self.inverse, 2) * np.linalg.norm(eye - self.jacobian, 2))
 

@@ -86,7 +86,7 @@ def start_two(script, *options, **settings):
 
 
 def finish(processes, timeout=240):
-    """What they said, once all have ended with status 0."""
+    """The output of each, once all have ended with status 0."""
     try:
         said = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:

@@ -38,7 +38,7 @@ def build(name, shape, key, **options):
     ],
 )
 def test_parameter_counts(make, shape, options, count, getkey):
-    """Those of the papers, less one weight-norm gain per unit or channel."""
+    """The counts of the papers, less one weight-norm gain per unit or channel."""
     build = lambda key: eqx.nn.delete_init_state(make(shape, 10, **options, key=key))
     leaves = jax.tree.leaves(eqx.filter_eval_shape(build, getkey()))
     assert sum(x.size for x in leaves if isinstance(x, jax.ShapeDtypeStruct)) == count

@@ -108,7 +108,7 @@ def test_against_numpy(getkey, rotary, tied):
 
 
 def test_rotary_positions_are_relative(getkey):
-    """What a token attends to depends on how far back it is: shifting all positions is nothing."""
+    """Attention depends on how far back a token is: shifting all positions changes nothing."""
     attention = CausalAttention(16, 2, rotary=True, key=getkey())
     x = jax.random.normal(getkey(), (5, 16))
     cache = jnp.zeros((40, 2, 8))

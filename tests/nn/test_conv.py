@@ -376,7 +376,7 @@ def test_rounding_is_bounded_of_the_sums_alone():
 
 
 def test_a_sharding_in_the_type_is_left_to_jax(getkey):
-    """Of the image: JAX's own cotangent of the kernel asks for a sharding there."""
+    """The cotangent of the image; JAX's own cotangent of the kernel asks for a sharding there."""
     w, x = problem(getkey, batch=8)
     f = lambda conv, w, x: jnp.sum(jnp.sin(conv(x, w)))
     expected = jax.value_and_grad(f, 2)(stock, w, x)

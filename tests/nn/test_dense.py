@@ -129,7 +129,7 @@ def test_linear(getkey):
 
 
 def test_products_of_a_function_that_are_replaced():
-    """Those of floats in their own dtype, whichever operand is the matrix; no others."""
+    """Products of floats in their own dtype, whichever operand is the matrix; no others."""
     x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
     half = x.astype(jnp.float16), jnp.full((4, 5), 1e-4, jnp.float16)
     named = lambda fn, *inputs: str(jax.make_jaxpr(trace(fn, *inputs))(*inputs))

@@ -1,4 +1,4 @@
-"""What helps a layer to train: a predictor, weights made once a solve, a random depth."""
+"""Aids to training a layer: a predictor, weights made once a solve, a random depth."""
 
 import collections
 import dataclasses

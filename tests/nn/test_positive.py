@@ -1,4 +1,4 @@
-"""What makes a cell positive and concave, and what goes wrong without it."""
+"""The properties that make a cell positive and concave, and what goes wrong without them."""
 
 from functools import partial
 

@@ -54,7 +54,7 @@ def picard(sigma, w, x, normalise, steps=120):
     ("name", "normalise"), [("tanh", True), ("power", True), ("sigmoid", False)]
 )
 def test_no_subhomogeneous_cell_is_outside_its_enclosure(name, normalise, dtype):
-    """Of 1,500; normalised, f is not monotone, and `deqjax.certify` is wrong of some."""
+    """None of 1,500; a normalised f is not monotone, and `deqjax.certify` errs for some."""
     activation, sigma = SIGMAS[name]
     rng, batch, n = np.random.default_rng(0), 250, 5
     cell = nn.SubhomogeneousLinear(

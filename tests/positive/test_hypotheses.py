@@ -1,4 +1,4 @@
-"""What the numerical test of the hypotheses refuses, and what it lets pass."""
+"""Cells that the numerical test of the hypotheses refuses, and cells that it lets pass."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What is negative in an array is never taken for nonnegative, however it came in."""
+"""A negative number in an array is never taken for nonnegative, however it came in."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What certified solvers say where they fall short, and the precision that they ask for."""
+"""Certified solvers where they fall short, and the precision that they ask for."""
 
 import jax
 import jax.export

@@ -112,7 +112,7 @@ def test_starting_points(method):
 @solvers
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_keeps_its_word(method, dtype):
-    """What is returned has been rounded to the state's dtype, and that is counted."""
+    """The value returned is rounded to the state's dtype, and the bounds count that."""
     f = lambda z, x: jax.nn.sigmoid(z / 2 + x)
     x = jnp.linspace(0.1, 3, 40).astype(dtype)
     run = lambda x: deqjax.fixed_point(f, method(rtol=0.05, slack=0.03), jnp.zeros_like(x), x)
@@ -159,7 +159,7 @@ def test_the_bracket_may_be_met_exactly():
 @pytest.mark.x64
 @pytest.mark.parametrize("image", [False, True])
 def test_in_a_layer(getkey, image):
-    """Its gradient is that of the fixed point, through either implicit adjoint."""
+    """The layer's gradient is that of the fixed point, through either implicit adjoint."""
     if image:
         cell, shape = PositiveConcaveConv2d(2, 3, jax.nn.relu6, key=getkey()), (4, 3, 2)
     else:
