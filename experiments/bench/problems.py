@@ -55,7 +55,7 @@ _ACTIVATIONS = {
 
 def radius(matrix: np.ndarray) -> float:
     """The largest modulus of an eigenvalue."""
-    return float(np.abs(np.linalg.eigvals(matrix)).max())
+    return float(np.abs(np.linalg.eigvals(matrix.astype(float))).max())
 
 
 def _make(name: str, fn: Callable, a: np.ndarray, b: np.ndarray, start: float = 0.0) -> Problem:
@@ -149,8 +149,3 @@ def mixed(easy: int = 31, seed: int = 0) -> Problem:
     z0, args, solution = jax.tree.map(stack, *((p.z0, p.args, p.solution) for p in parts))
     fn = lambda z, args: jax.vmap(_affine)(z, args)
     return Problem(f"mixed batch, {easy} easy and 1 hard", fn, z0, args, solution, 0.99)
-
-
-if __name__ == "__main__":
-    for p in [*suite(), mixed()]:
-        print(f"{p.name:40s} rho(J) = {p.rho:.4f}")

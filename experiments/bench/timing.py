@@ -1,5 +1,6 @@
 """Compiled programs, what they allocate, and times of them in interleaved rounds."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -9,31 +10,7 @@ import jax
 from tqdm import tqdm
 
 Calls = dict[str, Callable[[], Any]]
-
-
-def interleaved(calls: Calls, rounds: int, repeats: dict[str, int]) -> dict[str, list[float]]:
-    """Seconds of each call in each round, so that a slow minute of the machine falls on all."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in tqdm(range(rounds), desc="rounds"):
-        for name, call in calls.items():
-            each = []
-            for _ in range(repeats.get(name, 1)):
-                start = time.perf_counter()
-                jax.block_until_ready(call())
-                each.append(time.perf_counter() - start)
-            seconds[name].append(statistics.median(each))
-    return seconds
-
-
-def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(x) for name, x in seconds.items()}
-
-
-def median_ratio(a: list[float], b: list[float]) -> float:
-    """Of two times of each round: what slows down one slows down the other."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+Seconds = dict[str, list[float]]
 
 
 def compiled(fn: Callable[..., Any], *args: Any) -> Any:
@@ -41,6 +18,37 @@ def compiled(fn: Callable[..., Any], *args: Any) -> Any:
     return jax.jit(fn).lower(*args).compile()
 
 
+def ready(fn: Callable[..., Any], *args: Any) -> functools.partial:
+    """A call without arguments of `fn`, compiled for `args`; its program is `.func`."""
+    return functools.partial(compiled(fn, *args), *args)
+
+
 def temporary_bytes(program: Any) -> int:
-    """What the program allocates beside its inputs and outputs."""
+    """Bytes that the program, or a call of one, allocates beside its inputs and outputs."""
+    program = program.func if isinstance(program, functools.partial) else program
     return program.memory_analysis().temp_size_in_bytes
+
+
+def interleaved(calls: Calls, rounds: int, repeats: dict[str, int] | None = None) -> Seconds:
+    """Seconds of each call in each round, so that a slow minute of the machine falls on all."""
+    seconds: Seconds = {name: [] for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    for _ in tqdm(range(rounds), desc="rounds"):
+        for name, call in calls.items():
+            each = []
+            for _ in range((repeats or {}).get(name, 1)):
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                each.append(time.perf_counter() - start)
+            seconds[name].append(statistics.median(each))
+    return seconds
+
+
+def medians(seconds: Seconds) -> dict[str, float]:
+    return {name: statistics.median(x) for name, x in seconds.items()}
+
+
+def median_ratio(a: list[float], b: list[float]) -> float:
+    """The median over rounds of a / b: what slows down one slows down the other."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 import deqjax
 
 from bench.certificates.cells import Batch, dense
-from bench.report import Row
+from bench.rows import Row
 
 KEPT = 4  # the examples that stay, at the front
 MINE, EASY, HARD = 0.065, 10.0, 1e-4  # sizes of x, with tanh and rho(W) = 1
@@ -17,7 +17,7 @@ MOST = 50_000
 
 
 def mates(batch: int, n: int, seed: int) -> list[Row]:
-    """Of the examples kept: all that comes back, with easy mates against with hard ones."""
+    """Compares all that comes back for the examples kept, with easy mates and with hard ones."""
     rows = []
     for dtype in ("float32", "float64"):
         with jax.enable_x64(dtype == "float64"):

@@ -1,4 +1,4 @@
-"""How right a gradient is: its error against float64 autodiff, and what the reversal misses."""
+"""Errors of a gradient against float64 autodiff, and what the reversal misses."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from bench.blocks import Cell
 from bench.gradients import gradient
-from bench.report import Row
+from bench.rows import Row
 from bench.ways import OF_THE_FIXED_POINT, TITLES, Method
 
 

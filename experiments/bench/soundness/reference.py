@@ -8,7 +8,7 @@ import numpy as np
 LONG = np.longdouble
 # What rounding does to one evaluation of `exact`, which nowhere cancels: a hundred roundings.
 _ROUNDING = 100 * float(np.finfo(LONG).eps)
-# A reference in more doubt than that is none.
+# The most doubt of what is still a reference.
 _DOUBT = 1e-13
 _NEWTON = 60
 

@@ -13,18 +13,19 @@ from bench.blocks import Cell
 from bench.fidelity.memory import digits_per_word
 from bench.gradients import ADJOINTS, value_and_grad
 from bench.pieces import pieces
-from bench.report import Row
+from bench.rows import Row
 from bench.throughput.blocks import Images, Language, distinct, unrolled
 from bench.timing import Calls, compiled, interleaved, medians, temporary_bytes
 from bench.ways import DType, Variant, floor, needed_flop
 
 Case = tuple[Variant, int]  # and the number of evaluations
+Size = Language | Images
 
 LOOP = 8  # calls of a short piece in a row, as many as the paper's solve has
 
 
 def digit_bytes(cell: Cell, d: int, evaluations: int) -> int:
-    """What the exact state writes down."""
+    """Bytes that the exact state writes down."""
     return 4 * math.ceil(evaluations / digits_per_word(d)) * cell.z0.size
 
 
@@ -78,8 +79,8 @@ class Programs:
             )
 
     def seconds(self, rounds: int) -> dict[str, float]:
-        """Of one call, the median over the rounds."""
-        found = medians(interleaved(self.calls, rounds, {}))
+        """Seconds of one call, the median over the rounds."""
+        found = medians(interleaved(self.calls, rounds))
         return {name: seconds / self.times[name] for name, seconds in found.items()}
 
     def rate(self, seconds: dict[str, float]) -> float:
@@ -88,16 +89,10 @@ class Programs:
 
 
 def block_rows(
-    size: Language | Images,
-    batch: int,
-    dtype: DType,
-    cases: list[Case],
-    *,
-    looped: bool,
-    rounds: int,
-    key: PRNGKeyArray,
-) -> list[Row]:
-    """Value and gradient of the solves alone, one row a case and scale.
+    size: Size, batch: int, dtype: DType, cases: list[Case],
+    *, looped: bool, rounds: int, key: PRNGKeyArray,
+) -> list[Row]:  # fmt: skip
+    """Value and gradient of the solves alone, one row per case and scale.
 
     `looped`: with the floor in a loop too.
     """
@@ -144,13 +139,7 @@ def block_rows(
 
 
 def model_rows(
-    size: Language | Images,
-    batch: int,
-    dtype: DType,
-    cases: list[Case],
-    *,
-    rounds: int,
-    key: PRNGKeyArray,
+    size: Size, batch: int, dtype: DType, cases: list[Case], *, rounds: int, key: PRNGKeyArray
 ) -> list[Row]:
     """Value and gradient of the whole model's loss, as in training."""
     programs = Programs(dtype)
