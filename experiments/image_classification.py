@@ -49,7 +49,8 @@ last two 92 %, of all 74 %, where a margin of logits, 0.82 in the median, can mo
 The RevDEQ on MNIST ran in the floating-point mode, deqjax.Reversible(exact=False).
 """
 
-from images.config import Config, choose
+from images.config import choose
+from images.options import Config
 from training.flags import read
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import

@@ -41,7 +41,8 @@ The state came to +-12 (pydoc) and +-23 (tiny_shakespeare) of the +-2,048 that i
 the paper's network starts with +-12.
 """
 
-from text.config import Config, choose
+from text.config import choose
+from text.options import Config
 from training.flags import read
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import

@@ -15,8 +15,8 @@ import deqjax
 from deqjax.models import ReversibleTransformer, Transformer
 from deqjax.nn import shard_solves
 
-from text.config import Config
 from text.corpus import Corpus, windows
+from text.options import Config
 from training.devices import local, place
 from training.fit import TrainState
 from training.solves import forward_evaluations, solve_metrics

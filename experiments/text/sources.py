@@ -18,7 +18,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple, get_args
 
-from text.config import Name
+from text.options import Name
 from training.tfds import records
 
 Lines = Callable[[], Iterator[str]]

@@ -14,7 +14,7 @@ from typing import final
 import numpy as np
 from tqdm import tqdm
 
-from text.config import Kind
+from text.options import Kind
 from training.missing import not_installed
 
 try:

@@ -29,7 +29,7 @@ class Range:
     multiple: int = 1
 
     def expected(self, number: float) -> str | None:
-        """What is expected instead of this number; None if it is in the range."""
+        """The words for what is expected instead of this number; None if it is in the range."""
         if not number >= self.low:
             return "above 0" if self.low == _SMALL else f"of at least {self.low:,.12g}"
         if not number <= self.high:
@@ -59,6 +59,7 @@ Positive = Annotated[float, Range(_SMALL, _LARGE)]
 Nonnegative = Annotated[float, Range(0, _LARGE)]
 Tolerance = Annotated[float, Range(_SMALL, 1)]
 Share = Annotated[float, Range(0, 1)]
+Beta = Annotated[float, Range(0, 2, but=(0, 1, 2))]  # of a relaxation that can be reversed
 # JAX's keys are made of 32 bits, and NumPy's generators of no negative number.
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 # The d of 1 - beta = 1/d, where deqjax.Reversible is exact.

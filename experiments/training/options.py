@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
-from training.flags import Count, Whole
+from training.flags import Count, Nonnegative, Positive, Seed, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Session:
     resume: bool = False
     """Go on from the last checkpoint of the run of this name."""
     name: str | None = None
-    """Of the folder in runs/; None: preset or data set and model, and seed."""
+    """Name of the folder in runs/; None: preset or data set and model, and seed."""
     data_dir: str | None = None
-    """Where the data lies; of TensorFlow Datasets, None: TFDS_DATA_DIR, else TFDS's own place."""
+    """Folder of the data; of TensorFlow Datasets, None: TFDS_DATA_DIR, else TFDS's own place."""
     download: bool = False
     """Let TensorFlow Datasets download and prepare (needs tensorflow)."""
     distributed: bool = False
@@ -39,18 +39,36 @@ class Session:
     """With --coordinator: which of them this is, from 0."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Options of the optimiser that all scripts have; with other values a run is another run."""
+
+    seed: Seed = 0
+    """Seed of parameters, order of the data and augmentation."""
+    accumulate: Count = 1
+    """Parts of a batch, taken one after another; batch normalisations see one at a time."""
+    learning_rate: Positive | None = None
+    """Peak of AdamW's."""
+    weight_decay: Nonnegative | None = None
+    """AdamW's: a step shrinks parameters (of text, matrices) by learning rate x this."""
+    clip: Positive = 1.0
+    """Ceiling on the gradient's norm: met in the first steps only."""
+    smoke: bool = False
+    """A tiny network, data set and number of steps: everything is run through, nothing learned."""
+
+
 RUNS = Path("runs")
 C = TypeVar("C", bound=Session)
 
 
 def filled(config: C, values: dict[str, Any]) -> C:
-    """What was left at None, from `values`."""
+    """Fills in what was left at None, from `values`."""
     missing = {k: v for k, v in values.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **missing)
 
 
 def recorded(config: Session) -> dict[str, Any]:
-    """What has to be the same when a run is resumed."""
+    """The options that have to be the same when a run is resumed: those beside its session."""
     session = {field.name for field in dataclasses.fields(type(config).__bases__[0])}
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in session}
 
