@@ -1,4 +1,4 @@
-"""What holds and what it costs on an accelerator, in eight minutes and one command.
+"""Correctness and cost on an accelerator, in eight minutes and one command.
 
 Shown, in order of worth: the machine and its rates; whether exact reversal is exact, with the
 ordinary and with the deterministic algorithms; what a solve and its gradient cost over what they

@@ -73,13 +73,13 @@ from images.config import title
 from images.data import Dataset, load
 from images.models import constructor
 from images.train import Preparation, check_shift, evaluate, make_forward, make_loss
-from training.devices import check_batch, initialize, is_main, local, mesh, replicate
+from training.devices import begin, check_batch, is_main, local, mesh, replicate
 from training.fit import TrainState, fit, make_step
 from training.options import RUNS, recorded
 from training.plots import plot_certificates, plot_curves, plot_residual
 from training.run import RunFolder
 from training.solves import backward_evaluations, residual_curves
-from training.table import table
+from training.table import ending
 
 
 def train(config: Config, data: Dataset) -> dict[str, Any]:
@@ -190,22 +190,18 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
 
 def main(configs: list[Config]) -> None:
     config = configs[0]
-    initialize(config.distributed, config.coordinator, config.processes, config.process_id)
-    if config.smoke:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
-    limit = 96 if config.smoke else None
-    dataset = config.dataset
+    begin(config)
+    dataset, limit = config.dataset, 96 if config.smoke else None
     assert dataset is not None
     data = load(dataset, data_dir=config.data_dir, download=config.download, limit=limit)
     rows = [train(c, data) for c in configs]
     if not is_main():
         return
     where = f"{data.test_name}: {data.about}, {len(data.test.labels):,} images"
-    smoke = "A smoke run: nothing is learned, and the figures say nothing. " if config.smoke else ""
-    print(f"\n{smoke}{dataset}, seed {config.seed}; {where}")
-    print("f forward, f backward: evaluations of f per example")
-    print("certified: share of predictions that no error of the solves can change\n")
-    print(table(rows))
+    about = [f"{dataset}, seed {config.seed}; {where}"]
+    about += ["f forward, f backward: evaluations of f per example"]
+    about += ["certified: share of predictions that no error of the solves can change"]
+    print(ending(rows, config.smoke, *about))
     print("\nEach folder: config.json, metrics.jsonl, plots, checkpoints/, tensorboard/")
 
 

@@ -17,7 +17,7 @@ from bench.rows import Row
 
 
 class Parts(dict[str, Any]):
-    """What a section measures, where that is more than one part of the results."""
+    """The parts of the results that one section measures, where they are several."""
 
 
 def record(

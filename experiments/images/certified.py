@@ -1,4 +1,4 @@
-"""What can be certified of a positive concave network: its fixed points and its predictions.
+"""Certificates of a positive concave network: of its fixed points and of its predictions.
 
 A stage of `deqjax.models.PositiveConcaveNet` at rest is
 
@@ -77,7 +77,7 @@ def enclose(deq: deqjax.nn.DEQ, x: Float[Array, "b ..."], z: Float[Array, "b ...
 
 @eqx.filter_jit
 def measure(deqs: tuple[deqjax.nn.DEQ, ...], solves) -> dict[str, list]:
-    """Of each solve of a batch, as the model made it: how far it got, and how hard it was.
+    """Measures how far each solve of a batch got, as the model made it, and how hard it was.
 
     spectral_radius: lower and upper bound of the batch's largest rho(J) at the fixed point;
     certified_error: median and largest bound of max_i |z_i - z*_i| / z*_i; solve_evaluations: the

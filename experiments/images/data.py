@@ -5,7 +5,7 @@ of this size; nothing is cached on disk. Reading prepared TFDS data needs no Ten
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,9 +56,8 @@ class Dataset(NamedTuple):
         axes, images = (0, 1, 2), self.train.images
         mean = images.mean(axes, dtype=np.float64, keepdims=True)
         # A chunk at a time: the float64 copy of a whole split would take gigabytes.
-        squares = [
-            np.square(part, dtype=np.float64).sum(axes) for part in np.array_split(images, 50)
-        ]
+        square = lambda part: np.square(part, dtype=np.float64).sum(axes)
+        squares = [square(part) for part in np.array_split(images, 50)]
         std = np.sqrt(np.sum(squares, 0) / images[..., 0].size - mean**2)
         return mean.astype(np.float32), std.astype(np.float32)
 
@@ -91,13 +90,7 @@ def _digits(limit: int | None) -> Dataset:
 
 
 def _tfds(name: str, split: str, data_dir: str | None, download: bool, limit: int | None) -> Split:
-    read = records(
-        name,
-        split,
-        data_dir=data_dir,
-        download=download,
-        limit=limit,
-        instead="--dataset digits",
-    )
+    where: Any = {"data_dir": data_dir, "download": download, "instead": "--dataset digits"}
+    read = records(name, split, limit=limit, **where)
     images = np.stack([record["image"] for record in read])
     return Split(images, np.array([record["label"] for record in read], np.int32))

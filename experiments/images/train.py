@@ -1,4 +1,4 @@
-"""What training and evaluating an image classifier are made of: preparation, loss, evaluation.
+"""The parts of training and evaluating an image classifier: preparation, loss, evaluation.
 
 Networks are called on batches, `logits, norms, solves = model(images, norms)`, where `norms` is
 the Equinox state of the batch normalisation and `solves` holds (input, solution) of each DEQ.

@@ -167,12 +167,11 @@ FILES = ("train.npy", "valid.npy", "tokenizer.json")
 
 
 def _read(folder: Path, settings: dict[str, Any], about: str) -> Corpus | None:
-    """What is cached, if every byte of it is as it was written."""
+    """The corpus in the cache, if every byte of it is as it was written."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["settings"] != settings or meta["digests"] != digests_of(
-            folder, [folder / file for file in FILES]
-        ):
+        found = digests_of(folder, [folder / file for file in FILES])
+        if (meta["settings"], meta["digests"]) != (settings, found):
             return None
         words = int(meta["valid_words"])
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ it can't, each process is told by hand: the address of process 0, how many there
 """
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -47,6 +47,13 @@ def initialize(
             "TPU pods and under SLURM, Open MPI or Kubernetes JAX finds it; elsewhere pass, in "
             "each process, --coordinator HOST:PORT --processes N --process-id I, I = 0 on HOST."
         ) from None
+
+
+def begin(config: Any) -> None:
+    """Joins the other processes; a smoke run is compiled in the quickest way."""
+    initialize(config.distributed, config.coordinator, config.processes, config.process_id)
+    if config.smoke:
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
 
 
 def is_main() -> bool:
@@ -100,7 +107,7 @@ def agree(number: int) -> int:
 
 
 def main_first(make: Callable[[], T]) -> T:
-    """What `make` returns, in the main process first: the others then find what it has cached."""
+    """Calls `make` in the main process first: the others then find what it has cached."""
     value, failure = None, None
     if is_main():
         try:

@@ -1,4 +1,4 @@
-"""What a script says when a package that it needs is not there."""
+"""The sentence of a script when a package that it needs is not there."""
 
 
 def not_installed(missing: ImportError) -> SystemExit:

@@ -1,4 +1,4 @@
-"""What is measured of the solves of a model: evaluations, result codes, residuals.
+"""Measurements of the solves of a model: evaluations, result codes, residuals.
 
 `solves` holds (input, solution) of each equilibrium layer, in the order of `model.deqs`.
 """
@@ -23,7 +23,7 @@ CODES = {
 
 
 def solve_metrics(solves, n: int) -> dict[str, Any]:
-    """Of a training step: the mean evaluations of f per example, and how many solves ended how."""
+    """The mean evaluations of f per example of a training step, and how many solves ended how."""
     return {
         "evaluations": jnp.mean(forward_evaluations(solves, n)),
         "results": _count(solves),

@@ -96,17 +96,17 @@ def points(n: int, seed: int) -> np.ndarray:
 def problems(form: Form, size: Size, seed: int) -> tuple[Any, Any, Any]:
     """W, x and a point somewhere between the fixed point and rubbish, in the dtype of the form."""
     rng = np.random.default_rng([seed, list(FORMS.values()).index(form)])
-    b = COUNT[size]
-    side, c = _IMAGE[size]
-    shape = (b, 3, 3, c, c) if form.convolution else (b, _DENSE[size], _DENSE[size])
-    w = rng.uniform(size=shape) ** rng.uniform(0.5, 6, (b, *(1,) * (len(shape) - 1)))
-    w *= rng.uniform(size=shape) < rng.uniform(0.1, 1.2, (b, *(1,) * (len(shape) - 1)))
+    b, n, (side, c) = COUNT[size], _DENSE[size], _IMAGE[size]
+    shape = (b, 3, 3, c, c) if form.convolution else (b, n, n)
+    state = (b, side, side, c) if form.convolution else (b, n)
+    per = lambda ndim: (b, *(1,) * (ndim - 1))  # a number per problem
+    w = rng.uniform(size=shape) ** rng.uniform(0.5, 6, per(len(shape)))
+    w *= rng.uniform(size=shape) < rng.uniform(0.1, 1.2, per(len(shape)))
     # Row sums of at most 0.1 to 4.
     sums = np.sum(w, (1, 2, 3) if form.convolution else 2)
-    most = np.max(sums, -1).reshape(b, *(1,) * (len(shape) - 1))
+    most = np.max(sums, -1).reshape(per(len(shape)))
     w *= 10 ** rng.uniform(-1, 0.6, most.shape) / np.maximum(most, 1e-3)
-    state = (b, side, side, c) if form.convolution else shape[:2]
-    each = (b, *(1,) * (len(state) - 1))
+    each = per(len(state))
     x = 10 ** (rng.uniform(-3, 1, each) + rng.uniform(-1, 1, state))
     cast = lambda a: jnp.asarray(a, form.dtype)
     w, x = cast(w), cast(x)
@@ -180,8 +180,8 @@ def certificates(run: Run) -> None:
             found.update(compiled({n: certified(f, run.size, run.seed) for n, f in forms.items()}))
         judged(run, name, forms[name], good(found[name]))
 
-    cases: dict[str, Callable[[], None]] = {"functions": lambda: functions(run, names)}
-    run.cases(cases | {name: (lambda name=name: check(name)) for name in forms})
+    cases: dict[str, Callable[[], None]] = {"functions": partial(functions, run, names)}
+    run.cases(cases | {name: partial(check, name) for name in forms})
 
 
 def functions(run: Run, names: list[str]) -> None:

@@ -49,10 +49,6 @@ def _arguments(p: Problem):
     return _gradient(p, _value(p))
 
 
-def _eager(p: Problem):
-    return _gradient(p, _value(p), lambda take: take)
-
-
 def _closed(p: Problem):
     def value(w, x, z0):
         options: Any = dict(max_steps=STEPS, adjoint=deqjax.ReversibleAdjoint())
@@ -86,10 +82,6 @@ def _vmapped_pull(p: Problem):
     _, pull = jax.vjp(_value(p), *p.first)
     out = jax.jit(jax.vmap(pull))(jnp.stack([p.g[0], -p.g[0]]))
     return _alone(*jax.tree.map(lambda v: v[0], out))
-
-
-def _remat(p: Problem):
-    return _gradient(p, jax.checkpoint(_value(p)))
 
 
 def _branch(p: Problem):
@@ -167,14 +159,6 @@ def _each(p: Problem, mapped: Callable[..., Any]):
     return jax.tree.map(lambda v: np.asarray(v).sum(0), w), x, z0, _STEPS
 
 
-def _vmap_of_grad(p: Problem):
-    return _each(p, lambda take, axes: jax.jit(jax.vmap(take, axes)))
-
-
-def _pmap(p: Problem):
-    return _each(p, lambda take, axes: jax.pmap(take, in_axes=axes))
-
-
 def _over_batch(p: Problem, value: Callable):
     """The gradient of all examples; `value(w, x, z0) -> (values, steps)`."""
 
@@ -196,10 +180,6 @@ def _grad_of_vmap(p: Problem, tol: float = 0.0):
 
 def _batched(p: Problem, tol: float = 0.0, **more):
     return _over_batch(p, lambda *a: _of(p.solve(*a, tol=tol, batched=True, **more)))
-
-
-def _budget(p: Problem):
-    return _batched(p, steps=jnp.array([3, 6]))
 
 
 def _scanned(p: Problem):
@@ -254,25 +234,25 @@ CONTEXTS: dict[str, Context] = {
     "jit(grad), arguments": Context(_arguments),
     "jit(grad), closed over": Context(_closed),
     "jit(grad), parameters constant": Context(_constant),
-    "grad, eager": Context(_eager),
+    "grad, eager": Context(lambda p: _gradient(p, _value(p), lambda take: take)),
     "jit(value_and_grad)": Context(_value_and_grad),
     "jit(pull)": Context(_jit_pull),
     "jit(pull), batched": Context(_jit_pull_batch),
     "jit(vmap(pull))": Context(_vmapped_pull),
     "vjp and pull in two programs": Context(_two_programs),
-    "vmap(grad)": Context(_vmap_of_grad),
+    "vmap(grad)": Context(lambda p: _each(p, lambda take, axes: jax.jit(jax.vmap(take, axes)))),
     "grad(vmap)": Context(_grad_of_vmap),
     "grad(vmap), own stopping": Context(partial(_grad_of_vmap, tol=_STOP)),
     "batched": Context(_batched),
     "batched, own stopping": Context(partial(_batched, tol=_STOP)),
-    "batched, own budgets": Context(_budget),
-    "remat": Context(_remat),
+    "batched, own budgets": Context(lambda p: _batched(p, steps=jnp.array([3, 6]))),
+    "remat": Context(lambda p: _gradient(p, jax.checkpoint(_value(p)))),
     "scan over solves": Context(_scanned),
     "in a branch": Context(_branch),
     "state a pytree": Context(_pytree),
     "shard_map": Context(_shard_map),
     "sharded batch": Context(_sharded),
-    "pmap": Context(_pmap),
+    "pmap": Context(lambda p: _each(p, lambda take, axes: jax.pmap(take, in_axes=axes))),
     "reversible_vjp": Context(_plain),
     "Optimistix's door": Context(_optimistix),
     "nn.DEQ": Context(_layer),

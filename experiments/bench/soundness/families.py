@@ -65,10 +65,6 @@ def _uniform(low: float, high: float, *shape: int) -> Callable:
     return lambda rng, count: rng.uniform(low, high, (count, *shape))
 
 
-def _softplus(u: np.ndarray) -> np.ndarray:
-    return u + np.log1p(np.exp(-u))
-
-
 def _conv(z: Any, kernel: Any) -> Any:
     """A convolution of one channel, (h, w) with (3, 3), zero padding."""
     return jax.lax.conv_general_dilated(z[None, None], kernel[None, None], (1, 1), "SAME")[0, 0]
@@ -169,7 +165,7 @@ ORDINARY: tuple[Family, ...] = (
            + a["leave"][:, None] * a["v"], closed=True),
     _both("1 - exp(-u)", weighted(3.0), lambda z, a, m: -m.expm1(-affine(z, a))),
     Family("softplus", weighted(0.9), lambda z, a: jax.nn.softplus(affine(z, a)),
-           lambda z, a: _softplus(affine(z, a)), closed=True),
+           lambda z, a: np.logaddexp(affine(z, a), 0), closed=True),
     _both("in parallel", weighted(2.0, c=_uniform(0.1, 5, 4)),
           lambda z, a, m: 1 / (1 / affine(z, a) + 1 / a["c"])),
     Family("convolution", _draw_image,

@@ -163,10 +163,6 @@ def _family(name: str, fn: Any, exact: Any = affine, draw: Any = None, *, closed
     return Family(name, draw or _draw(), fn, exact, closed, mixed, n)
 
 
-def _root(u: np.ndarray) -> np.ndarray:
-    return u / (1 + np.sqrt(1 + u))
-
-
 MIXED: tuple[Family, ...] = (
     _family("k - relu(k - u)", lambda z, a: _reflected(z, a, a["minus"]), _least),
     _family("k - relu(k - u), closed over", lambda z, a: _reflected(z, a, a["minus"]),
@@ -185,7 +181,8 @@ MIXED: tuple[Family, ...] = (
     _family("k - relu(k - u), integers",
             lambda z, a: _reflected(z, a, a["whole"].astype(z.dtype)), _least),
     _family("sqrt(1 + u) - 1", lambda z, a: jnp.sqrt(1 + affine(z, a)) + a["minus"],
-            lambda z, a: _root(affine(z, a)), _draw(1.8, -5, 0), closed=True),
+            lambda z, a: affine(z, a) / (1 + np.sqrt(1 + affine(z, a))), _draw(1.8, -5, 0),
+            closed=True),
     _family("1 - 1 / (1 + u)", lambda z, a: 1 + a["minus"] / (1 + affine(z, a)),
             lambda z, a: affine(z, a) / (1 + affine(z, a)), _draw(1.5, -5, 0)),
     _family("1 - (1 + u)^e, e an array", lambda z, a: 1 + a["minus"] * (1 + affine(z, a))
