@@ -33,7 +33,7 @@ Section = Literal["guarantee", "memory", "adjoints"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(Measurement):
-    """Compare gradients: error, memory and time."""
+    """Compares gradients: error, memory and time."""
 
     sections: tuple[Section, ...] = get_args(Section)
     """Parts of the comparison."""

@@ -41,7 +41,7 @@ Section = Literal["evaluations", "overhead", "floor", "blocks"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(Measurement):
-    """Compare solvers: evaluations, time, and what they cost beside f."""
+    """Compares solvers: evaluations, time, and what they cost beside f."""
 
     sections: tuple[Section, ...] = get_args(Section)
     """Parts of the comparison; the mixed batch goes with evaluations."""

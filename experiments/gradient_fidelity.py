@@ -1,4 +1,4 @@
-"""How right a gradient by reversal is, and what it costs, beside the other ways of taking one.
+"""Error and cost of a gradient by reversal, beside the other ways of taking one.
 
 Shown: the integer state of `deqjax.Reversible` runs backwards without an error at any depth, where
 a floating point state is lost after some tens of evaluations, in float64 too; at what price in
@@ -39,7 +39,7 @@ Block = Literal["MLP", "convolution", "attention"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(Measurement):
-    """Measure gradients: their error, memory and time."""
+    """Measures gradients: their error, memory and time."""
 
     sections: tuple[Section, ...] = get_args(Section)
     """Parts of the measurement; residuals kept go with memory."""

@@ -100,7 +100,9 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     names += ("activation", "widths", "dtype")
     try:
         make = constructor(**{name: getattr(config, name) for name in names})
-        make = eqx.filter_jit(eqx.nn.make_with_state(make))  # one compilation, not one a parameter
+        make = eqx.filter_jit(
+            eqx.nn.make_with_state(make)
+        )  # one compilation, not one per parameter
         model, norms = make(data.image_shape, data.num_classes, key=model_key)
     except ValueError as error:  # of the sizes, of beta
         raise SystemExit(str(error)) from None

@@ -34,7 +34,7 @@ Section = Literal["convolution", "attention", "concave"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(Measurement):
-    """Measure the kernels."""
+    """Measures the kernels."""
 
     sections: tuple[Section, ...] = get_args(Section)
     """Parts of the measurement."""

@@ -96,7 +96,7 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         ),
     )
     batch, replicated = mesh()
-    loss_fn = make_loss(static, config, batch)
+    loss_fn = make_loss(static, batch)
     step = make_step(loss_fn, optimizer, batch, replicated, accumulate=config.accumulate)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(params, None, optimizer.init(params), train_key, zero)

@@ -43,7 +43,7 @@ Section = Literal["certificates", "layers", "reversal", "implicit", "programs"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(Measurement):
-    """Look for false bounds, lost gradients and programs that stay."""
+    """Looks for false bounds, lost gradients and programs that stay."""
 
     sections: tuple[Section, ...] = get_args(Section)
     """Parts of the search."""
@@ -64,7 +64,7 @@ class Config(Measurement):
     seconds: Positive = 60.0
     """Seconds after which the calls of an entry point end."""
     some: Count | None = None
-    """So many families, cells and kinds alone, in float32; None: all."""
+    """Number of families, cells and kinds that are tried, in float32 alone; None: all, in both."""
     workers: Whole = 2
     """Processes; 0: this one does it all."""
 

@@ -1,4 +1,4 @@
-"""How fast the paper's models run forwards and backwards, and on how much memory.
+"""Speed and memory of the paper's models, forwards and backwards.
 
 Shown: tokens or images a second of value and gradient; their ratio to the floor, the evaluations
 of the block and their VJPs that the gradient cannot do without; memory that does not grow with
@@ -39,12 +39,12 @@ Section = Literal["language", "multiscale"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(Measurement):
-    """Measure throughput and memory of value and gradient."""
+    """Measures throughput and memory of value and gradient."""
 
     sections: tuple[Section, ...] = get_args(Section)
     """Blocks to measure."""
     full: bool | None = None
-    """Take the paper's sizes; None: on anything but a CPU."""
+    """Takes the paper's sizes; None: on anything but a CPU."""
     batches: tuple[Count, ...] | None = None
     """Batch sizes, the first one being that of all depths; None: 4 and 16, or the paper's."""
     variants: tuple[Variant, ...] = tuple(EXTRA)

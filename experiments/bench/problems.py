@@ -24,11 +24,11 @@ class Problem(NamedTuple):
 
     @property
     def picard(self) -> bool:
-        """Whether Picard iteration converges."""
+        """Tells whether Picard iteration converges."""
         return self.rho < 1
 
     def astype(self, dtype: DTypeLike) -> "Problem":
-        """With z0 and args in `dtype`."""
+        """The problem with z0 and args in `dtype`."""
         cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
         return self._replace(z0=cast(self.z0), args=cast(self.args))
 

@@ -113,7 +113,7 @@ def certified_share(
 def certified_predictions(
     model: PositiveConcaveNet, norms: eqx.nn.State, images: Float[Array, "b h w c"], rtol: float
 ) -> Bool[Array, " b"]:
-    """Whether the class that `model`, at rest, predicts is that of every point of the last box.
+    """Tells whether the class that `model` predicts at rest is that of all points of the last box.
 
     An example of which an enclosure does not hold is not certified.
     """
@@ -145,7 +145,7 @@ def last_box(
 
 
 def wins(head: eqx.nn.Linear, classes: Int[Array, " b"], box: Box) -> Bool[Array, " b"]:
-    """Whether the head gives each example's class the largest logit on the whole of its box."""
+    """Tells whether the head gives an example's class the largest logit on the whole of its box."""
     assert head.bias is not None
     margin = lambda w: w[classes][:, None] - w[None]  # (b, classes, ...)
     centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2

@@ -1,4 +1,4 @@
-"""From the options that are given to the configurations of the runs, complete and checked."""
+"""The configurations of the runs, complete and checked, from the options that are given."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def _resolve(config: Config) -> Config:
     scales = len(config.features or ())
     if model not in CONCAVE and len(config.widths or ()) != scales:
         raise SystemExit(
-            f"Expected as many --widths as --features for {model}, one a scale; got "
+            f"Expected as many --widths as --features for {model}, one per scale; got "
             f"{config.widths} and {config.features}. Give both."
         )
     if model in ("pc-linear", "pc-single") and scales != 1:

@@ -63,7 +63,7 @@ class Dataset(NamedTuple):
 
 
 def load(name: str, *, data_dir: str | None, download: bool, limit: int | None) -> Dataset:
-    """Read a dataset; `limit` keeps the first so many examples of each split (smoke runs)."""
+    """Reads a dataset; `limit` keeps the first so many examples of each split (smoke runs)."""
     if name == "digits":
         return _digits(limit)
     train = _tfds(name, "train", data_dir, download, limit)

@@ -32,7 +32,7 @@ def kind_of(activation: Activation | None) -> Literal[1, 2] | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Session, Training):
-    """Train implicit models on images. Options left at None: the preset's, else the defaults."""
+    """Trains implicit models on images. Options left at None: the preset's, else the defaults."""
 
     preset: Preset | None = None
     """Options by one name: those of the two papers, or ours for two cores (-short)."""
@@ -82,4 +82,4 @@ class Config(Session, Training):
     shift: Whole | None = None
     """Pixels that training images move at most, at random, in each direction."""
     mirror: bool | None = None
-    """Mirror training images at random; None: where a mirrored image keeps its class."""
+    """Mirrors training images at random; None: where a mirrored image keeps its class."""

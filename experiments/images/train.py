@@ -54,7 +54,7 @@ class Preparation:
 
 
 def check_shift(shift: int, image_shape: tuple[int, ...]) -> None:
-    """Refuse to shift images out of themselves."""
+    """Refuses to shift images out of themselves."""
     side = min(image_shape[:2])
     if shift >= side:
         raise SystemExit(
@@ -83,7 +83,7 @@ def make_loss(static: PyTree, prepare: Preparation, batch, label_smoothing: floa
 
 
 def make_forward(static: PyTree, prepare: Preparation, batch, replicated):
-    """Compile `(params, norms, images) -> (logits, solves)` of the network at rest.
+    """Compiles `(params, norms, images) -> (logits, solves)` of the network at rest.
 
     The images are NumPy's, the same in every process; the results are each process's own copy.
     """

@@ -1,4 +1,4 @@
-"""From the options that are given to the configurations of the runs, complete and checked."""
+"""The configurations of the runs, complete and checked, from the options that are given."""
 
 import dataclasses
 

@@ -88,7 +88,7 @@ def load(
     download: bool = False,
     limit: int | None = None,
 ) -> Corpus:
-    """Read a corpus; `limit` keeps the first so many characters of each split (smoke runs).
+    """Reads a corpus; `limit` keeps the first so many characters of each split (smoke runs).
 
     The tokenizer is trained on the training split alone; `vocabulary` is that of bpe.
     """
@@ -184,7 +184,7 @@ def _read(folder: Path, settings: dict[str, Any], about: str) -> Corpus | None:
 
 
 def _write(folder: Path, settings: dict[str, Any], corpus: Corpus) -> None:
-    """Beside its place and then renamed, so that a folder of this name is always whole."""
+    """Writes beside its place and renames, so that a folder of this name is always whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as beside:
         made = Path(beside) / folder.name

@@ -45,7 +45,7 @@ def _losses(model: Model, tokens: Int[Array, "b l"]) -> tuple[Array, Any]:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]), solves
 
 
-def make_loss(static: PyTree, config: Config, batch) -> Callable:
+def make_loss(static: PyTree, batch) -> Callable:
     """Mean cross-entropy of the next token, in nats: for `training.fit.make_step`."""
 
     def loss_fn(params, norms, key, tokens: Int[Array, "b l"]):

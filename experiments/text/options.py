@@ -14,7 +14,7 @@ SOLVED = Only("model", ("reversible",))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextSession(Session):
-    """Options of language models that don't say what is computed."""
+    """Options of language models that leave what is computed as it is."""
 
     cache_dir: str | None = None
     """Folder of tokenised text; None: the user's cache."""
@@ -26,7 +26,7 @@ class TextSession(Session):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(TextSession, Training):
-    """Train language models on text. Options left at None: the preset's."""
+    """Trains language models on text. Options left at None: the preset's."""
 
     corpus: Name = "pydoc"
     """pydoc: the language reference that comes with Python; text: a folder of text files."""
@@ -47,7 +47,7 @@ class Config(TextSession, Training):
     hidden: tuple[Count, ...] | None = None
     """Widths of the MLP's inner layers."""
     rotary: bool | None = None
-    """Turn queries and keys by their positions, instead of adding a learned vector for each."""
+    """Turns queries and keys by their positions, instead of adding a learned vector for each."""
     tied: bool | None = None
     """One table for both ends of the model."""
     length: Count | None = None
@@ -61,14 +61,14 @@ class Config(TextSession, Training):
     """Bits of the exact state behind the point: its range is 2^(31 - bits), 2,048; state_peak in
     the metrics says how much is used."""
     exact: Annotated[bool, SOLVED] = True
-    """Keep the state of reversible as integers, undone bit for bit; else in floating point."""
+    """Keeps the state of reversible as integers, undone bit for bit; else in floating point."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of products and attention; parameters and the residual sum stay float32."""
 
     epochs: Positive | None = None
     """Passes over the training split."""
     steps: Count | None = None
-    """Instead of epochs."""
+    """Steps to take instead of epochs."""
     batch_size: Count | None = None
     """Windows a step, over all devices."""
     warmup: Whole = 100

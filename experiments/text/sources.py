@@ -1,4 +1,4 @@
-"""Where text comes from: the lines of a training and a validation split, read as often as needed.
+"""Sources of text: the lines of a training and a validation split, read as often as needed.
 
 Nothing is held here but small texts: a large one is read a line at a time. Lines end at "\\n" alone
 and keep it, so that "".join(lines) is the text of the files, byte for byte.

@@ -87,7 +87,7 @@ class BPE(Tokenizer):
 
     @classmethod
     def train(cls, lines: Iterable[str], vocabulary: int) -> "BPE":
-        """So many ids, the 256 bytes among them; fewer where the text has no more pairs."""
+        """Learns so many ids, the 256 bytes among them; fewer where the text has no more pairs."""
         pairs = tokenizers.Tokenizer(models.BPE())
         # No space is put in front, and no id is special: every text is given back as it was.
         pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

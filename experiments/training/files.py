@@ -76,7 +76,7 @@ def steps_in(run: Path) -> list[str]:
 
 @contextmanager
 def writing(run: Path, what: str, errors: type[Exception] = OSError) -> Iterator[None]:
-    """Say in a sentence what could not be written, and what is left: disk full, no access."""
+    """Says in a sentence what could not be written, and what is left: disk full, no access."""
     try:
         yield
     except errors as error:

@@ -20,7 +20,7 @@ except ImportError as missing:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """From `low` to `high`, both of them in it; NaN is in none."""
+    """Numbers from `low` to `high`, both of them among these; NaN is in no range."""
 
     low: float
     high: float
@@ -77,7 +77,7 @@ def read(kind: type[C]) -> C:
 
 
 def check(options: Any) -> None:
-    """Refuse a number out of its range, and an option of several values that has none."""
+    """Refuses a number out of its range, and an option of several values that has none."""
     for name, notes in notes_of(type(options)).items():
         value = getattr(options, name)
         if value == ():
@@ -93,7 +93,7 @@ def check(options: Any) -> None:
 
 
 def check_read(given: Any, runs: Sequence[Any]) -> None:
-    """Refuse an option that was given and that none of the runs, all options filled in, reads."""
+    """Refuses an option that was given and that none of the runs, all options filled in, reads."""
     for name, conditions in _conditions(given).items():
         unmet = [next((only for only in conditions if not only.met(run)), None) for run in runs]
         only, value = unmet[0], getattr(given, name)
@@ -107,7 +107,7 @@ def check_read(given: Any, runs: Sequence[Any]) -> None:
 
 
 def without_unread(options: C) -> C:
-    """With the default in place of each option that another, known already, leaves unread."""
+    """Puts the default in place of each option that another, known already, leaves unread."""
     known = lambda only: getattr(options, only.option) is not None
     unread = {
         name: _default(options, name)

@@ -9,7 +9,7 @@ from training.flags import Count, Nonnegative, Positive, Seed, Whole
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """Options that don't say what is computed: they may differ when a run is resumed."""
+    """Options that leave what is computed as it is: they may differ when a run is resumed."""
 
     log_every: Count = 20
     """Steps between readings of the metrics, which make the host wait for the device."""
@@ -22,21 +22,21 @@ class Session:
     stop_after: Count | None = None
     """Steps after which to stop with a checkpoint, for machines lent by the hour."""
     resume: bool = False
-    """Go on from the last checkpoint of the run of this name."""
+    """Goes on from the last checkpoint of the run of this name."""
     name: str | None = None
     """Name of the folder in runs/; None: preset or data set and model, and seed."""
     data_dir: str | None = None
     """Folder of the data; of TensorFlow Datasets, None: TFDS_DATA_DIR, else TFDS's own place."""
     download: bool = False
-    """Let TensorFlow Datasets download and prepare (needs tensorflow)."""
+    """Lets TensorFlow Datasets download and prepare (needs tensorflow)."""
     distributed: bool = False
-    """Join the other processes of the run, on this host or others, with the same command."""
+    """Joins the other processes of the run, on this host or others, with the same command."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where JAX does not find the cluster by itself."""
     processes: Count | None = None
-    """With --coordinator: how many processes there are."""
+    """Number of processes, with --coordinator."""
     process_id: Whole | None = None
-    """With --coordinator: which of them this is, from 0."""
+    """Number of this process, from 0, with --coordinator."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def recorded(config: Session) -> dict[str, Any]:
 
 
 def check_names(configs: list[C]) -> None:
-    """Refuse to resume what was never begun, and a name that no folder in runs/ can have."""
+    """Refuses to resume what was never begun, and a name that no folder in runs/ can have."""
     names = [str(c.name) for c in configs]
     for name in names:
         inside = name not in ("", ".", "..") and Path(name).name == name

@@ -91,7 +91,7 @@ def residual_curves(model: PyTree, solves, max_steps: int) -> list[np.ndarray]:
 
 
 def _count(solves) -> dict[str, Array]:
-    """How many solves ended with each result code."""
+    """The number of solves that ended with each result code."""
     codes = [sol.result for _, sol in solves]
     return {
         name: sum((jnp.sum(code == c) for c in codes), jnp.zeros((), int))

@@ -1,4 +1,4 @@
-"""Whether what certificates are made of holds on this machine.
+"""The parts of certificates, and whether they hold on this machine.
 
 Functions: by how many units (half of eps, relative) the device's float32 misses float64 of the
 host, against the table that certificates count with. `erf` is compared at fewer points, since NumPy

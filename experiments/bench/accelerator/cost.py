@@ -204,7 +204,7 @@ def memory(run: Run) -> None:
 
 
 def finite(tree: PyTree) -> bool:
-    """Whether there is no NaN, which a lost reversal leaves."""
+    """Tells whether there is no NaN, which a lost reversal leaves."""
     return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
 
 

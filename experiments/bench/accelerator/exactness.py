@@ -23,7 +23,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 import deqjax
 
-from bench.accelerator.cells import SHAPES, Kind, kind
+from bench.accelerator.cells import FORMS, Kind, kind
 from bench.accelerator.run import Compiled, Program, Run, Size, compiled, good
 
 Context = Literal["arguments", "closed over", "vmap", "stopping", "jit(pull)"]
@@ -55,10 +55,10 @@ class Case(NamedTuple):
 
 def design() -> list[Case]:
     """The six kinds, and then whichever case brings the most new pairs."""
-    factors = (tuple(SHAPES), DTYPES, INVERSES, CONTEXTS)
+    factors = (tuple(FORMS), DTYPES, INVERSES, CONTEXTS)
     every = [Case(*each) for each in itertools.product(*factors)]
     pairs = lambda case: set(itertools.combinations(enumerate(case), 2))
-    chosen = [Case(name, "float32", 2, "arguments") for name in SHAPES]
+    chosen = [Case(name, "float32", 2, "arguments") for name in FORMS]
     missing = set().union(*map(pairs, every)) - set().union(*map(pairs, chosen))
     while missing:
         best = max(every, key=lambda case: len(pairs(case) & missing))

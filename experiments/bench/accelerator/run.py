@@ -82,7 +82,7 @@ class Run:
         print(f"{self.section}: {case}: {value} {limit} {verdict}".rstrip(), flush=True)
 
     def known(self, name: str) -> dict[str, Any]:
-        """Everything that the sections left under this name so far."""
+        """All that the sections left under this name so far."""
         found: dict[str, Any] = {}
         for line in read(self.path):
             found |= line.get(name, {})

@@ -1,4 +1,4 @@
-"""Are the bounds true? Violations are counted over random problems, and handed on in full."""
+"""Violations of the bounds, counted over random problems and handed on in full."""
 
 from typing import Any
 
@@ -80,7 +80,7 @@ def _false_ends(p: Batch, lower: Any, upper: Any) -> dict[str, np.ndarray]:
 
 
 def _short(p: Batch, z: Any, bound: Any) -> np.ndarray:
-    """Where the bound of the error is less than it."""
+    """Marks the examples whose error is larger than its bound."""
     most = np.asarray(bound, LONG)[:, None] + p.doubt / p.solution
     return np.any(~(np.abs(np.asarray(z, LONG) / p.solution - 1) <= most), -1)
 

@@ -1,4 +1,4 @@
-"""Does the company of a problem in a batch change anything about it? Not a bit of it should."""
+"""A problem in the company of others in a batch, which should not change a bit of it."""
 
 from typing import Any
 

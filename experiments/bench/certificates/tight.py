@@ -1,4 +1,4 @@
-"""How tight the bounds of `deqjax.certify` are, and what certified solves of hard problems cost."""
+"""Tightness of the bounds of `deqjax.certify`, and the cost of certified hard problems."""
 
 import itertools
 import math

@@ -44,7 +44,7 @@ def implicit(linear_solver: Any = None) -> Way:
 
 
 def ways(steps: int) -> dict[str, Way]:
-    """By their names. `steps`: of those that differentiate steps, and not the fixed point."""
+    """The ways by name. `steps` are for those that differentiate steps, and not the fixed point."""
     fixed: dict[str, Any] = {"rtol": 0.0, "atol": 0.0}
     picard = deqjax.FixedPointIteration(**fixed)
     return {

@@ -54,7 +54,7 @@ def _first(residuals: list[float], tol: float) -> int | None:
 
 
 def _repeats(call: Callable[[], Any]) -> int:
-    """How often to make a short call in a round: for some milliseconds."""
+    """The number of times to make a short call in a round: for some milliseconds."""
     jax.block_until_ready(call())
     start = time.perf_counter()
     jax.block_until_ready(call())

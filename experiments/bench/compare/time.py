@@ -96,7 +96,7 @@ def _streams(size: int) -> dict[str, tuple[Callable, tuple, int]]:
 
 
 def value_and_grad(solver: Callable) -> Callable[..., Any]:
-    """As in training: a loss and its gradient in `args`, of `(z0, args, cotangent)`."""
+    """A loss and its gradient in `args` as in training, a function of `(z0, args, cotangent)`."""
 
     def loss(args, z0, cotangent):
         z, evaluations = solver(z0, args)
@@ -144,7 +144,7 @@ def floor(width: int, batch: int, tol: float, rounds: int, seed: int) -> Row:
         run = calls[name] = ready(program, *inputs)
         counts[name] = {"evaluations": int(jnp.max(run()[0][1]))}
         if name in ("Picard", "Picard, batched"):
-            counts[name]["VJPs"] = _products(cell, tol, name.endswith("batched"))
+            counts[name]["VJPs"] = _products(cell, name.endswith("batched"))
     pieces, n = _pieces(cell), 16
     for name, (once, start) in pieces.items():
         calls[name] = ready(once, *start)
@@ -156,7 +156,7 @@ def floor(width: int, batch: int, tol: float, rounds: int, seed: int) -> Row:
     return {"shape": [batch, width], "tol": tol, "counts": counts, "all_seconds": found}
 
 
-def _products(cell: Cell, tol: float, batched: bool) -> int:
+def _products(cell: Cell, batched: bool) -> int:
     """VJPs of the backward solve in z; the one in the parameters is not among them."""
     z, _ = jax.jit(solve("Picard", cell.fn, 1e-5 * cell.z0.size**0.5, 500))(cell.z0, cell.args)
     options: Any = {"max_steps": 500, "batched": batched}

@@ -46,7 +46,7 @@ def ours(fn: Any, pairs: int, params: PyTree, x: Array, *, exact: bool) -> Array
 
 
 def attention(key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool) -> list[dict[str, Any]]:
-    """One row a way, 2 * `loop` evaluations of the block each."""
+    """One row per way, 2 * `loop` evaluations of the block each."""
     n, length, width, heads = (2, 4, 8, 2) if smoke else (8, 128, 256, 8)
     keys = iter(jax.random.split(key, 6))
     params = {

@@ -28,7 +28,7 @@ TOLERANCE = 1e-4  # relative, of a step, forwards and backwards, as in the autho
 def concave(
     key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """One row a way and one row a method."""
+    """One row per way and one row per method."""
     n, side, channels = (2, 4, 4) if smoke else (64, 28, 82)
     k1, k2, k3 = jax.random.split(key, 3)
     cell = PositiveConcaveConv2d(channels, 3, jnp.tanh, nonnegative=None, key=k1)

@@ -23,7 +23,7 @@ STOCK = {(64, 14, 48), *TINY}
 
 
 def sums(x: Array, kernel: Array) -> Array:
-    """With our cotangents, and the direct sums."""
+    """The convolution by direct sums, with our cotangents."""
     with jax.default_matmul_precision("highest"):
         return conv2d(x, kernel)
 
@@ -32,7 +32,7 @@ FORMS = {"ours": conv2d, "sums": sums, "stock": partial(stock, stride=1, precisi
 
 
 def convolution(key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool) -> list[dict[str, Any]]:
-    """One row a size: seconds of an evaluation, and ratios."""
+    """One row per size: seconds of an evaluation, and ratios."""
     rows = []
     for n, side, channels in TINY if smoke else SIZES:
         k1, k2, k3 = jax.random.split(key, 3)

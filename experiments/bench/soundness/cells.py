@@ -131,7 +131,6 @@ def _eye(w: Any) -> Any:
 
 
 _ROWS: tuple[tuple[int, ...], ...] = ((4, 12), (4, 4))
-_SQUARE = ((N, N),)
 
 CELLS: tuple[Cell, ...] = (
     Cell("tanh(W z + x)", _act(jnp.tanh)),

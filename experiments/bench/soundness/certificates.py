@@ -70,8 +70,8 @@ def _asked(about: Row, ask: Callable[[], Row]) -> Row:
         jax.clear_caches()  # a program holds maps of memory, of which a process has 65,530
 
 
-def _points(f: Family, dtype: str, truth: Reference, rng: np.random.Generator):
-    """Where Picard iteration starts, and for how many steps: from afar, or none from nearby."""
+def _points(dtype: str, truth: Reference, rng: np.random.Generator):
+    """The start of Picard iteration and its number of steps: from afar, or none from nearby."""
     count = len(truth.z)
     z = np.where(truth.known[:, None], truth.z, 1).astype(float)
     noise = 10 ** rng.uniform(-7, -1, (count, 1)) * rng.uniform(-1, 1, z.shape)
@@ -92,7 +92,7 @@ def _certify(f, batched, rng, dtype, arrays, truth) -> Callable[[], Row]:
         return z, deqjax.certify(fn, z, args, batched=batched)
 
     def run():
-        start, steps = _points(f, dtype, truth, rng)
+        start, steps = _points(dtype, truth, rng)
         z, c = jax.jit(ask if batched else jax.vmap(ask))(start, steps, arrays)
         held = np.asarray(c.holds)
         said = {"lower": c.lower, "upper": c.upper, "relative error": c.relative_error}

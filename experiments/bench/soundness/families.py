@@ -38,7 +38,7 @@ def affine(z: Any, a: Any) -> Any:
 
 
 def matrix(rng: np.random.Generator, count: int, n: int, low: float, high: float) -> np.ndarray:
-    """At least 0, with a spectral radius between `low` and `high`."""
+    """A matrix of at least 0, with a spectral radius between `low` and `high`."""
     w = rng.uniform(size=(count, n, n)) ** rng.uniform(0.5, 4, (count, 1, 1))
     radius = np.abs(np.linalg.eigvals(w)).max(-1)
     return w * (rng.uniform(low, high, count) / radius)[:, None, None]
@@ -47,7 +47,7 @@ def matrix(rng: np.random.Generator, count: int, n: int, low: float, high: float
 def inputs(
     rng: np.random.Generator, count: int, n: int, low: float = -4.0, high: float = 1.0
 ) -> np.ndarray:
-    """Above 0, of a size between 10^low and 10^high that differs by problem."""
+    """Inputs above 0, of a size between 10^low and 10^high that differs by problem."""
     return 10 ** rng.uniform(low, high, (count, 1)) * rng.uniform(0.5, 1.5, (count, n))
 
 

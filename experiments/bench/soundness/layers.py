@@ -46,7 +46,7 @@ def _convolved(w: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 
 def _contracted(sigma: Callable, normalise: bool, product: Callable = product) -> Callable:
-    """By the iteration itself, whose factor is below 0.56, until it stands still."""
+    """Solves by the iteration itself, whose factor is below 0.56, until it stands still."""
 
     def solved(w, x):
         z = step = np.ones_like(x)

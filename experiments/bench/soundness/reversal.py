@@ -41,7 +41,7 @@ def reversal(count: int, some: int | None, seed: int, workers: int) -> list[Row]
 
 
 def _pairs(rng, cells: list[int], contexts: list[str], count: int) -> list[tuple[int, str]]:
-    """Without repetition; each context in turn, with the cell that has had the fewest."""
+    """Pairs without repetition: each context in turn, with the cell that has had the fewest."""
     had, pairs = dict.fromkeys(cells, 0), []
     while len(pairs) < count:
         for name in rng.permutation(contexts):

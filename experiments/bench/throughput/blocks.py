@@ -100,7 +100,7 @@ class Language:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """`ImplicitResNet.multi` and its blocks, one a scale."""
+    """`ImplicitResNet.multi` and its blocks, one per scale."""
 
     channels: tuple[int, ...]
     widths: tuple[int, ...]

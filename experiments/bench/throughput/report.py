@@ -16,7 +16,7 @@ TITLES = {
 
 
 def totals(rows: list[Row]) -> list[Row]:
-    """Over the scales: the sum of their times, and the largest of their memories."""
+    """The sum of the times over the scales, and the largest of their memories."""
     keys = ("variant", "dtype", "batch", "evaluations")
     found = []
     for case in values(rows, *keys):

@@ -112,29 +112,24 @@ def block_rows(
     seconds = programs.seconds(rounds)
     rows = []
     for cell, flop in zip(cells, size.flop(batch), strict=True):
-        f, vjp = (seconds[f"{cell.name}: {piece}"] for piece in ("f", "vjp"))
-        loops = [f"{cell.name}: {piece} in a loop" for piece in ("f", "vjp")]
+        once = [seconds[f"{cell.name}: {piece}"] for piece in ("f", "vjp")]
+        inside = [
+            seconds.get(f"{cell.name}: {piece} in a loop", 0) / LOOP for piece in ("f", "vjp")
+        ]
         for variant, n in cases:
             name = f"{cell.name}: {variant}, {n} evaluations"
-            inside = [seconds[loop] / LOOP for loop in loops] if looped else None
-            rows.append(
-                {
-                    "scale": cell.name,
-                    "variant": variant,
-                    "dtype": dtype,
-                    "batch": batch,
-                    "evaluations": n,
-                    "seconds": seconds.get(name),
-                    "floor": floor(variant, n, f, vjp),
-                    "floor in a loop": floor(variant, n, *inside) if inside else None,
-                    "bytes": programs.bytes[name],
-                    "digits": digit_bytes(cell, size.d, n) if variant == "exact" else 0,
-                    "flop": needed_flop(variant, n, flop),
-                    "rate": programs.rate(seconds),
-                    "f": f,
-                    "vjp": vjp,
-                }
-            )
+            about = {"scale": cell.name, "variant": variant, "dtype": dtype, "batch": batch}
+            measured = {
+                "evaluations": n,
+                "seconds": seconds.get(name),
+                "floor": floor(variant, n, *once),
+                "floor in a loop": floor(variant, n, *inside) if looped else None,
+                "bytes": programs.bytes[name],
+                "digits": digit_bytes(cell, size.d, n) if variant == "exact" else 0,
+                "flop": needed_flop(variant, n, flop),
+                "rate": programs.rate(seconds),
+            }
+            rows.append(about | measured | dict(zip(("f", "vjp"), once, strict=True)))
     return rows
 
 
@@ -146,17 +141,12 @@ def model_rows(
     for variant, n in cases:
         programs.add(f"{variant}, {n}", *size.model(variant, n, batch, dtype, key))
     seconds = programs.seconds(rounds)
-    return [
-        {
-            "variant": variant,
-            "dtype": dtype,
-            "batch": batch,
-            "evaluations": n,
-            "seconds": seconds.get(f"{variant}, {n}"),
-            "bytes": programs.bytes[f"{variant}, {n}"],
-        }
-        for variant, n in cases
-    ]
+    rows = []
+    for variant, n in cases:
+        name = f"{variant}, {n}"
+        about = {"variant": variant, "dtype": dtype, "batch": batch, "evaluations": n}
+        rows.append(about | {"seconds": seconds.get(name), "bytes": programs.bytes[name]})
+    return rows
 
 
 def device_memory() -> int | None:
