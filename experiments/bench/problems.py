@@ -3,6 +3,7 @@
 All are made in NumPy float64 from a seed, solved there, and rounded to the dtype that is asked for.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,6 +57,15 @@ _ACTIVATIONS = {
 def radius(matrix: np.ndarray) -> float:
     """The largest modulus of an eigenvalue."""
     return float(np.abs(np.linalg.eigvals(matrix.astype(float))).max())
+
+
+def convolved(z: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Images (b, h, w, i) with kernels (b or 1, 3, 3, i, o), zero padding, in any precision."""
+    h, w = z.shape[1:3]
+    padded = np.pad(z, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = itertools.product(range(3), range(3))
+    parts = [padded[:, a : a + h, b : b + w] @ kernel[:, None, a, b] for a, b in taps]
+    return np.add.reduce(parts)
 
 
 def _make(name: str, fn: Callable, a: np.ndarray, b: np.ndarray, start: float = 0.0) -> Problem:

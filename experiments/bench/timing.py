@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
 Calls = dict[str, Callable[[], Any]]
@@ -21,6 +22,12 @@ def compiled(fn: Callable[..., Any], *args: Any) -> Any:
 def ready(fn: Callable[..., Any], *args: Any) -> functools.partial:
     """A call without arguments of `fn`, compiled for `args`; its program is `.func`."""
     return functools.partial(compiled(fn, *args), *args)
+
+
+def by_steps(fn: Callable[..., Any], *args: Any, steps: tuple[int, ...]) -> dict[int, Any]:
+    """Calls of one program, whose last argument is the number of steps, for each of these."""
+    program = compiled(fn, *args, jnp.asarray(steps[0]))
+    return {n: functools.partial(program, *args, jnp.asarray(n)) for n in steps}
 
 
 def temporary_bytes(program: Any) -> int:
@@ -43,6 +50,17 @@ def interleaved(calls: Calls, rounds: int, repeats: dict[str, int] | None = None
                 each.append(time.perf_counter() - start)
             seconds[name].append(statistics.median(each))
     return seconds
+
+
+def floors(seconds: Seconds, evaluations: int, products: int, where: str = "") -> list[float]:
+    """Seconds per round that value and gradient cannot do without, at the price of the pieces.
+
+    The evaluations of f and one more, for the linearisation at the solution; the VJPs in z; the
+    last one, in the parameters. `where` is behind the names of the pieces.
+    """
+    pieces = [seconds[name] for name in (f"f{where}", f"VJP{where}", "last VJP")]
+    parts = zip(*pieces, strict=True)
+    return [(evaluations + 1) * f + products * vjp + last for f, vjp, last in parts]
 
 
 def medians(seconds: Seconds) -> dict[str, float]:

@@ -100,12 +100,9 @@ def certified_share(
     """The share of a split whose prediction cannot change within the enclosures of the solves."""
     model = eqx.nn.inference_mode(model)
     certified = []
-    for i in range(0, len(split.labels), size):
-        images = split.images[i : i + size]
-        n = len(images)
-        # One compilation: the last batch is filled up with examples that are cut off again.
-        images = np.pad(images, ((0, size - n), (0, 0), (0, 0), (0, 0)))
-        certified.extend(np.asarray(certified_predictions(model, norms, prepare(images), rtol))[:n])
+    for images, labels in split.padded(size):
+        found = np.asarray(certified_predictions(model, norms, prepare(images), rtol))
+        certified.extend(found[: len(labels)])
     return float(np.mean(certified))
 
 

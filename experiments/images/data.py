@@ -4,6 +4,7 @@ A split held whole and indexed with an array of positions is the fastest input t
 of this size; nothing is cached on disk. Reading prepared TFDS data needs no TensorFlow.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,6 +25,15 @@ class Split(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+
+    def padded(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Images in batches of `size`, the last one filled up, and the labels of each.
+
+        With one shape for all there is one compilation; what fills up is to be cut off again.
+        """
+        for i in range(0, len(self.labels), size):
+            images, labels = self.images[i : i + size], self.labels[i : i + size]
+            yield np.pad(images, ((0, size - len(labels)), (0, 0), (0, 0), (0, 0))), labels
 
     def batch(self, step: int, size: int, seed: int) -> "Split":
         """The batch of a step: a function of seed and step, so that no position is to be stored."""

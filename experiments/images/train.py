@@ -104,11 +104,8 @@ def make_forward(static: PyTree, prepare: Preparation, batch, replicated):
 def evaluate(forward: Callable, state: TrainState, split: Split, size: int) -> dict[str, float]:
     """Means over a split of loss, accuracy and evaluations of f, in batches of `size`."""
     losses, correct, evaluations = [], [], []
-    for i in range(0, len(split.labels), size):
-        images, labels = split.images[i : i + size], split.labels[i : i + size]
+    for images, labels in split.padded(size):
         n = len(labels)
-        # One compilation: the last batch is filled up with examples that are cut off again.
-        images = np.pad(images, ((0, size - n), (0, 0), (0, 0), (0, 0)))
         logits, solves = forward(state.params, state.norms, images)
         logits = np.asarray(logits, np.float64)[:n]
         peak = logits.max(1, keepdims=True)

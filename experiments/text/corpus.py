@@ -113,7 +113,9 @@ def load(
         "digests": found.digests,
     }
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    folder = _cache_dir(cache_dir) / f"{name}-{tokenizer}-{digest}"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(cache_dir) if cache_dir else Path(home) / "deqjax" / "text"
+    folder = cache / f"{name}-{tokenizer}-{digest}"
     corpus = _read(folder, settings, found.about)
     if corpus is None:
         corpus = _build(settings, found)
@@ -156,11 +158,6 @@ def _first(lines: Lines, limit: int | None) -> Lines:
                 return
 
     return first
-
-
-def _cache_dir(cache_dir: str | None) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_dir) if cache_dir else Path(home) / "deqjax" / "text"
 
 
 FILES = ("train.npy", "valid.npy", "tokenizer.json")

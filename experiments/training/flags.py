@@ -84,7 +84,8 @@ def check(options: Any) -> None:
             raise SystemExit(f"Expected at least one value of {flag(name)}, got none. Add one.")
         for number in value if isinstance(value, tuple) else (value,):
             for note in notes:
-                expected = note.expected(number) if _is_number(number, note) else None
+                numeric = isinstance(note, Range) and isinstance(number, int | float)
+                expected = note.expected(number) if numeric else None
                 if expected is not None:
                     raise SystemExit(
                         f"Expected {flag(name)} {expected}, got {number}. Pass such a number, or "
@@ -131,10 +132,6 @@ def _notes(hint: Any) -> list[Any]:
     inner = [note for part in typing.get_args(hint) for note in _notes(part)]
     mine = [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Range | Only)]
     return mine + [note for note in inner if note not in mine]
-
-
-def _is_number(value: Any, note: Range | Only) -> bool:
-    return isinstance(note, Range) and isinstance(value, int | float)
 
 
 def _conditions(options: Any) -> dict[str, list[Only]]:

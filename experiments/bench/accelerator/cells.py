@@ -6,6 +6,7 @@ rounding.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,6 +18,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, PyTree
 from deqjax.nn import CausalAttention, Conv2d, GroupNorm
 
 from bench.accelerator.run import Size
+from bench.blocks import normalise
 
 _BATCH: dict[Size, int] = {"smoke": 3, "reduced": 4, "full": 8}
 _LONG: dict[Size, int] = {"smoke": 16, "reduced": 1024, "full": 8192}  # rows of the softmax
@@ -36,10 +38,7 @@ class Kind(NamedTuple):
         return Kind(self.one, *jax.tree.map(cast, tuple(self[1:])))
 
 
-def _mean_square(v: Array) -> Array:
-    v = v - jnp.mean(v, -1, keepdims=True)
-    # Not by rsqrt, on purpose: XLA makes it one in some programs and not in others.
-    return v / jnp.sqrt(jnp.mean(jnp.square(v), -1, keepdims=True) + 1e-2)
+_mean_square = partial(normalise, eps=1e-2)
 
 
 def _join(z: Array, g: Array, x: Array) -> Array:

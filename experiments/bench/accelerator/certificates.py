@@ -27,6 +27,7 @@ from deqjax.positive._rounding import _FUNCTIONS
 
 from bench.accelerator.report import LATE
 from bench.accelerator.run import Compiled, Program, Run, Size, compiled, good
+from bench.problems import convolved
 
 POINTS: dict[Size, int] = {"smoke": 2_000, "reduced": 1_000_000, "full": 4_000_000}
 ERF_POINTS: dict[Size, int] = {"smoke": 200, "reduced": 200_000, "full": 1_000_000}
@@ -116,16 +117,8 @@ def problems(form: Form, size: Size, seed: int) -> tuple[Any, Any, Any]:
 
 
 def on_host(form: Form, w: np.ndarray, x: np.ndarray, z: np.ndarray) -> np.ndarray:
-    if not form.convolution:
-        return form.sigma[1](np.matmul(w, z[..., None])[..., 0] + x)
-    h, v = z.shape[1:3]
-    padded = np.pad(z, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    u = x.copy()
-    for a in range(3):
-        for b in range(3):
-            some = padded[:, a : a + h, b : b + v].reshape(len(z), h * v, -1)
-            u += np.matmul(some, w[:, a, b]).reshape(u.shape)
-    return form.sigma[1](u)
+    product = convolved(z, w) if form.convolution else np.matmul(w, z[..., None])[..., 0]
+    return form.sigma[1](product + x)
 
 
 def bracket(form: Form, w: Any, x: Any, steps: int) -> tuple[np.ndarray, np.ndarray]:

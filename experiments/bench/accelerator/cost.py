@@ -185,21 +185,20 @@ def memory(run: Run) -> None:
     every: tuple[Variant, ...] = run.pick(VARIANTS[:1], ("exact", "checkpointed"), VARIANTS[:3])
     found = compiled({f"{v}, {n}": gradient(v, [cell], n, 2) for v in every for n in depths})
     for v in every:
-        sizes, held, kept = [], [], True
+        exact, sizes, held, kept = v == "exact", [], [], True
         for n in depths:
             program = good(found[f"{v}, {n}"])
-            digits = 4 * math.ceil(n / 32) * cell.z0.size if v == "exact" else 0
+            digits = 4 * math.ceil(n / 32) * cell.z0.size if exact else 0
             sizes.append(None if program.bytes is None else program.bytes - digits)
             kept &= finite(program.call())
             held.append((jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"))
-        case = f"memory at {', '.join(map(str, depths))} evaluations, {v}"
-        said = ", ".join(map(mebibytes, sizes))
-        said += " beside the digits" if v == "exact" else ""
+        said = ", ".join(map(mebibytes, sizes)) + " beside the digits" * exact
         if held[0]:
             said += "; held at most " + " ".join(f"{x / 2**20:.4g}" for x in held)
-        asked = v == "exact" and None not in sizes
-        limit = f"{_FLAT} of the first, {_NOT_LOST}" if asked else ""
+        asked = exact and None not in sizes
         ok = max(sizes) <= _FLAT * sizes[0] and kept if asked else None
+        limit = f"{_FLAT} of the first, {_NOT_LOST}" if asked else ""
+        case = f"memory at {', '.join(map(str, depths))} evaluations, {v}"
         run.add(case, said, limit=limit, ok=ok, bytes=sizes, held=held)
 
 

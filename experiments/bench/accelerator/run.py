@@ -29,12 +29,6 @@ def size_of(smoke: bool) -> Size:
     return "reduced" if jax.default_backend() == "cpu" else "full"
 
 
-def last_line(error: BaseException) -> str:
-    """The name of the exception and the first line of what it says."""
-    text = "".join(traceback.format_exception_only(error)).strip()
-    return text.splitlines()[0][:300]
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Writes each result at once; starts no case after `until`."""
@@ -105,7 +99,8 @@ class Run:
                 case()
             except Exception as error:
                 traceback.print_exc()
-                self.add(name, last_line(error), ok=False)
+                text = "".join(traceback.format_exception_only(error)).strip()
+                self.add(name, text.splitlines()[0][:300], ok=False)
             self.write(done=name)
 
 

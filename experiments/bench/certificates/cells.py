@@ -19,7 +19,7 @@ from scipy import special
 import deqjax
 from deqjax.positive import AbstractActivation, Power, Shifted
 
-from bench.problems import radius
+from bench.problems import convolved, radius
 
 LONG = np.longdouble
 # Roundings of a function, an addition and a division in long double, of a few units each.
@@ -51,10 +51,6 @@ def _erf(u: np.ndarray) -> np.ndarray:
     return np.minimum(2 / root * np.exp(-(cut**2)) * total, 1)
 
 
-def _logistic(u: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-u))
-
-
 def _cosh(u: np.ndarray) -> np.ndarray:
     return np.cosh(np.minimum(u, 300))
 
@@ -64,7 +60,8 @@ _SHIFTED, _POWER = Shifted(jnp.tanh, 1.25), Power(0.5, 2.0**-10)
 SIGMAS: dict[str, Sigma] = {
     "tanh": Sigma(jnp.tanh, np.tanh, lambda u: 1 / _cosh(u) ** 2),
     "relu6": Sigma(jax.nn.relu6, lambda u: np.minimum(u, 6), lambda u: (u < 6).astype(u.dtype)),
-    "sigmoid": Sigma(jax.nn.sigmoid, _logistic, lambda u: np.exp(-u) / (1 + np.exp(-u)) ** 2),
+    "sigmoid": Sigma(jax.nn.sigmoid, lambda u: 1 / (1 + np.exp(-u)),
+                     lambda u: np.exp(-u) / (1 + np.exp(-u)) ** 2),
     "soft_sign": Sigma(jax.nn.soft_sign, lambda u: u / (1 + u), lambda u: 1 / (1 + u) ** 2),
     "hard_tanh": Sigma(jax.nn.hard_tanh, lambda u: np.minimum(u, 1),
                        lambda u: (u < 1).astype(u.dtype)),
@@ -201,13 +198,8 @@ def images(
     rng = np.random.default_rng(seed)
     kernel, shape = rng.uniform(size=(3, 3, channels, channels)), (size, size, channels)
     n = math.prod(shape)
-    padded = np.pad(np.eye(n).reshape(n, *shape), ((0, 0), (1, 1), (1, 1), (0, 0)))
-
-    def matrix(kernel):
-        taps = ((a, b) for a in range(3) for b in range(3))
-        parts = (padded[:, a : a + size, b : b + size] @ kernel[a, b] for a, b in taps)
-        return np.add.reduce(list(parts)).reshape(n, n).T
-
+    units = np.eye(n).reshape(n, *shape)
+    matrix = lambda kernel: convolved(units, kernel[None]).reshape(n, n).T
     kernel = (kernel * rho / radius(matrix(kernel))).astype(dtype)
     cell = make(channels, 3, SIGMAS[name].jax, nonnegative=None, dtype=dtype, key=jax.random.key(0))
     cell = eqx.tree_at(lambda cell: cell.weight, cell, jnp.asarray(kernel))

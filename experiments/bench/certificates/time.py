@@ -17,7 +17,7 @@ import deqjax
 from bench.certificates.cells import dense
 from bench.certificates.tight import ORDINARY
 from bench.rows import Row
-from bench.timing import Calls, interleaved, median_ratio, ready
+from bench.timing import Calls, floors, interleaved, median_ratio, ready
 
 RTOL = 1e-4
 # The default, 10 eps; the series alone, which keeps no room for Anderson's method beside it; and
@@ -134,19 +134,6 @@ def _image_calls(batch: int, channels: int, size: int, seed: int) -> tuple[Calls
     return calls, counts | {"VJPs": products, "flop": 2 * rows * terms * channels}
 
 
-def floors(row: Row, gradient: str, where: str = "") -> list[float]:
-    """Seconds that a value and a gradient cannot do without, per round, at the price of the pieces.
-
-    An evaluation more, for the linearisation at the solution, and the VJP in W and x beside those
-    in z.
-    """
-    n, seconds = row["counts"], row["all_seconds"]
-    names = (f"f{where}", f"VJP{where}", "last VJP")
-    parts = zip(*(seconds[name] for name in names), strict=True)
-    count = n["evaluations"] + 1, n["VJPs"][gradient]
-    return [count[0] * f + count[1] * vjp + last for f, vjp, last in parts]
-
-
 def ratios(row: Row) -> dict[str, float]:
     s = row["all_seconds"]
     of = lambda a, b: median_ratio(s[a], s[b])
@@ -158,8 +145,9 @@ def ratios(row: Row) -> dict[str, float]:
     }
     if "f" in s:
         for name in GRADIENTS:
-            found[f"{name} / floor"] = median_ratio(s[name], floors(row, name))
-            looped = floors(row, name, ", looped")
+            counts = (row["counts"]["evaluations"], row["counts"]["VJPs"][name])
+            found[f"{name} / floor"] = median_ratio(s[name], floors(s, *counts))
+            looped = floors(s, *counts, ", looped")
             found[f"{name} / floor, pieces in a loop"] = median_ratio(s[name], looped)
         found["f / matmul"] = of("f", "matmul")
     return found

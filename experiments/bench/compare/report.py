@@ -8,7 +8,7 @@ from bench.compare.evaluations import ratio
 from bench.compare.methods import OURS, PAIRS, THEIRS
 from bench.report import Claims, Report, markdown, table
 from bench.rows import Row, grouped, mib, milliseconds, number, pick, show
-from bench.timing import median_ratio
+from bench.timing import floors, median_ratio
 
 NOTE = (
     "Evaluations: to `||f(z) - z|| <= tol ||z*||`, float64; Newton: n + 1 a step, for its dense "
@@ -108,14 +108,11 @@ def _overhead(table: Claims, rows: list[Row]) -> None:
         table.add(text, number(row["ratio"]), 1.5)
 
 
-def floors(row: Row, method: str, where: str = "") -> list[float]:
-    """Seconds per round: evaluations x f + VJPs x one VJP + the last, in the parameters.
-
-    The backward pass linearises f at the solution, which is one evaluation more.
-    """
-    n, seconds = row["counts"][method], row["all_seconds"]
-    parts = zip(*(seconds[f"{name}{where}"] for name in ("f", "VJP", "last VJP")), strict=True)
-    return [(n["evaluations"] + 1) * a + n["VJPs"] * b + c for a, b, c in parts]
+def _floors(row: Row, method: str, where: str = "") -> list[float]:
+    seconds = row["all_seconds"]
+    last = seconds[f"last VJP{where}"]
+    n = row["counts"][method]
+    return floors(seconds | {"last VJP": last}, n["evaluations"], n["VJPs"], where)
 
 
 @REPORT.claim("floor")
@@ -123,8 +120,8 @@ def _floor(table: Claims, row: Row) -> None:
     seconds = row["all_seconds"]
     for method in ("Picard", "Picard, batched"):
         text = f"dense tanh, {method}, value and gradient: time / floor"
-        table.add(text, median_ratio(seconds[method], floors(row, method)), 1.1)
-        inside = median_ratio(seconds[method], floors(row, method, ", looped"))
+        table.add(text, median_ratio(seconds[method], _floors(row, method)), 1.1)
+        inside = median_ratio(seconds[method], _floors(row, method, ", looped"))
         table.add(f"{text}, pieces in a loop", inside, None)
     for ours, theirs in PAIRS.items():
         known = theirs in seconds
@@ -190,7 +187,7 @@ def floor_table(row: Row) -> str:
     lines = [[f"tanh(z W + x), {width} wide, batch {batch}", "ms", "evaluations", "/ floor"]]
     for name, seconds in row["all_seconds"].items():
         counts = row["counts"].get(name, {})
-        floor = f"{median_ratio(seconds, floors(row, name)):.2f}" if "VJPs" in counts else ""
+        floor = f"{median_ratio(seconds, _floors(row, name)):.2f}" if "VJPs" in counts else ""
         lines.append([name, milliseconds(seconds), counts.get("evaluations", ""), floor])
     lines += [[name, "not installed", "", ""] for name in THEIRS if name not in row["counts"]]
     return markdown(lines)

@@ -15,7 +15,7 @@ import deqjax
 from bench.blocks import Cell
 from bench.compare.methods import OURS, available, distance, solve
 from bench.rows import Row
-from bench.timing import Calls, compiled, interleaved, median_ratio, ready, temporary_bytes
+from bench.timing import Calls, by_steps, interleaved, median_ratio, ready, temporary_bytes
 
 # Copies of z that the history of a step moves, with m rows: what it has to read (Anderson: -y
 # twice, for its products with y and with g, and v once; Broyden: s likewise, then v twice, for the
@@ -56,9 +56,8 @@ def overhead(size: int, steps: int, rounds: int) -> list[Row]:
             return deqjax.fixed_point(fn, solver, z, args, **options).value
 
         name = f"{method}, {'fixed depth' if fixed else 'tolerance'}"
-        program = compiled(run, z, args, jnp.asarray(short))
-        for n in (short, short + steps):
-            calls[f"{name} {n}"] = ft.partial(program, z, args, jnp.asarray(n))
+        both = by_steps(run, z, args, steps=(short, short + steps))
+        calls |= {f"{name} {n}": call for n, call in both.items()}
     loop = lambda z, args: jax.lax.fori_loop(0, steps, lambda _, z: fn(z, args), z)
     calls["f"] = ready(loop, z, args)
     streams = _streams(16 * size)

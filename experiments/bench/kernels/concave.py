@@ -1,6 +1,5 @@
 """A positive concave convolution: value and gradient over PyTorch, and a step of Anderson's."""
 
-import functools
 import importlib.util
 import itertools
 import statistics
@@ -20,7 +19,7 @@ from deqjax.nn import PositiveConcaveConv2d
 
 from bench.blocks import Cell
 from bench.pieces import pieces
-from bench.timing import Calls, compiled, interleaved, median_ratio, ready
+from bench.timing import Calls, by_steps, interleaved, median_ratio, ready
 
 TOLERANCE = 1e-4  # relative, of a step, forwards and backwards, as in the authors' code
 
@@ -132,10 +131,8 @@ def _steps(cell: PositiveConcaveConv2d, inputs: Any, rounds: int, loop: int) -> 
             solver = method(rtol=1e-30, atol=0.0)  # cannot be met
             return deqjax.fixed_point(fn, solver, x, (weight, x), **options).value
 
-        program = compiled(solve, weight, x, jnp.asarray(short))
-        for steps in (short, long):
-            call = functools.partial(program, weight, x, jnp.asarray(steps))
-            calls[f"{name} {batched} {steps}"] = call
+        both = by_steps(solve, weight, x, steps=(short, long))
+        calls |= {f"{name} {batched} {steps}": call for steps, call in both.items()}
     found = interleaved(calls, rounds)
     rows = []
     for name, batched in cases:

@@ -4,12 +4,15 @@ Each is `fn(z, w, x)` on one example, in any floating-point dtype, w being the a
 share. Many transform w or x in ways that do not depend on z, which a compiler may do elsewhere.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from bench import blocks
 
 N = 8
 _PERMUTATION = np.array([3, 0, 6, 1, 7, 2, 5, 4], np.int32)
@@ -27,13 +30,7 @@ class Cell(NamedTuple):
     coarse: bool = False  # it rounds to bfloat16, whatever its dtype
 
 
-def normalise(v: Any, axis: Any = -1) -> Any:
-    centred = v - jnp.mean(v, axis, keepdims=True)
-    return centred / jnp.sqrt(jnp.mean(jnp.square(centred), axis, keepdims=True) + 1e-3)
-
-
-def _wide(v: Any) -> Any:
-    return v.astype(jnp.promote_types(v.dtype, jnp.float32))
+normalise = functools.partial(blocks.normalise, eps=1e-3)
 
 
 def _conv(z: Any, kernel: Any, layout: tuple[str, str, str]) -> Any:
@@ -103,7 +100,7 @@ _own_jvp.defjvp(lambda primals, tangents: (_own_jvp(*primals), tangents[0] / (1 
 
 
 def _fourier(z: Any, w: Any, x: Any) -> Any:
-    u = _wide(w[0] @ z + x)
+    u = (w[0] @ z + x).astype(jnp.promote_types(z.dtype, jnp.float32))
     return jnp.tanh(jnp.fft.irfft(jnp.fft.rfft(u) / 2, N)).astype(z.dtype)
 
 

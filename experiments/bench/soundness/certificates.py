@@ -14,7 +14,7 @@ from bench.rows import Row
 from bench.soundness.families import ORDINARY, Arrays, Family
 from bench.soundness.mixed import MIXED
 from bench.soundness.reference import LONG, Reference, solved
-from bench.soundness.work import work
+from bench.soundness.work import asked, work
 
 FAMILIES = (*ORDINARY, *MIXED)
 DTYPES = ("float32", "float64")
@@ -47,27 +47,16 @@ def _family(index: int, dtype: str, count: int, solves: int, seed: int) -> list[
         about = {"family": f.name, "mixed": f.mixed, "dtype": dtype, "seed": seeds}
         rng = np.random.default_rng([*seeds, 1])
         batched = index % 4 < 2  # one half of the families as a batch, one half under vmap
-        asked = _certify(f, batched, rng, dtype, arrays, truth)
-        rows = [_asked(about | {"by": "certify", "asked": count}, asked)]
+        ask = _certify(f, batched, rng, dtype, arrays, truth)
+        rows = [asked(about | {"by": "certify", "asked": count}, ask)]
         for k, (name, solver) in enumerate(SOLVERS.items()):
             if (index + k + DTYPES.index(dtype)) % 2:
                 continue  # each solver has each family in one dtype
             part = {key: x[:solves] for key, x in arrays.items()}
             less = Reference(*(x[:solves] for x in truth))
-            asked = _solve(f, batched, rng, dtype, part, less, solver)
-            rows.append(_asked(about | {"by": name, "asked": solves}, asked))
+            ask = _solve(f, batched, rng, dtype, part, less, solver)
+            rows.append(asked(about | {"by": name, "asked": solves}, ask))
     return rows
-
-
-def _asked(about: Row, ask: Callable[[], Row]) -> Row:
-    """Adds what was found; a refusal in words is no certificate."""
-    nothing = dict(tried=0, held=0, unknown=0, false=0, worst=[])
-    try:
-        return about | {"refused": ""} | ask()
-    except ValueError as error:
-        return about | nothing | {"refused": str(error).split(";")[0]}
-    finally:
-        jax.clear_caches()  # a program holds maps of memory, of which a process has 65,530
 
 
 def _points(dtype: str, truth: Reference, rng: np.random.Generator):

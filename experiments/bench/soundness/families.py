@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.problems import convolved
+
 Arrays = dict[str, np.ndarray]
 Draw = Callable[[np.random.Generator, int], Arrays]
 
@@ -71,12 +73,8 @@ def _conv(z: Any, kernel: Any) -> Any:
 
 
 def conv_written_out(z: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """The same convolution of a batch, (b, h, w) with (b, 3, 3)."""
-    h, w = z.shape[1:]
-    padded = np.pad(z, ((0, 0), (1, 1), (1, 1)))
-    taps = ((i, j) for i in range(3) for j in range(3))
-    parts = [padded[:, i : i + h, j : j + w] * kernel[:, i, j, None, None] for i, j in taps]
-    return np.add.reduce(parts)
+    """The same convolution of a batch, (b, 12) with (b, 3, 3)."""
+    return convolved(z.reshape(-1, 3, 4, 1), kernel[..., None, None]).reshape(-1, 12)
 
 
 def _layers(z: Any, a: Any) -> Any:
@@ -170,8 +168,7 @@ ORDINARY: tuple[Family, ...] = (
           lambda z, a, m: 1 / (1 / affine(z, a) + 1 / a["c"])),
     Family("convolution", _draw_image,
            lambda z, a: jnp.tanh(_conv(z.reshape(3, 4), a["kernel"]).reshape(12) + a["x"]),
-           lambda z, a: np.tanh(
-               conv_written_out(z.reshape(-1, 3, 4), a["kernel"]).reshape(-1, 12) + a["x"]), n=12),
+           lambda z, a: np.tanh(conv_written_out(z, a["kernel"]) + a["x"]), n=12),
     Family("three layers by a scan", _draw_layers, _layers, _layers_exact, closed=True),
     Family("cond", weighted(1.5, some=_uniform(0, 2)),
            lambda z, a: jax.lax.cond(a["some"] > 1, jnp.tanh, jnp.log1p, affine(z, a)),

@@ -161,12 +161,9 @@ def _solved(js: np.ndarray, gs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     inverse = eliminated(left, np.broadcast_to(eye, left.shape))
     y = step = np.zeros_like(g)
     for _ in range(_REFINED):
-        step = np.sum(inverse[..., None] * (g - _product(left, y))[:, None], 2)
+        residual = g - np.sum(left[..., None] * y[:, None], 2)
+        step = np.sum(inverse[..., None] * residual[:, None], 2)
         y = y + step
     moved = np.max(np.abs(step), (1, 2)) / np.max(np.abs(y), (1, 2))
     # The columns of the inverse of I - J are the rows of this one, of its transpose.
     return y[..., 0], moved, np.abs(inverse).sum(2).max(1)
-
-
-def _product(a: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.sum(a[..., None] * y[:, None], 2)

@@ -13,10 +13,11 @@ import paramax
 from deqjax import FixedPointIteration, ImplicitAdjoint, nn
 from deqjax.positive import Power, Shifted
 
+from bench.problems import convolved
 from bench.rows import Row
 from bench.soundness.families import product
 from bench.soundness.reference import LONG, eliminated
-from bench.soundness.work import work
+from bench.soundness.work import asked, work
 
 _STEPS = 40  # of the cell, at most, before the certificate
 _SHOWN = 2
@@ -33,16 +34,6 @@ class Kind(NamedTuple):
     shape: tuple[int, ...]
     dtype: str = "float32"
     normalised: bool = False
-
-
-def _convolved(w: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Kernels (b, 3, 3, c, c), images (b, h, w, c), zero padding."""
-    h, v = _SIZE
-    padded = np.pad(z, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    taps = itertools.product(range(3), range(3))
-    parts = [np.sum(padded[:, i : i + h, j : j + v, :, None] * w[:, None, None, i, j], 3)
-             for i, j in taps]  # fmt: skip
-    return np.add.reduce(parts)
 
 
 def _contracted(sigma: Callable, normalise: bool, product: Callable = product) -> Callable:
@@ -98,7 +89,7 @@ def _image(normalise: bool) -> Kind:
     make = lambda dtype, key: nn.SubhomogeneousConv2d(
         _CHANNELS, 3, _TANH, normalise=normalise, dtype=dtype, key=key
     )
-    solved = _contracted(_SIGMAS["tanh + 1.25"][1], normalise, _convolved)
+    solved = _contracted(_SIGMAS["tanh + 1.25"][1], normalise, lambda w, z: convolved(z, w))
     name = f"convolution, {'normalised' if normalise else 'plain'}"
     return Kind(name, make, solved, (*_SIZE, _CHANNELS), "float32", False)
 
@@ -131,13 +122,8 @@ def _kind(index: int, count: int, seed: int) -> Row:
     kind, seeds = KINDS[index], [seed, 2, index]
     about = {"kind": kind.name, "dtype": kind.dtype, "normalised": kind.normalised, "seed": seeds}
     with jax.enable_x64(kind.dtype == "float64"):
-        try:
-            return about | {"refused": ""} | _certified(kind, count, np.random.default_rng(seeds))
-        except ValueError as error:
-            nothing = dict(bound=None, tried=0, held=0, unknown=0, false=0, worst=[])
-            return about | {"refused": str(error).split(";")[0]} | nothing
-        finally:
-            jax.clear_caches()
+        ask = lambda: _certified(kind, count, np.random.default_rng(seeds))
+        return asked(about, ask, bound=None)
 
 
 def _certified(kind: Kind, count: int, rng: np.random.Generator) -> Row:

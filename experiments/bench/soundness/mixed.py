@@ -202,8 +202,8 @@ MIXED: tuple[Family, ...] = (
             _draw_grid),
     _family("(A + C, -C) (z, z)", lambda z, a: a["both"] @ jnp.concatenate([z, z]) + a["x"],
             _of_grid, _draw_grid, closed=True),
-    _family("a kernel of both signs", _two_channels, lambda z, a: conv_written_out(
-        z.reshape(-1, 3, 4), a["kernel"].sum(1)).reshape(-1, 12) + a["x"], _draw_kernels, n=12),
+    _family("a kernel of both signs", _two_channels,
+            lambda z, a: conv_written_out(z, a["kernel"].sum(1)) + a["x"], _draw_kernels, n=12),
     _family("weights k + 1 and -k", _dot),
     _family("an input in two parts", lambda z, a: jnp.tanh((a["w"] @ z + a["p"]) + a["q"]),
             lambda z, a: np.tanh(product(a["w"], z) + (a["p"] + a["q"])), _draw_halves),
