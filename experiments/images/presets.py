@@ -7,7 +7,7 @@ asks for. The options of the command line come before both.
 import dataclasses
 from dataclasses import replace
 
-from images.options import Config, Data, Model, Preset
+from images.options import CONCAVE, Config, Data, Model, Preset
 
 _COMMON = Config(
     dataset="digits", activation="tanh", schedule="cosine", milestone=3 / 4, learning_rate=3e-3,
@@ -109,11 +109,10 @@ PRESETS: dict[Preset, Config] = {
 
 def smallest(config: Config) -> Config:
     """The smoke run of a configuration: these options are forced, so that it is quick."""
-    scales = {"pc-multi": (4, 4, 4)} | dict.fromkeys(
-        ("implicit-resnet-multiscale", "resnet-multiscale"), (8, 16)
-    )
-    features = scales.get(str(config.model), (8,))
-    widths = None if str(config.model).startswith("pc-") else (1, 2)[: len(features)]
+    several = config.model in ("implicit-resnet-multiscale", "resnet-multiscale")
+    features, widths = ((8, 16), (1, 2)) if several else ((8,), (1,))
+    if config.model in CONCAVE:
+        features, widths = (4, 4, 4) if config.model == "pc-multi" else (8,), None
     return replace(config, features=features, widths=widths, batch_size=16, log_every=2)
 
 

@@ -77,10 +77,8 @@ class Run:
 
     def known(self, name: str) -> dict[str, Any]:
         """All that the sections left under this name so far."""
-        found: dict[str, Any] = {}
-        for line in read(self.path):
-            found |= line.get(name, {})
-        return found
+        found = [line.get(name, {}) for line in read(self.path)]
+        return {name: value for each in found for name, value in each.items()}
 
     def cases(self, cases: dict[str, Callable[[], None]]) -> None:
         """Runs them in order while there is time; one that fails is a red row, and loses nothing.
