@@ -7,7 +7,7 @@ asks for. The options of the command line come before both.
 import dataclasses
 from dataclasses import replace
 
-from images.options import CONCAVE, Config, Data, Model, Preset
+from images.options import CONCAVE, Activation, Config, Data, Model, Preset
 
 _COMMON = Config(
     dataset="digits", activation="tanh", schedule="cosine", milestone=3 / 4, learning_rate=3e-3,
@@ -56,25 +56,25 @@ def family(model: Model, dataset: Data) -> Config:
 # The paper (arXiv 2402.04029) has these networks; its authors' code gives learning rate, weight
 # decay, epochs and milestone for one of them on each data set, which the others share here. Theirs
 # trains a clamped weight under weight norm, without clipping; W = v^2 is trained here.
-def _mnist(model: Model) -> Config:
+def _paper(
+    base: Config, activation: Activation, *, weight_decay: float, epochs: int, fall: int
+) -> Config:
     return replace(
-        family(model, "mnist"), activation="softsign", schedule="milestone", learning_rate=5e-4,
-        weight_decay=1.5e-2, epochs=40, milestone=30 / 40, shift=0, mirror=False,
+        base, activation=activation, schedule="milestone", learning_rate=5e-4,
+        weight_decay=weight_decay, epochs=epochs, milestone=fall / epochs, shift=0, mirror=False,
     )  # fmt: skip
+
+
+def _mnist(model: Model) -> Config:
+    return _paper(family(model, "mnist"), "softsign", weight_decay=1.5e-2, epochs=40, fall=30)
 
 
 def _svhn(model: Model) -> Config:
-    return replace(
-        family(model, "svhn_cropped"), activation="sigmoid", schedule="milestone",
-        learning_rate=5e-4, weight_decay=2e-2, epochs=80, milestone=70 / 80, shift=0, mirror=False,
-    )  # fmt: skip
+    return _paper(family(model, "svhn_cropped"), "sigmoid", weight_decay=2e-2, epochs=80, fall=70)
 
 
 def _cifar10(model: Model) -> Config:
-    return replace(
-        family(model, "cifar10"), activation="relu6", schedule="milestone", learning_rate=5e-4,
-        weight_decay=2e-2, epochs=120, milestone=100 / 120, shift=0, mirror=False,
-    )  # fmt: skip
+    return _paper(family(model, "cifar10"), "relu6", weight_decay=2e-2, epochs=120, fall=100)
 
 
 _REVDEQ = replace(family("implicit-resnet-multiscale", "cifar10"), shift=4, mirror=True)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import deqjax
 
-from bench.soundness.problem import EXAMPLES, STEPS, Problem, dot
+from bench.soundness.problem import EXAMPLES, OPTIONS, STEPS, Problem, dot
 
 _STOP = 3e-2  # a tolerance that is met at different steps
 _ALL = (0, 1, 2)
@@ -51,8 +51,7 @@ def _arguments(p: Problem):
 
 def _closed(p: Problem):
     def value(w, x, z0):
-        options: Any = dict(max_steps=STEPS, adjoint=deqjax.ReversibleAdjoint())
-        return deqjax.fixed_point(lambda z, _: p.fn(z, w, x), p.solver(), z0, **options).value
+        return deqjax.fixed_point(lambda z, _: p.fn(z, w, x), p.solver(), z0, **OPTIONS).value
 
     return _gradient(p, value)
 
@@ -98,16 +97,15 @@ def _pytree(p: Problem):
         cut = lambda v: {"a": v[:k], "b": (v[k:],)}
         join = lambda t: jnp.concatenate([t["a"], *t["b"]])
         f = lambda t, a: cut(p.fn(join(t), *a))
-        options: Any = dict(max_steps=STEPS, adjoint=deqjax.ReversibleAdjoint())
-        return join(deqjax.fixed_point(f, p.solver(), cut(z0), (w, x), **options).value)
+        return join(deqjax.fixed_point(f, p.solver(), cut(z0), (w, x), **OPTIONS).value)
 
     return _gradient(p, value)
 
 
 def _optimistix(p: Problem):
     def value(w, x, z0):
-        options: Any = dict(max_steps=STEPS, adjoint=deqjax.ReversibleAdjoint(), throw=False)
         fn = lambda z, a: p.fn(z, *a)
+        options: Any = OPTIONS | {"throw": False}
         return optimistix.fixed_point(fn, p.solver(), z0, (w, x), **options).value
 
     return _gradient(p, value)

@@ -10,6 +10,7 @@ import deqjax
 
 EXAMPLES = 2
 STEPS = 8  # an even number is two of each
+OPTIONS: dict[str, Any] = {"max_steps": STEPS, "adjoint": deqjax.ReversibleAdjoint()}
 
 
 class Problem(NamedTuple):
@@ -32,8 +33,8 @@ class Problem(NamedTuple):
 
     def solve(self, w: Any, x: Any, z0: Any, tol: float = 0.0, **more: Any) -> deqjax.Solution:
         f = jax.vmap(self.fn, (0, None, 0)) if more.get("batched") else self.fn
-        options: Any = dict(max_steps=STEPS, adjoint=deqjax.ReversibleAdjoint()) | more
-        return deqjax.fixed_point(lambda z, a: f(z, *a), self.solver(tol), z0, (w, x), **options)
+        fn, options = lambda z, a: f(z, *a), OPTIONS | more
+        return deqjax.fixed_point(fn, self.solver(tol), z0, (w, x), **options)
 
 
 def dot(a, b):
