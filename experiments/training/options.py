@@ -52,7 +52,7 @@ class Training:
     weight_decay: Nonnegative | None = None
     """AdamW's: a step shrinks parameters (of text, matrices) by learning rate x this."""
     clip: Positive = 1.0
-    """Ceiling on the gradient's norm: met in the first steps only."""
+    """Ceiling on the gradient's norm; of images, met in the first steps only."""
     smoke: bool = False
     """A tiny network, data set and number of steps: everything is run through, nothing learned."""
 
