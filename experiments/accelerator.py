@@ -1,4 +1,4 @@
-"""What holds and what it costs on an accelerator, in eight minutes and one command.
+"""Correctness and cost on an accelerator, in eight minutes and one command.
 
 Shown, in order of worth: the machine and its rates; whether exact reversal is exact, with the
 ordinary and with the deterministic algorithms; what a solve and its gradient cost over what they
@@ -203,10 +203,8 @@ class Parent:
 
     def about(self) -> dict[str, str]:
         """The machine, as its section found it."""
-        found: dict[str, str] = {}
-        for line in read(self.path):
-            found |= line.get("about", {})
-        return found
+        found = [line.get("about", {}) for line in read(self.path)]
+        return {name: value for each in found for name, value in each.items()}
 
     def report(self) -> list[dict[str, Any]]:
         lines, about = read(self.path), self.about()

@@ -1,4 +1,4 @@
-"""What `deqjax.certify` and the certified solvers prove: whether it is true, how tight, how dear.
+"""Certificates and certified solvers: whether what they prove is true, how tight, how expensive.
 
 Shown: certified against true error of positive concave cells, dense and convolutional, from easy to
 nearly critical; hard problems to a certified tolerance; violations of every bound over random
@@ -25,21 +25,21 @@ printed (all of it: results/certificates.md; what does not hold is marked there)
 
 # ruff: noqa: E402
 import dataclasses
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
-from training.flags import Count, Seed, read
+from bench.options import Measurement
+from training.flags import Count, read
 
 Section = Literal["tightness", "hard", "coverage", "refused", "time", "mates"]
-SECTIONS: tuple[Section, ...] = ("tightness", "hard", "coverage", "refused", "time", "mates")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Measurement):
     """Certificates: true, tight, and at what cost."""
 
-    sections: tuple[Section, ...] = SECTIONS
-    """What to measure."""
+    sections: tuple[Section, ...] = get_args(Section)
+    """Parts of the measurement."""
     n: Count = 80
     """Unknowns of a dense problem: the width of the reference's linear network."""
     batch: Count = 64
@@ -47,76 +47,45 @@ class Config:
     size: Count = 6
     """Pixels of a side of the small convolution's images: its matrix is written out."""
     channels: Count = 4
-    """Its channels."""
+    """Channels of the small convolution."""
     problems: Count = 10_000
-    """Random problems a dtype, at least."""
+    """Random problems per dtype, at least."""
     each: Count | None = None
     """Problems of an activation and size, of two activations only; None: as many as it takes."""
     time_size: Count = 28
     """Pixels of a side of the images of the timed convolution."""
     time_channels: Count = 82
-    """Its channels: the reference's single-convolution network on 28 x 28 images."""
+    """Channels of it: the reference's single-convolution network on 28 x 28 images."""
     rounds: Count = 15
-    """Of time measurements, interleaved; four times it for the dense problems, which are quick."""
-    seed: Seed = 0
-    """Of everything."""
-    out: Path | None = None
-    """The folder of the results; None: runs/certificates, smoke runs beside it."""
-    smoke: bool = False
-    """Tiny problems: everything is run through, nothing is shown by it."""
+    """Interleaved rounds of timing; four times it for the dense problems, which are quick."""
 
 
-# These are forced: a smoke run is quick whatever else is asked for.
-SMOKE: dict[str, Any] = {
-    "n": 6,
-    "batch": 6,
-    "size": 3,
-    "channels": 2,
-    "each": 12,
-    "time_size": 4,
-    "time_channels": 3,
-    "rounds": 1,
-}
+SMOKE = dict(n=6, batch=6, size=3, channels=2, each=12, time_size=4, time_channels=3, rounds=1)
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
     read(Config)
 
-import jax
-
-from bench.certificates.claims import claims
 from bench.certificates.coverage import coverage
 from bench.certificates.mates import mates
 from bench.certificates.plot import plot_tightness
 from bench.certificates.refused import refused
-from bench.certificates.report import tables
+from bench.certificates.report import claims, tables
 from bench.certificates.tight import hard, tightness
 from bench.certificates.time import time
 from bench.record import record
 
-
-def measure(section: Section, config: Config) -> dict[str, Any]:
-    c = config
-    match section:
-        case "tightness":
-            found: Any = tightness(c.batch, c.n, c.size, c.channels, c.seed, c.smoke)
-        case "hard":
-            found = hard(c.batch, c.n, c.seed, c.smoke)
-        case "coverage":
-            found = coverage(c.problems, c.each, c.seed)
-        case "refused":
-            found = refused(c.seed, c.smoke)
-        case "time":
-            found = time(c.batch, c.n, c.time_channels, c.time_size, c.rounds, c.seed)
-        case "mates":
-            found = mates(min(c.batch, 16), c.n, c.seed)
-    return {section: found}
+MEASURES: dict[Section, Callable[[Config], Any]] = {
+    "tightness": lambda c: tightness(c.batch, c.n, c.size, c.channels, c.seed, c.smoke),
+    "hard": lambda c: hard(c.batch, c.n, c.seed, c.smoke),
+    "coverage": lambda c: coverage(c.problems, c.each, c.seed),
+    "refused": lambda c: refused(c.seed, c.smoke),
+    "time": lambda c: time(c.batch, c.n, c.time_channels, c.time_size, c.rounds, c.seed),
+    "mates": lambda c: mates(min(c.batch, 16), c.n, c.seed),
+}
 
 
 def main(config: Config) -> None:
-    if config.smoke:
-        config = dataclasses.replace(config, **SMOKE)
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
-    out, results = record("certificates", config, measure, claims, tables)
+    out, results = record("certificates", config, SMOKE, MEASURES, claims, tables)
     if "tightness" in results:
         plot_tightness(results["tightness"], out / "certificates.png")
 

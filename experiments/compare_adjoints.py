@@ -22,77 +22,63 @@ Hardware: two cores of a shared x86 CPU, JAX 0.10.2, jaxopt 0.8.5, seed 0; 2 min
 
 # ruff: noqa: E402
 import dataclasses
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
 
-from training.flags import Count, Range, Seed, read
+from bench.options import Measurement
+from training.flags import Count, Range, read
 
 Section = Literal["guarantee", "memory", "adjoints"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Compare gradients: error, memory and time."""
+class Config(Measurement):
+    """Compares gradients: error, memory and time."""
 
-    sections: tuple[Section, ...] = ("guarantee", "memory", "adjoints")
-    """What to measure."""
+    sections: tuple[Section, ...] = get_args(Section)
+    """Parts of the comparison."""
     rhos: tuple[Annotated[float, Range(0, 1, but=(1,))], ...] = (0.5, 0.9, 0.99, 0.999)
     """Spectral radii of the linear family."""
     n: Count = 64
-    """Its number of unknowns; the exact gradient is dense."""
+    """Unknowns of the linear family; the exact gradient is dense."""
     size: Annotated[int, Range(2, 2**30)] = 32_768
-    """The state whose backward pass's memory is measured; and half and twice of it."""
+    """Size of the state whose backward pass's memory is measured; and half and twice of it."""
     steps: Count = 256
     """Evaluations of the adjoints that differentiate steps."""
     rounds: Count = 5
-    """Of time measurements, interleaved; the median is reported."""
-    seed: Seed = 0
-    """Of blocks and cotangents."""
-    out: Path | None = None
-    """The folder of the results; None: runs/compare_adjoints, smoke runs beside it."""
-    smoke: bool = False
-    """Tiny problems: everything is run through, nothing is shown by it."""
+    """Interleaved rounds of timing; the median is reported."""
 
 
-# These are forced: a smoke run is quick whatever else is asked for.
-SMOKE: dict[str, Any] = {"rhos": (0.5, 0.9), "n": 6, "size": 512, "steps": 8, "rounds": 1}
+SMOKE = dict(rhos=(0.5, 0.9), n=6, size=512, steps=8, rounds=1)
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
     read(Config)
-
-import jax
 
 from bench.compare.adjoints import backward_memory, block_cases, compare, guarantee, linear_cases
 from bench.compare.methods import attention_block, convolution_block
 from bench.compare.plot import plot_gradients
 from bench.compare.which import claims, tables
 from bench.record import record
+from bench.rows import Row, pick
 
 
-def measure(section: Section, config: Config) -> dict[str, Any]:
-    c = config
-    match section:
-        case "guarantee":
-            return {"guarantee": guarantee(c.rhos, c.n)}
-        case "memory":
-            return {"memory": backward_memory((c.size // 2, c.size, 2 * c.size))}
-        case "adjoints":
-            cells = []
-            if not c.smoke:
-                cells.append(attention_block(2, 32, 64, 2, c.seed))
-                cells.append(convolution_block(2, 16, 8, c.seed))
-            cases = [*linear_cases(c.rhos, c.n), *block_cases(cells)]
-            return {"adjoints": compare(cases, c.steps, c.rounds)}
+def adjoints(c: Config) -> list[Row]:
+    blocks = attention_block(2, 32, 64, 2, c.seed), convolution_block(2, 16, 8, c.seed)
+    cases = [*linear_cases(c.rhos, c.n), *block_cases(() if c.smoke else blocks)]
+    return compare(cases, c.steps, c.rounds)
+
+
+MEASURES: dict[Section, Callable[[Config], Any]] = {
+    "guarantee": lambda c: guarantee(c.rhos, c.n),
+    "memory": lambda c: backward_memory((c.size // 2, c.size, 2 * c.size)),
+    "adjoints": adjoints,
+}
 
 
 def main(config: Config) -> None:
-    if config.smoke:
-        config = dataclasses.replace(config, **SMOKE)
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
-    out, results = record("compare_adjoints", config, measure, claims, tables)
+    out, results = record("compare_adjoints", config, SMOKE, MEASURES, claims, tables)
     if "adjoints" in results:
-        line = [row for row in results["adjoints"] if row["problem"] == "linear"]
-        plot_gradients(line, out / "gradients.png")
+        plot_gradients(pick(results["adjoints"], problem="linear"), out / "gradients.png")
 
 
 if __name__ == "__main__":

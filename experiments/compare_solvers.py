@@ -30,62 +30,47 @@ had the same code but for its bound, printed 1.15-1.35 and 1.4-1.5.
 
 # ruff: noqa: E402
 import dataclasses
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
-from training.flags import Count, Seed, Tolerance, read
+from bench.options import Measurement
+from training.flags import Count, Tolerance, read
 
 Section = Literal["evaluations", "overhead", "floor", "blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Compare solvers: evaluations, time, and what they cost beside f."""
+class Config(Measurement):
+    """Compares solvers: evaluations, time, and what they cost beside f."""
 
-    sections: tuple[Section, ...] = ("evaluations", "overhead", "floor", "blocks")
-    """What to measure; the mixed batch goes with evaluations."""
+    sections: tuple[Section, ...] = get_args(Section)
+    """Parts of the comparison; the mixed batch goes with evaluations."""
     tol: Tolerance = 1e-8
     """Relative residual of section evaluations, in float64."""
     ceiling: Count = 30_000
-    """On evaluations there: Picard at rho 0.999 needs 11,507, its damped form twice that."""
+    """Most evaluations there: Picard at rho 0.999 needs 11,507, its damped form twice that."""
     scale: Count = 8
-    """Unknowns there, in units of 8 to 80: f is then dearer than the bookkeeping of any loop."""
+    """Unknowns there, in units of 8 to 80: f then costs more than the bookkeeping of any loop."""
     history: Count = 300
-    """Evaluations of which residuals are drawn."""
+    """Evaluations whose residuals are drawn."""
     easy: Count = 31
     """Easy examples of the mixed batch, beside a hard one."""
     size: Count = 1_000_000
-    """Of the state in section overhead, float32."""
+    """Entries of the state in section overhead, float32."""
     steps: Count = 40
-    """There, with a full window."""
+    """Steps there, with a full window."""
     width: Count = 512
-    """Of the dense tanh map in section floor."""
+    """Width of the dense tanh map in section floor."""
     batch: Count = 64
-    """There."""
+    """Examples there."""
     gradient_tol: Tolerance = 1e-5
     """Relative residual of the solves whose gradients are taken, in float32."""
     rounds: Count = 9
-    """Of time measurements, interleaved; medians of ratios of the same round are reported."""
-    seed: Seed = 0
-    """Of parameters, inputs and cotangents."""
-    out: Path | None = None
-    """The folder of the results; None: runs/compare_solvers, smoke runs beside it."""
-    smoke: bool = False
-    """Few and tiny problems: everything is run through, nothing is shown by it."""
+    """Interleaved rounds of timing; medians of ratios of the same round are reported."""
 
 
-# These are forced: a smoke run is quick whatever else is asked for.
-SMOKE: dict[str, Any] = {
-    "ceiling": 5000,
-    "scale": 1,
-    "history": 100,
-    "easy": 3,
-    "size": 1000,
-    "steps": 4,
-    "width": 16,
-    "batch": 4,
-    "rounds": 2,
-}
+SMOKE = dict(ceiling=5000, scale=1, history=100, easy=3, size=1000, steps=4, width=16)
+SMOKE |= dict(batch=4, rounds=2)
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
     read(Config)
@@ -99,11 +84,11 @@ from bench.compare.plot import plot_residuals
 from bench.compare.report import claims, tables
 from bench.compare.time import blocks, floor, overhead
 from bench.problems import Problem, linear, slow_tanh, suite
-from bench.record import record
+from bench.record import Parts, record
 
 
 def problems(config: Config) -> list[Problem]:
-    """In float64."""
+    """Problems in float64."""
     if config.smoke:
         return [p.astype(jnp.float64) for p in (linear(0.5, n=4), slow_tanh())]
     cells = attention_block(2, 16, 32, 2, config.seed), convolution_block(2, 8, 8, config.seed)
@@ -111,31 +96,30 @@ def problems(config: Config) -> list[Problem]:
     return [*(p.astype(jnp.float64) for p in suite(config.scale)), *wide]
 
 
-def measure(section: Section, config: Config) -> dict[str, Any]:
-    c = config
-    match section:
-        case "evaluations":
-            with jax.enable_x64(True):
-                rows = evaluations(problems(c), c.tol, c.ceiling, c.history, c.rounds)
-                return {"evaluations": rows, "mixed": mixed_batch(c.easy, c.tol, c.ceiling, c.seed)}
-        case "overhead":
-            return {"overhead": overhead(c.size, c.steps, c.rounds)}
-        case "floor":
-            return {"floor": floor(c.width, c.batch, c.gradient_tol, c.rounds, c.seed)}
-        case "blocks":
-            if c.smoke:
-                return {"blocks": blocks([attention_block(1, 4, 8, 2, c.seed)], 1e-4, c.rounds)}
-            attention = attention_block(8, 64, 128, 4, c.seed)
-            convolution = convolution_block(8, 16, 16, c.seed)
-            cells = [attention, inject(attention, 3.0), convolution]
-            return {"blocks": blocks(cells, c.gradient_tol, c.rounds)}
+def counted(c: Config) -> Parts:
+    with jax.enable_x64(True):
+        rows = evaluations(problems(c), c.tol, c.ceiling, c.history, c.rounds)
+        return Parts(evaluations=rows, mixed=mixed_batch(c.easy, c.tol, c.ceiling, c.seed))
+
+
+def whole(c: Config) -> list[dict[str, Any]]:
+    if c.smoke:
+        return blocks([attention_block(1, 4, 8, 2, c.seed)], 1e-4, c.rounds)
+    attention = attention_block(8, 64, 128, 4, c.seed)
+    cells = [attention, inject(attention, 3.0), convolution_block(8, 16, 16, c.seed)]
+    return blocks(cells, c.gradient_tol, c.rounds)
+
+
+MEASURES: dict[Section, Callable[[Config], Any]] = {
+    "evaluations": counted,
+    "overhead": lambda c: overhead(c.size, c.steps, c.rounds),
+    "floor": lambda c: floor(c.width, c.batch, c.gradient_tol, c.rounds, c.seed),
+    "blocks": whole,
+}
 
 
 def main(config: Config) -> None:
-    if config.smoke:
-        config = dataclasses.replace(config, **SMOKE)
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
-    out, results = record("compare_solvers", config, measure, claims, tables)
+    out, results = record("compare_solvers", config, SMOKE, MEASURES, claims, tables)
     if "evaluations" in results:
         tol = results["runs"]["evaluations"]["config"]["tol"]
         plot_residuals(results["evaluations"], tol, out / "residuals.png")

@@ -1,4 +1,4 @@
-"""How right a gradient by reversal is, and what it costs, beside the other ways of taking one.
+"""Error and cost of a gradient by reversal, beside the other ways of taking one.
 
 Shown: the integer state of `deqjax.Reversible` runs backwards without an error at any depth, where
 a floating point state is lost after some tens of evaluations, in float64 too; at what price in
@@ -26,62 +26,45 @@ printed (all of it: results/gradient_fidelity.md):
 
 # ruff: noqa: E402
 import dataclasses
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
 
-from bench.ways import TITLES, Method
-from training.flags import Count, Inverse, Range, Seed, read
+from bench.options import Measurement
+from bench.ways import TITLES, DType, Method
+from training.flags import Count, Inverse, Range, read
 
 Section = Literal["errors", "memory", "time", "vmap"]
+Block = Literal["MLP", "convolution", "attention"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Measure gradients: their error, memory and time."""
+class Config(Measurement):
+    """Measures gradients: their error, memory and time."""
 
-    sections: tuple[Section, ...] = ("errors", "memory", "time", "vmap")
-    """What to measure; residuals kept go with memory."""
-    cells: tuple[Literal["MLP", "convolution", "attention"], ...] = (
-        "MLP",
-        "convolution",
-        "attention",
-    )
+    sections: tuple[Section, ...] = get_args(Section)
+    """Parts of the measurement; residuals kept go with memory."""
+    cells: tuple[Block, ...] = get_args(Block)
     """The blocks of errors and memory."""
     depths: tuple[Count, ...] = (4, 16, 64, 256, 1024)
     """Evaluations of the block, two of them being one step of the paper's."""
     inverses: tuple[Inverse, ...] = (2, 5, 10, -5)
     """The d of 1 - beta = 1/d."""
     costed: tuple[Method, ...] = tuple(TITLES)
-    """Whose memory and time are measured; of the errors, all are."""
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """Of state, parameters and computation."""
+    """Methods whose memory and time are measured; errors are measured of all."""
+    dtypes: tuple[DType, ...] = get_args(DType)
+    """Dtypes of state, parameters and computation."""
     memory_depths: tuple[Count, Count] = (8, 512)
     """Evaluations between which memory is compared."""
     d: Inverse = 5
     """1 - beta = 1/d where only one is measured: memory, time and vmap. The paper's is 5."""
     evaluations: Annotated[int, Range(2, 2**30, multiple=2)] = 16
-    """Of the block whose time is measured, and of the solves under vmap; even."""
+    """Evaluations of the block whose time is measured, and of the solves under vmap; even."""
     rounds: Count = 9
-    """Of time measurements, interleaved; the median is reported."""
-    seed: Seed = 0
-    """Of parameters, input, initial iterate and cotangent."""
-    out: Path | None = None
-    """The folder of the results; None: runs/gradient_fidelity, smoke runs beside it."""
-    smoke: bool = False
-    """Tiny blocks, few depths: everything is run through, nothing is shown by it."""
+    """Interleaved rounds of timing; the median is reported."""
 
 
-# These are forced: a smoke run is quick whatever else is asked for.
-SMOKE: dict[str, Any] = {
-    "cells": ("MLP",),
-    "depths": (4, 16),
-    "inverses": (5,),
-    "costed": ("exact", "float"),
-    "dtypes": ("float32",),
-    "memory_depths": (8, 32),
-    "evaluations": 4,
-    "rounds": 2,
-}
+SMOKE = dict(cells=("MLP",), depths=(4, 16), inverses=(5,), costed=("exact", "float"))
+SMOKE |= dict(dtypes=("float32",), memory_depths=(8, 32), evaluations=4, rounds=2)
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
     read(Config)
@@ -94,19 +77,15 @@ from bench.blocks import Cell, make_attention, make_conv, make_mlp, make_tanh
 from bench.fidelity.errors import errors
 from bench.fidelity.memory import memory, residuals
 from bench.fidelity.plot import plot_errors
-from bench.fidelity.report import (
-    claims,
-    error_table,
-    fraction,
-    memory_table,
-    residual_table,
-    summary_table,
-    time_table,
-    vmap_table,
-)
+from bench.fidelity.report import claims, tables
 from bench.fidelity.time import timing, vmapped
-from bench.record import record
-from bench.report import claims_table, pick
+from bench.record import Parts, record
+
+HEADS = 8
+
+
+def chosen(config: Config, *cells: Cell) -> list[Cell]:
+    return [cell for cell in cells if cell.name in config.cells]
 
 
 def small_cells(config: Config) -> list[Cell]:
@@ -114,12 +93,8 @@ def small_cells(config: Config) -> list[Cell]:
     key = jax.random.key(config.seed)
     if config.smoke:
         return [make_mlp(4, 16, key)]
-    made = (
-        make_mlp(8, 64, key),
-        make_conv(4, 8, 8, key),
-        make_attention(2, 16, 32, 2, key),
-    )
-    return [cell for cell in made if cell.name in config.cells]
+    attention = make_attention(2, 16, 32, 2, key)
+    return chosen(config, make_mlp(8, 64, key), make_conv(4, 8, 8, key), attention)
 
 
 def large_cells(config: Config) -> list[Cell]:
@@ -127,11 +102,8 @@ def large_cells(config: Config) -> list[Cell]:
     key = jax.random.key(config.seed)
     if config.smoke:
         return [make_mlp(32, 32, key)]
-    made = (make_mlp(128, 512, key), make_conv(16, 16, 32, key), benchmark_cell(config))
-    return [cell for cell in made if cell.name in config.cells]
-
-
-HEADS = 8
+    attention = benchmark_cell(config)
+    return chosen(config, make_mlp(128, 512, key), make_conv(16, 16, 32, key), attention)
 
 
 def benchmark_cell(config: Config) -> Cell:
@@ -139,57 +111,28 @@ def benchmark_cell(config: Config) -> Cell:
     return make_attention(batch, length, width, HEADS, jax.random.key(config.seed))
 
 
-def measure(section: Section, config: Config) -> dict[str, Any]:
-    n, rounds, d, key = config.evaluations, config.rounds, config.d, jax.random.key(config.seed)
-    match section:
-        case "errors":
-            cells = small_cells(config)
-            return {"errors": errors(cells, config.inverses, config.dtypes, config.depths)}
-        case "memory":
-            cells, (few, many) = large_cells(config), config.memory_depths
-            kept = residuals(cells, config.inverses, (few, math.isqrt(few * many), many))
-            return {"memory": memory(cells, (few, many), d, config.costed), "residuals": kept}
-        case "time":
-            return {"time": timing(benchmark_cell(config), HEADS, d, n, rounds, config.costed)}
-        case "vmap":
-            cell = make_tanh(*((4, 16) if config.smoke else (32, 1024)), key)
-            return {"vmap": vmapped(cell, d, n, rounds, ("float", "exact"))}
+def kept(config: Config) -> Parts:
+    cells, (few, many) = large_cells(config), config.memory_depths
+    counted = residuals(cells, config.inverses, (few, math.isqrt(few * many), many))
+    return Parts(memory=memory(cells, (few, many), config.d, config.costed), residuals=counted)
 
 
-def tables(results: dict[str, Any]) -> str:
-    """What was measured, as Markdown."""
-    parts = [claims_table(results["claims"])]
-    if {"errors", "memory", "time"} <= results.keys():
-        parts += ["## In short", summary_table(results)]
-    rows = results.get("errors", [])
-    for dtype, d in dict.fromkeys((row["dtype"], row["d"]) for row in rows):
-        title = f"## {dtype}, 1 - beta = {fraction(d)}, worst block"
-        parts += [title, error_table(pick(rows, dtype=dtype, d=d))]
-    for name, table in TABLES.items():
-        if name in results:
-            parts += [f"## {name.capitalize()}", table(results[name])]
-    return "\n\n".join([*parts, NOTE]) + "\n"
+def mapped(config: Config) -> Any:
+    size = (4, 16) if config.smoke else (32, 1024)
+    cell = make_tanh(*size, jax.random.key(config.seed))
+    return vmapped(cell, config.d, config.evaluations, config.rounds, ("float", "exact"))
 
 
-TABLES = {
-    "memory": memory_table,
-    "residuals": residual_table,
-    "time": time_table,
-    "vmap": vmap_table,
+MEASURES: dict[Section, Callable[[Config], Any]] = {
+    "errors": lambda c: errors(small_cells(c), c.inverses, c.dtypes, c.depths),
+    "memory": kept,
+    "time": lambda c: timing(benchmark_cell(c), HEADS, c.d, c.evaluations, c.rounds, c.costed),
+    "vmap": mapped,
 }
-NOTE = (
-    "Error: relative, over parameters and input together, against float64 autodiff of the same "
-    "steps.\n\\* Gradients of the fixed point and not of the steps, against the same reference: "
-    "they differ by design.\nReversal residual: the largest difference of a state that is known, "
-    "exact: as such, float: relative.\nFloor: one f, and one f with its VJP, each compiled alone."
-)
 
 
 def main(config: Config) -> None:
-    if config.smoke:
-        config = dataclasses.replace(config, **SMOKE)
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
-    out, results = record("gradient_fidelity", config, measure, claims, tables)
+    out, results = record("gradient_fidelity", config, SMOKE, MEASURES, claims, tables)
     if "errors" in results:
         plot_errors(results["errors"], results["errors"][0]["dtype"], out / "error.png")
 

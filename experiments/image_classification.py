@@ -49,7 +49,8 @@ last two 92 %, of all 74 %, where a margin of logits, 0.82 in the median, can mo
 The RevDEQ on MNIST ran in the floating-point mode, deqjax.Reversible(exact=False).
 """
 
-from images.config import Config, choose
+from images.config import choose
+from images.options import Config
 from training.flags import read
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
@@ -72,13 +73,13 @@ from images.config import title
 from images.data import Dataset, load
 from images.models import constructor
 from images.train import Preparation, check_shift, evaluate, make_forward, make_loss
-from training.devices import check_batch, initialize, is_main, local, mesh, replicate
+from training.devices import begin, check_batch, is_main, local, mesh, replicate
 from training.fit import TrainState, fit, make_step
 from training.options import RUNS, recorded
 from training.plots import plot_certificates, plot_curves, plot_residual
 from training.run import RunFolder
 from training.solves import backward_evaluations, residual_curves
-from training.table import table
+from training.table import ending
 
 
 def train(config: Config, data: Dataset) -> dict[str, Any]:
@@ -99,7 +100,9 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
     names += ("activation", "widths", "dtype")
     try:
         make = constructor(**{name: getattr(config, name) for name in names})
-        make = eqx.filter_jit(eqx.nn.make_with_state(make))  # one compilation, not one a parameter
+        make = eqx.filter_jit(
+            eqx.nn.make_with_state(make)
+        )  # one compilation, not one per parameter
         model, norms = make(data.image_shape, data.num_classes, key=model_key)
     except ValueError as error:  # of the sizes, of beta
         raise SystemExit(str(error)) from None
@@ -189,22 +192,18 @@ def train(config: Config, data: Dataset) -> dict[str, Any]:
 
 def main(configs: list[Config]) -> None:
     config = configs[0]
-    initialize(config.distributed, config.coordinator, config.processes, config.process_id)
-    if config.smoke:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
-    limit = 96 if config.smoke else None
-    dataset = config.dataset
+    begin(config)
+    dataset, limit = config.dataset, 96 if config.smoke else None
     assert dataset is not None
     data = load(dataset, data_dir=config.data_dir, download=config.download, limit=limit)
     rows = [train(c, data) for c in configs]
     if not is_main():
         return
     where = f"{data.test_name}: {data.about}, {len(data.test.labels):,} images"
-    smoke = "A smoke run: nothing is learned, and the figures say nothing. " if config.smoke else ""
-    print(f"\n{smoke}{dataset}, seed {config.seed}; {where}")
-    print("f forward, f backward: evaluations of f per example")
-    print("certified: share of predictions that no error of the solves can change\n")
-    print(table(rows))
+    about = [f"{dataset}, seed {config.seed}; {where}"]
+    about += ["f forward, f backward: evaluations of f per example"]
+    about += ["certified: share of predictions that no error of the solves can change"]
+    print(ending(rows, config.smoke, *about))
     print("\nEach folder: config.json, metrics.jsonl, plots, checkpoints/, tensorboard/")
 
 

@@ -1,4 +1,4 @@
-"""What the layers' own matrix products and convolutions save on a CPU, beside the stock ones.
+"""The layers' own matrix products and convolutions on a CPU, beside the stock ones.
 
 Shown: the convolution by minimal filtering, value and both cotangents in a loop, over the stock
 rules; reversal of an attention block with products of two matrices, over a loop written by hand;
@@ -23,33 +23,26 @@ Hardware: two cores of a shared x86 CPU, JAX 0.10.2, PyTorch 2.14, seed 0; 4 min
 
 # ruff: noqa: E402
 import dataclasses
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
-from training.flags import Count, Seed, read
+from bench.options import Measurement
+from training.flags import Count, read
 
 Section = Literal["convolution", "attention", "concave"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Measure the kernels."""
+class Config(Measurement):
+    """Measures the kernels."""
 
-    sections: tuple[Section, ...] = ("convolution", "attention", "concave")
-    """What to measure."""
+    sections: tuple[Section, ...] = get_args(Section)
+    """Parts of the measurement."""
     rounds: Count = 7
     """Interleaved rounds; every ratio is the median of theirs."""
     loop: Count = 8
     """Evaluations in a loop."""
-    seed: Seed = 0
-    """Of arrays."""
-    out: Path | None = None
-    """The folder of the results; None: runs/kernels, smoke runs beside it."""
-    smoke: bool = False
-    """Tiny sizes, two rounds: everything is run through, nothing is shown by it."""
 
-
-SMOKE: dict[str, Any] = {"rounds": 2, "loop": 2}
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
     read(Config)
@@ -63,16 +56,20 @@ from bench.kernels.report import claims, tables
 from bench.record import record
 
 
-def measure(section: Section, config: Config) -> dict[str, Any]:
-    options = {"rounds": config.rounds, "loop": config.loop, "smoke": config.smoke}
-    run = {"convolution": convolution, "attention": attention, "concave": concave}[section]
-    return {section: run(jax.random.key(config.seed), **options)}
+def by(measure: Callable[..., Any]) -> Callable[[Config], Any]:
+    return lambda c: measure(jax.random.key(c.seed), rounds=c.rounds, loop=c.loop, smoke=c.smoke)
+
+
+SMOKE = dict(rounds=2, loop=2)
+MEASURES: dict[Section, Callable[[Config], Any]] = {
+    "convolution": by(convolution),
+    "attention": by(attention),
+    "concave": by(concave),
+}
 
 
 def main(config: Config) -> None:
-    if config.smoke:
-        config = dataclasses.replace(config, **SMOKE)
-    record("kernels", config, measure, claims, tables)
+    record("kernels", config, SMOKE, MEASURES, claims, tables, optimised=True)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ The state came to +-12 (pydoc) and +-23 (tiny_shakespeare) of the +-2,048 that i
 the paper's network starts with +-12.
 """
 
-from text.config import Config, choose
+from text.config import choose
+from text.options import Config
 from training.flags import read
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
@@ -59,12 +60,12 @@ import optax
 from text.config import title
 from text.corpus import Corpus, load
 from text.language import make_evaluate, make_loss, make_model, sample
-from training.devices import check_batch, initialize, is_main, local, main_first, mesh, replicate
+from training.devices import begin, check_batch, is_main, local, main_first, mesh, replicate
 from training.fit import TrainState, fit, make_step
 from training.options import RUNS, recorded
 from training.plots import plot_curves
 from training.run import RunFolder
-from training.table import table
+from training.table import ending
 
 
 def train(config: Config, corpus: Corpus) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         ),
     )
     batch, replicated = mesh()
-    loss_fn = make_loss(static, config, batch)
+    loss_fn = make_loss(static, batch)
     step = make_step(loss_fn, optimizer, batch, replicated, accumulate=config.accumulate)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(params, None, optimizer.init(params), train_key, zero)
@@ -145,30 +146,22 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
 
 def main(configs: list[Config]) -> None:
     first = configs[0]
-    initialize(first.distributed, first.coordinator, first.processes, first.process_id)
-    if first.smoke:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
-    assert first.tokenizer and first.vocabulary
-    fetch = partial(
-        load,
-        first.corpus,
-        tokenizer=first.tokenizer,
-        vocabulary=first.vocabulary,
-        data_dir=first.data_dir,
-        cache_dir=first.cache_dir,
-        download=first.download,
-        limit=4_000 if first.smoke else None,
-    )
-    corpus = main_first(fetch)
+    begin(first)
+    names = ("tokenizer", "vocabulary", "data_dir", "cache_dir", "download")
+    options = {name: getattr(first, name) for name in names}
+    options["limit"] = 4_000 if first.smoke else None
+    corpus = main_first(partial(load, first.corpus, **options))
     rows = [train(c, corpus) for c in configs]
     if not is_main():
         return
-    smoke = "A smoke run: nothing is learned, and the figures say nothing. " if first.smoke else ""
-    print(f"\n{smoke}{corpus.name}: {corpus.about}")
-    print(f"{len(corpus.train):,} and {len(corpus.valid):,} tokens ({corpus.tokenizer.name}),")
-    print(f"{corpus.valid_words:,} words of validation text; seed {first.seed}")
-    print("perplexity: of the whole validation text but its first token, per token and per word\n")
-    print(table(rows))
+    about = [f"{corpus.name}: {corpus.about}"]
+    tokens = f"{len(corpus.train):,} and {len(corpus.valid):,} tokens"
+    about += [f"{tokens} ({corpus.tokenizer.name}),"]
+    about += [f"{corpus.valid_words:,} words of validation text; seed {first.seed}"]
+    about += [
+        "perplexity: of the whole validation text but its first token, per token and per word"
+    ]
+    print(ending(rows, first.smoke, *about))
     print("\nEach folder: config.json, metrics.jsonl, sample.txt, curves.png, checkpoints/, ...")
 
 

@@ -32,23 +32,23 @@ CPU time. As printed (all of it: results/soundness.md):
 # ruff: noqa: E402
 import dataclasses
 import os
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
-from training.flags import Count, Positive, Seed, Whole, read
+from bench.options import Measurement
+from training.flags import Count, Positive, Whole, read
 
 Section = Literal["certificates", "layers", "reversal", "implicit", "programs"]
-SECTIONS: tuple[Section, ...] = ("certificates", "layers", "reversal", "implicit", "programs")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Look for false bounds, lost gradients and programs that stay."""
+class Config(Measurement):
+    """Looks for false bounds, lost gradients and programs that stay."""
 
-    sections: tuple[Section, ...] = SECTIONS
-    """What to try."""
+    sections: tuple[Section, ...] = get_args(Section)
+    """Parts of the search."""
     certificates: Count = 120
-    """Certificates of each of 54 families, in each of two dtypes."""
+    """Certificates per family and dtype: 54 families, two dtypes."""
     solves: Count = 40
     """Certified solves of each, by each of two solvers."""
     normalised: Count = 504
@@ -58,35 +58,19 @@ class Config:
     programs: Count = 300
     """Programs of exact reversal."""
     jacobians: Count = 204
-    """J of which an implicit gradient is taken, of six kinds."""
+    """J whose implicit gradient is taken, of six kinds."""
     calls: Count = 2_000
-    """Eager calls of each entry point."""
+    """Eager calls per entry point."""
     seconds: Positive = 60.0
-    """After which the calls of an entry point end."""
+    """Seconds after which the calls of an entry point end."""
     some: Count | None = None
-    """So many families, cells and kinds alone, in float32; None: all."""
+    """Number of families, cells and kinds that are tried, in float32 alone; None: all, in both."""
     workers: Whole = 2
     """Processes; 0: this one does it all."""
-    seed: Seed = 0
-    """Of everything."""
-    out: Path | None = None
-    """The folder of the results; None: runs/soundness, smoke runs beside it."""
-    smoke: bool = False
-    """A few of each: everything is run through, nothing is shown by it."""
 
 
-# These are forced: a smoke run is quick whatever else is asked for.
-SMOKE: dict[str, Any] = {
-    "certificates": 8,
-    "solves": 4,
-    "normalised": 8,
-    "others": 4,
-    "programs": 6,
-    "jacobians": 12,
-    "calls": 3,
-    "some": 2,
-    "workers": 0,
-}
+SMOKE = dict(certificates=8, solves=4, normalised=8, others=4, programs=6)
+SMOKE |= dict(jacobians=12, calls=3, some=2, workers=0)
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
     read(Config)
@@ -96,8 +80,6 @@ if "device_count" not in os.environ.get("XLA_FLAGS", ""):
     devices = "--xla_force_host_platform_device_count=2"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices}"
 
-import jax
-
 from bench.record import record
 from bench.soundness.certificates import certificates
 from bench.soundness.implicit import implicit
@@ -106,28 +88,17 @@ from bench.soundness.programs import programs
 from bench.soundness.report import claims, tables
 from bench.soundness.reversal import reversal
 
-
-def measure(section: Section, config: Config) -> dict[str, Any]:
-    c = config
-    match section:
-        case "certificates":
-            found: Any = certificates(c.certificates, c.solves, c.some, c.seed, c.workers)
-        case "layers":
-            found = layers(c.normalised, c.others, c.some, c.seed, c.workers)
-        case "reversal":
-            found = reversal(c.programs, c.some, c.seed, c.workers)
-        case "implicit":
-            found = implicit(c.jacobians, c.seed, c.workers)
-        case "programs":
-            found = programs(c.calls, c.seconds, c.seed, c.workers)
-    return {section: found}
+MEASURES: dict[Section, Callable[[Config], Any]] = {
+    "certificates": lambda c: certificates(c.certificates, c.solves, c.some, c.seed, c.workers),
+    "layers": lambda c: layers(c.normalised, c.others, c.some, c.seed, c.workers),
+    "reversal": lambda c: reversal(c.programs, c.some, c.seed, c.workers),
+    "implicit": lambda c: implicit(c.jacobians, c.seed, c.workers),
+    "programs": lambda c: programs(c.calls, c.seconds, c.seed, c.workers),
+}
 
 
 def main(config: Config) -> None:
-    if config.smoke:
-        config = dataclasses.replace(config, **SMOKE)
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
-    _, results = record("soundness", config, measure, claims, tables)
+    _, results = record("soundness", config, SMOKE, MEASURES, claims, tables)
     failed = [line["claim"] for line in results["claims"] if line["holds"] is False]
     if failed and not config.smoke:
         raise SystemExit(f"{len(failed)} claims do not hold, the first: {failed[0]}.")

@@ -1,4 +1,4 @@
-"""How fast the paper's models run forwards and backwards, and on how much memory.
+"""Speed and memory of the paper's models, forwards and backwards.
 
 Shown: tokens or images a second of value and gradient; their ratio to the floor, the evaluations
 of the block and their VJPs that the gradient cannot do without; memory that does not grow with
@@ -26,66 +26,55 @@ results/throughput.md):
 
 # ruff: noqa: E402
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from bench.options import Measurement
 from bench.ways import EXTRA, DType, Variant
-from training.flags import Count, Seed, read
+from training.flags import Count, read
 
 Section = Literal["language", "multiscale"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Measure throughput and memory of value and gradient."""
+class Config(Measurement):
+    """Measures throughput and memory of value and gradient."""
 
-    sections: tuple[Section, ...] = ("language", "multiscale")
-    """Which blocks."""
+    sections: tuple[Section, ...] = get_args(Section)
+    """Blocks to measure."""
     full: bool | None = None
-    """The paper's sizes; None: on anything but a CPU."""
+    """Takes the paper's sizes; None: on anything but a CPU."""
     batches: tuple[Count, ...] | None = None
     """Batch sizes, the first one being that of all depths; None: 4 and 16, or the paper's."""
     variants: tuple[Variant, ...] = tuple(EXTRA)
     """Ways of taking the gradient; exact is always one of them."""
-    dtypes: tuple[DType, ...] = ("float32", "bfloat16")
-    """Of products and convolutions; on a CPU bfloat16, which is emulated, at one size only."""
+    dtypes: tuple[DType, ...] = get_args(DType)
+    """Dtypes of products; on a CPU bfloat16, which is emulated, at one size only."""
     evaluations: Count = 8
-    """Of the block, the paper's number."""
+    """Evaluations of the block, the paper's number."""
     depths: tuple[Count, ...] = (4, 8, 16, 32)
     """Evaluations between which memory and time are compared."""
     unrolled: Count = 8
     """The deepest explicit model: compiling one takes as long as it is deep."""
     rounds: Count = 5
-    """Of time measurements, interleaved; the median is reported."""
-    seed: Seed = 0
-    """Of parameters and inputs."""
-    out: Path | None = None
-    """The folder of the results; None: runs/throughput, smoke runs beside it."""
-    smoke: bool = False
-    """Tiny blocks: everything is run through, nothing is shown by it."""
+    """Interleaved rounds of timing; the median is reported."""
 
 
-# These are forced: a smoke run is quick whatever else is asked for.
-SMOKE: dict[str, Any] = {
-    "full": False,
-    "batches": (1,),
-    "variants": ("exact",),
-    "dtypes": ("float32",),
-    "evaluations": 2,
-    "depths": (2, 4),
-    "rounds": 1,
-}
+SMOKE = dict(full=False, batches=(1,), variants=("exact",), dtypes=("float32",))
+SMOKE |= dict(evaluations=2, depths=(2, 4), rounds=1)
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
     read(Config)
 
+import math
 import os
 import platform
 
 import jax
 
 from bench.gradients import ADJOINTS
-from bench.record import record
+from bench.record import Parts, record
 from bench.throughput.blocks import Images, Language
 from bench.throughput.plot import plot_depths
 from bench.throughput.report import claims, tables
@@ -102,7 +91,7 @@ SIZES: dict[tuple[str, str], Language | Images] = {
 BATCHES = {"language": (32, 8), "multiscale": (64, 256)}  # of the full sizes, the paper's first
 
 
-def measure(section: Section, config: Config) -> dict[str, Any]:
+def measure(section: Section, config: Config) -> Parts:
     cpu = jax.default_backend() == "cpu"
     full = not cpu if config.full is None else config.full
     size = SIZES[section, "smoke" if config.smoke else "full" if full else "reduced"]
@@ -135,24 +124,19 @@ def measure(section: Section, config: Config) -> dict[str, Any]:
         "blocks": blocks,
         "models": models,
     }
-    return {section: found, "machine": machine()}
+    return Parts({section: found, "machine": machine()})
 
 
 def cases(config: Config, depths: tuple[int, ...]) -> list[Case]:
-    """What is measured at these numbers of evaluations.
+    """The cases that are measured at these numbers of evaluations.
 
     The float state is at one of them, since it costs as much at any; explicit models, which take
     as long to compile as they are deep, are not at the largest.
     """
-    found: list[Case] = []
-    for variant in dict.fromkeys(("exact", *config.variants)):
-        for n in depths:
-            often = variant in ("exact", "checkpointed") or (
-                variant == "explicit" and n <= config.unrolled
-            )
-            if often or n == config.evaluations:
-                found.append((variant, n))
-    return found
+    most = {"exact": math.inf, "checkpointed": math.inf, "explicit": config.unrolled}
+    asked = lambda variant, n: n == config.evaluations or n <= most.get(variant, 0)
+    variants = dict.fromkeys(("exact", *config.variants))
+    return [(variant, n) for variant in variants for n in depths if asked(variant, n)]
 
 
 def machine() -> str:
@@ -166,16 +150,19 @@ def machine() -> str:
     return said + ("not measured." if jax.default_backend() == "cpu" else f"{kind}.")
 
 
+MEASURES: dict[Section, Callable[[Config], Any]] = {
+    "language": lambda c: measure("language", c),
+    "multiscale": lambda c: measure("multiscale", c),
+}
+
+
 def main(config: Config) -> None:
-    if config.smoke:
-        config = dataclasses.replace(config, **SMOKE)
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
-    if "float32" not in config.dtypes:
+    if "float32" not in config.dtypes and not config.smoke:
         raise SystemExit(
             f"Expected float32 among --dtypes, whose floor is what must hold; got {config.dtypes}. "
             "Add it."
         )
-    out, results = record("throughput", config, measure, claims, tables)
+    out, results = record("throughput", config, SMOKE, MEASURES, claims, tables)
     plot_depths(results, out / "throughput.png")
 
 

@@ -32,10 +32,12 @@ class Cell(NamedTuple):
         return self._replace(z0=z0, args=args, cotangent=cotangent)
 
 
-def normalise(v: Float[Array, "..."], axes: int | tuple[int, ...]) -> Float[Array, "..."]:
+def normalise(
+    v: Float[Array, "..."], axes: int | tuple[int, ...] = -1, eps: float = 1e-5
+) -> Float[Array, "..."]:
     """Mean 0 and variance 1 over `axes`."""
     v = v - jnp.mean(v, axes, keepdims=True)
-    return v / jnp.sqrt(jnp.mean(jnp.square(v), axes, keepdims=True) + 1e-5)
+    return v / jnp.sqrt(jnp.mean(jnp.square(v), axes, keepdims=True) + eps)
 
 
 def group_normalise(v: Float[Array, "n h w c"], groups: int) -> Float[Array, "n h w c"]:

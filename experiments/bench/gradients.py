@@ -28,7 +28,7 @@ ADJOINTS = REVERSIBLE | OTHERS
 
 
 def solver(method: Method, d: float | Array) -> deqjax.Reversible:
-    """So many steps as are asked for, at `1 - beta = 1 / d`."""
+    """A solver that takes all steps that are asked for, at `1 - beta = 1 / d`."""
     return deqjax.Reversible(rtol=0.0, atol=0.0, beta=1 - 1 / d, exact=method == "exact")
 
 
@@ -82,7 +82,7 @@ def gradient(
 def value_and_grad(
     method: Method, cell: Cell, d: float, max_steps: int
 ) -> Callable[[Array, Args, Array], Any]:
-    """As in training: a loss, its gradient in parameters and input; of `(z0, args, cotangent)`."""
+    """A loss and its gradient in parameters and input as in training."""
 
     def loss(args: Args, z0: Array, cotangent: Array) -> Float[Array, ""]:
         z = solve(method, cell._replace(args=args, z0=z0), d, max_steps)

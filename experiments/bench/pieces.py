@@ -1,4 +1,4 @@
-"""What a gradient can't do without, and the published scheme, as functions to be compiled."""
+"""The parts that a gradient can't do without, and the published scheme, to be compiled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from bench.blocks import Args, Cell
 
 
 def pieces(cell: Cell, evaluations: int) -> dict[str, tuple[Any, ...]]:
-    """What a gradient can't do without, as functions followed by their arguments.
+    """The parts that a gradient can't do without, as functions followed by their arguments.
 
     One f; one f with its VJP in state, parameters and input, their cotangents added up; and both
     so many times in a loop, which does without the new memory that each alone has to be given.
@@ -40,7 +40,7 @@ def pieces(cell: Cell, evaluations: int) -> dict[str, tuple[Any, ...]]:
 def reversal(fn: Callable[[Any, Any], Any], d: int, evaluations: int) -> Callable[..., Any]:
     """The reference's algorithm, with nothing around it: pairs of steps, a float state, no check.
 
-    A function of `(args, z0)`.
+    The result is a function of `(args, z0)`.
 
     A step takes (y, z) to (y', z') = ((1 - b) y + b f(z), (1 - b) z + b f(y')).
     """
@@ -83,7 +83,7 @@ def reversal(fn: Callable[[Any, Any], Any], d: int, evaluations: int) -> Callabl
 
 
 def published(cell: Cell, d: int, evaluations: int) -> Callable[..., Any]:
-    """Value and gradient by it."""
+    """Value and gradient by `reversal`."""
     run = reversal(cell.fn, d, evaluations)
 
     def value_and_grad(z0, args, cotangent):

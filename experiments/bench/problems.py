@@ -3,6 +3,7 @@
 All are made in NumPy float64 from a seed, solved there, and rounded to the dtype that is asked for.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,11 +25,11 @@ class Problem(NamedTuple):
 
     @property
     def picard(self) -> bool:
-        """Whether Picard iteration converges."""
+        """Tells whether Picard iteration converges."""
         return self.rho < 1
 
     def astype(self, dtype: DTypeLike) -> "Problem":
-        """With z0 and args in `dtype`."""
+        """The problem with z0 and args in `dtype`."""
         cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
         return self._replace(z0=cast(self.z0), args=cast(self.args))
 
@@ -55,7 +56,16 @@ _ACTIVATIONS = {
 
 def radius(matrix: np.ndarray) -> float:
     """The largest modulus of an eigenvalue."""
-    return float(np.abs(np.linalg.eigvals(matrix)).max())
+    return float(np.abs(np.linalg.eigvals(matrix.astype(float))).max())
+
+
+def convolved(z: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Images (b, h, w, i) with kernels (b or 1, 3, 3, i, o), zero padding, in any precision."""
+    h, w = z.shape[1:3]
+    padded = np.pad(z, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = itertools.product(range(3), range(3))
+    parts = [padded[:, a : a + h, b : b + w] @ kernel[:, None, a, b] for a, b in taps]
+    return np.add.reduce(parts)
 
 
 def _make(name: str, fn: Callable, a: np.ndarray, b: np.ndarray, start: float = 0.0) -> Problem:
@@ -149,8 +159,3 @@ def mixed(easy: int = 31, seed: int = 0) -> Problem:
     z0, args, solution = jax.tree.map(stack, *((p.z0, p.args, p.solution) for p in parts))
     fn = lambda z, args: jax.vmap(_affine)(z, args)
     return Problem(f"mixed batch, {easy} easy and 1 hard", fn, z0, args, solution, 0.99)
-
-
-if __name__ == "__main__":
-    for p in [*suite(), mixed()]:
-        print(f"{p.name:40s} rho(J) = {p.rho:.4f}")

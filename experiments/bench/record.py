@@ -6,23 +6,39 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from bench.report import Results
+from bench.rows import Row
+
+
+class Parts(dict[str, Any]):
+    """The parts of the results that one section measures, where they are several."""
 
 
 def record(
     name: str,
     config: Any,
-    measure: Callable[[Any, Any], Results],
-    claims: Callable[[Results], list[dict[str, Any]]],
+    smoke: dict[str, Any],
+    measures: Mapping[Any, Callable[[Any], Any]],
+    claims: Callable[[Results], list[Row]],
     tables: Callable[[Results], str],
+    *,
+    optimised: bool = False,
 ) -> tuple[Path, Results]:
-    """Measures the sections that `config` asks for, over those of an earlier run, and prints."""
+    """Measures the sections that `config` asks for, over those of an earlier run, and prints.
+
+    `measures` has the function of each section, whose value is that part of the results.
+    In a smoke run the options `smoke` are forced, so that it is quick whatever else is asked for;
+    it is compiled as others are only where `optimised` asks for that.
+    """
+    if config.smoke:
+        config = dataclasses.replace(config, **smoke)
+        jax.config.update("jax_disable_most_optimizations", not optimised)
     out = config.out or Path("runs") / f"{name}{'-smoke' if config.smoke else ''}"
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.json"
@@ -35,7 +51,8 @@ def record(
     marked = {"smoke": True} if config.smoke else {}
     for section in config.sections:
         start = time.perf_counter()
-        results |= finite(measure(section, config))
+        found = measures[section](config)
+        results |= finite(found if isinstance(found, Parts) else {section: found})
         seconds = round(time.perf_counter() - start)
         asked = dataclasses.asdict(config) | {"out": str(out)}
         about = {"config": asked, "versions": versions, "device": device, "seconds": seconds}
@@ -58,7 +75,7 @@ def _version(package: str) -> str | None:
 
 
 def finite(tree: Any) -> Any:
-    """JSON has no NaN."""
+    """Replaces what is not finite by None, since JSON has no NaN."""
     if isinstance(tree, dict):
         return {k: finite(v) for k, v in tree.items()}
     if isinstance(tree, list | tuple):

@@ -1,55 +1,37 @@
-"""Numbers, tables and claims as every measuring script prints them."""
+"""Tables and claims as every measuring script prints them."""
 
-import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-Row = dict[str, Any]
+from bench.rows import Row, show
+
 Results = dict[str, Any]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def number(x: float | None) -> float:
-    """A measured number; JSON's null was not finite, and counts as worse than any other."""
-    return math.inf if x is None or not math.isfinite(x) else x
-
-
-def worst(rows: Iterable[Row], name: str) -> float:
-    return max((number(row[name]) for row in rows), default=math.inf)
-
-
-def pick(rows: list[Row], **where: Any) -> list[Row]:
-    return [row for row in rows if all(row[k] == v for k, v in where.items())]
-
-
-def markdown(rows: list[list[str]]) -> str:
+def markdown(rows: Sequence[Sequence[Any]]) -> str:
     """A table; the first row is its head, all columns but the first are numbers."""
-    head, *rest = [f"| {' | '.join(row)} |" for row in rows]
+    head, *rest = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join([head, "|" + "---|" + "---:|" * (len(rows[0]) - 1), *rest])
 
 
-def show(x: float | None) -> str:
-    if x is None or math.isnan(x):
-        return "-"
-    if math.isinf(x):
-        return "not finite"
-    return f"{x:.3g}" if x == 0 or 1e-2 <= abs(x) < 1e4 else f"{x:.1e}"
-
-
-def tiny(x: float) -> str:
-    """Errors: what counts is their order."""
-    return "0" if x == 0 else f"{x:.0e}" if math.isfinite(x) else "not finite"
-
-
-def mib(x: float) -> str:
-    return f"{x / 2**20:.1f}"
+def table(rows: Sequence[Row]) -> str:
+    """A line per row, whose keys are the titles of the columns."""
+    if not rows:
+        return "none"
+    return markdown([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
 def claims_table(lines: list[Row]) -> str:
+    # A smoke run promises nothing, and what happens to hold is no news either.
     said = {True: "yes", False: "**no**", None: "stated"}
-    # Of a smoke run nothing is promised, and what happens to hold is no news either.
-    holds = lambda r: "too small to say" if r.get("smoke") else said[r["holds"]]
-    columns = lambda r: [r["claim"], show(r["measured"]), show(r["bound"]), holds(r)]
-    return markdown([["must hold", "measured", "at most", "holds"], *map(columns, lines)])
+    holds = lambda line: "too small to say" if line.get("smoke") else said[line["holds"]]
+    rows = [["must hold", "measured", "at most", "holds"]]
+    for line in lines:
+        known = line["measured"] is not None
+        found = [show(line["measured"]) if known else "not measured", show(line["bound"])]
+        rows.append([line["claim"], *found, holds(line) if known else "-"])
+    return markdown(rows)
 
 
 class Claims:
@@ -64,13 +46,48 @@ class Claims:
         self.lines.append({"claim": text, "measured": measured, "bound": bound, "holds": said})
 
 
-def said(lines: list[Row]) -> str:
-    """The table of claims; one that could not be measured says so."""
-    text = claims_table([line | {"measured": line["measured"]} for line in lines])
-    missing = {line["claim"] for line in lines if line["measured"] is None}
-    rows = text.splitlines()
-    for i, row in enumerate(rows):
-        if row.split(" | ")[0][2:] in missing:
-            bound = row.split(" | ")[2]
-            rows[i] = f"| {row.split(' | ')[0][2:]} | not measured | {bound} | - |"
-    return "\n".join(rows)
+class Report:
+    """The claims and tables of a script, each made of the sections of the results that it names.
+
+    They are registered by decorators, and stand in the order of their functions.
+    """
+
+    def __init__(self, note: str = ""):
+        self._note = note
+        self._claims: list[tuple[str, Callable[..., None]]] = []
+        self._tables: list[tuple[str, tuple[str, ...], Callable[..., str]]] = []
+
+    def claim(self, section: str) -> Callable[[F], F]:
+        """Registers `add(claims, found)`, which adds the lines of a section."""
+
+        def register(add: F) -> F:
+            self._claims.append((section, add))
+            return add
+
+        return register
+
+    def table(self, title: str, *sections: str) -> Callable[[F], F]:
+        """Registers `make(*found)`, which gives Markdown; without a title it has its own."""
+
+        def register(make: F) -> F:
+            self._tables.append((title, sections, make))
+            return make
+
+        return register
+
+    def claims(self, results: Results) -> list[Row]:
+        """The lines of each section that was measured."""
+        claims = Claims()
+        for section, add in self._claims:
+            if section in results:
+                add(claims, results[section])
+        return claims.lines
+
+    def tables(self, results: Results) -> str:
+        """All tables as Markdown."""
+        parts = [claims_table(results["claims"])]
+        for title, sections, make in self._tables:
+            if results.keys() >= set(sections):
+                parts += [f"## {title}"] * bool(title)
+                parts.append(make(*(results[name] for name in sections)))
+        return "\n\n".join([*parts, self._note] if self._note else parts) + "\n"

@@ -35,10 +35,10 @@ VJP_FLOP = 3  # of those of f: f itself, and two products for each of its own
 
 
 def floor(variant: Variant, evaluations: int, f: float, vjp: float) -> float:
-    """What value and gradient cannot do without, from the seconds of f and of f with its VJP."""
+    """The least that value and gradient take, from the seconds of f and of f with its VJP."""
     return evaluations * (EXTRA[variant] * f + vjp)
 
 
 def needed_flop(variant: Variant, evaluations: int, flop: float) -> float:
-    """Of the floor, from that of one f."""
+    """Operations of the floor, from those of one f."""
     return floor(variant, evaluations, flop, VJP_FLOP * flop)

@@ -1,4 +1,4 @@
-"""What can be certified of a positive concave network: its fixed points and its predictions.
+"""Certificates of a positive concave network: of its fixed points and of its predictions.
 
 A stage of `deqjax.models.PositiveConcaveNet` at rest is
 
@@ -77,7 +77,7 @@ def enclose(deq: deqjax.nn.DEQ, x: Float[Array, "b ..."], z: Float[Array, "b ...
 
 @eqx.filter_jit
 def measure(deqs: tuple[deqjax.nn.DEQ, ...], solves) -> dict[str, list]:
-    """Of each solve of a batch, as the model made it: how far it got, and how hard it was.
+    """Measures how far each solve of a batch got, as the model made it, and how hard it was.
 
     spectral_radius: lower and upper bound of the batch's largest rho(J) at the fixed point;
     certified_error: median and largest bound of max_i |z_i - z*_i| / z*_i; solve_evaluations: the
@@ -100,12 +100,9 @@ def certified_share(
     """The share of a split whose prediction cannot change within the enclosures of the solves."""
     model = eqx.nn.inference_mode(model)
     certified = []
-    for i in range(0, len(split.labels), size):
-        images = split.images[i : i + size]
-        n = len(images)
-        # One compilation: the last batch is filled up with examples that are cut off again.
-        images = np.pad(images, ((0, size - n), (0, 0), (0, 0), (0, 0)))
-        certified.extend(np.asarray(certified_predictions(model, norms, prepare(images), rtol))[:n])
+    for images, labels in split.padded(size):
+        found = np.asarray(certified_predictions(model, norms, prepare(images), rtol))
+        certified.extend(found[: len(labels)])
     return float(np.mean(certified))
 
 
@@ -113,7 +110,7 @@ def certified_share(
 def certified_predictions(
     model: PositiveConcaveNet, norms: eqx.nn.State, images: Float[Array, "b h w c"], rtol: float
 ) -> Bool[Array, " b"]:
-    """Whether the class that `model`, at rest, predicts is that of every point of the last box.
+    """Tells whether the class that `model` predicts at rest is that of all points of the last box.
 
     An example of which an enclosure does not hold is not certified.
     """
@@ -145,7 +142,7 @@ def last_box(
 
 
 def wins(head: eqx.nn.Linear, classes: Int[Array, " b"], box: Box) -> Bool[Array, " b"]:
-    """Whether the head gives each example's class the largest logit on the whole of its box."""
+    """Tells whether the head gives an example's class the largest logit on the whole of its box."""
     assert head.bias is not None
     margin = lambda w: w[classes][:, None] - w[None]  # (b, classes, ...)
     centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2

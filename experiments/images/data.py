@@ -4,8 +4,9 @@ A split held whole and indexed with an array of positions is the fastest input t
 of this size; nothing is cached on disk. Reading prepared TFDS data needs no TensorFlow.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,15 @@ class Split(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+
+    def padded(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Images in batches of `size`, the last one filled up, and the labels of each.
+
+        With one shape for all there is one compilation; what fills up is to be cut off again.
+        """
+        for i in range(0, len(self.labels), size):
+            images, labels = self.images[i : i + size], self.labels[i : i + size]
+            yield np.pad(images, ((0, size - len(labels)), (0, 0), (0, 0), (0, 0))), labels
 
     def batch(self, step: int, size: int, seed: int) -> "Split":
         """The batch of a step: a function of seed and step, so that no position is to be stored."""
@@ -56,15 +66,14 @@ class Dataset(NamedTuple):
         axes, images = (0, 1, 2), self.train.images
         mean = images.mean(axes, dtype=np.float64, keepdims=True)
         # A chunk at a time: the float64 copy of a whole split would take gigabytes.
-        squares = [
-            np.square(part, dtype=np.float64).sum(axes) for part in np.array_split(images, 50)
-        ]
+        square = lambda part: np.square(part, dtype=np.float64).sum(axes)
+        squares = [square(part) for part in np.array_split(images, 50)]
         std = np.sqrt(np.sum(squares, 0) / images[..., 0].size - mean**2)
         return mean.astype(np.float32), std.astype(np.float32)
 
 
 def load(name: str, *, data_dir: str | None, download: bool, limit: int | None) -> Dataset:
-    """Read a dataset; `limit` keeps the first so many examples of each split (smoke runs)."""
+    """Reads a dataset; `limit` keeps the first so many examples of each split (smoke runs)."""
     if name == "digits":
         return _digits(limit)
     train = _tfds(name, "train", data_dir, download, limit)
@@ -91,13 +100,7 @@ def _digits(limit: int | None) -> Dataset:
 
 
 def _tfds(name: str, split: str, data_dir: str | None, download: bool, limit: int | None) -> Split:
-    read = records(
-        name,
-        split,
-        data_dir=data_dir,
-        download=download,
-        limit=limit,
-        instead="--dataset digits",
-    )
+    where: Any = {"data_dir": data_dir, "download": download, "instead": "--dataset digits"}
+    read = records(name, split, limit=limit, **where)
     images = np.stack([record["image"] for record in read])
     return Split(images, np.array([record["label"] for record in read], np.int32))

@@ -32,7 +32,7 @@ def constructor(
     widths: int | tuple[int, ...] = 1,
     dtype: str = "float32",
 ) -> Callable[..., Any]:
-    """What makes a network from `(image_shape, num_classes, key=key)`."""
+    """The function that makes a network from `(image_shape, num_classes, key=key)`."""
     residual = {
         "channels": features,
         "width": widths,
@@ -87,14 +87,8 @@ class ResNet(eqx.Module):
     twin: ImplicitResNet
 
     def __init__(self, image_shape, num_classes, *, channels, width, compute_dtype, key):
-        implicit = ImplicitResNet(
-            image_shape,
-            num_classes,
-            channels=channels,
-            width=width,
-            compute_dtype=compute_dtype,
-            key=key,
-        )
+        sizes = {"channels": channels, "width": width, "compute_dtype": compute_dtype}
+        implicit = ImplicitResNet(image_shape, num_classes, **sizes, key=key)
         once = [Once(deq.cell) for deq in implicit.deqs]
         self.twin = eqx.tree_at(lambda net: list(net.deqs), implicit, once)
 

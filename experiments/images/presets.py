@@ -1,122 +1,123 @@
-"""The networks and presets of `image_classification.py` by name, and the options they fill in."""
+"""The configurations that `image_classification.py` has by name, each of them complete.
 
-from typing import Any, Literal
+A family is what a network is trained with on a data set; a preset is a family with what its name
+asks for. The options of the command line come before both.
+"""
 
-Model = Literal[
-    "implicit-resnet",
-    "implicit-resnet-multiscale",
-    "pc-linear",
-    "pc-single",
-    "pc-multi",
-    "resnet",
-    "resnet-multiscale",
-]
-Preset = Literal[
-    "cifar10-revdeq",
-    "cifar10-revdeq-short",
-    "mnist-linear-softsign",
-    "mnist-single-softsign",
-    "mnist-multi-softsign",
-    "svhn-single-sigmoid",
-    "svhn-multi-sigmoid",
-    "cifar10-single-relu6",
-    "cifar10-multi-relu6",
-    "cifar10-multi-relu6-augmented",
-    "mnist-softsign-short",
-    "mnist-sigmoid-short",
-    "cifar10-softsign-short",
-]
+import dataclasses
+from dataclasses import replace
 
-CONCAVE: tuple[Model, ...] = ("pc-linear", "pc-single", "pc-multi")
-REVERSIBLE: tuple[Model, ...] = ("implicit-resnet", "implicit-resnet-multiscale")
-EXPLICIT: tuple[Model, ...] = ("resnet", "resnet-multiscale")
+from images.options import CONCAVE, Activation, Config, Data, Model, Preset
 
-DEFAULTS: dict[str, Any] = dict(
-    dataset="digits",
-    schedule="cosine",
-    milestone=3 / 4,
-    weight_decay=1e-2,
-    label_smoothing=0.0,
-    shift=1,
-)
+_COMMON = Config(
+    dataset="digits", activation="tanh", schedule="cosine", milestone=3 / 4, learning_rate=3e-3,
+    weight_decay=1e-2, label_smoothing=0.0, shift=1,
+)  # fmt: skip
+_ONE_SCALE = replace(_COMMON, features=(32,), widths=(1,), epochs=15)
+# The widths are those of the paper (arXiv 2509.12917), and the features an eighth of its own, so
+# that one network fits two cores. One cycle and smoothing are ours.
+_SCALES = replace(
+    _COMMON, features=(16, 32, 32, 16), widths=(1, 3, 3, 1), epochs=15,
+    schedule="one-cycle", label_smoothing=0.1,
+)  # fmt: skip
+_CONCAVE = replace(_COMMON, max_steps=200)
 
-# Multi scale, the widths are those of the paper (arXiv 2509.12917), and the features an eighth of
-# its own, so that one network fits two cores. One cycle and smoothing are ours.
-_SCALES = {"features": (16, 32, 32, 16), "widths": (1, 3, 3, 1), "epochs": 15}
-_SCALES |= {"learning_rate": 3e-3, "schedule": "one-cycle", "label_smoothing": 0.1}
-_ONE_SCALE = {"features": (32,), "widths": (1,), "epochs": 15, "learning_rate": 3e-3}
+FAMILIES: dict[Model, Config] = {
+    "implicit-resnet": replace(_ONE_SCALE, model="implicit-resnet", max_steps=4),
+    "implicit-resnet-multiscale": replace(
+        _SCALES, model="implicit-resnet-multiscale", max_steps=8),
+    "pc-linear": replace(_CONCAVE, model="pc-linear", features=(80,), epochs=60),
+    "pc-single": replace(_CONCAVE, model="pc-single", features=(82,), epochs=30),
+    "pc-multi": replace(_CONCAVE, model="pc-multi", features=(12, 24, 48), epochs=30),
+    "resnet": replace(_ONE_SCALE, model="resnet", max_steps=1),
+    "resnet-multiscale": replace(_SCALES, model="resnet-multiscale", max_steps=1),
+}  # fmt: skip
+# Families that a data set changes.
+_ON: dict[tuple[Data, Model], Config] = {
+    ("mnist", "implicit-resnet"): replace(
+        FAMILIES["implicit-resnet"], dataset="mnist", features=(16,), epochs=2),
+    ("mnist", "resnet"): replace(FAMILIES["resnet"], dataset="mnist", features=(16,), epochs=2),
+    ("mnist", "pc-linear"): replace(FAMILIES["pc-linear"], dataset="mnist", epochs=15),
+    ("mnist", "pc-multi"): replace(FAMILIES["pc-multi"], dataset="mnist", epochs=5),
+    ("cifar10", "pc-single"): replace(FAMILIES["pc-single"], dataset="cifar10", features=(125,)),
+    ("cifar10", "pc-multi"): replace(
+        FAMILIES["pc-multi"], dataset="cifar10", features=(20, 50, 80)),
+    ("svhn_cropped", "pc-single"): replace(
+        FAMILIES["pc-single"], dataset="svhn_cropped", features=(125,)),
+    ("svhn_cropped", "pc-multi"): replace(
+        FAMILIES["pc-multi"], dataset="svhn_cropped", features=(20, 50, 80)),
+}  # fmt: skip
 
-# What a data set asks for stands in lines of its own, and comes before the model's.
-PRESETS: dict[str, dict[str, Any]] = {
-    "implicit-resnet": {**_ONE_SCALE, "max_steps": 4},
-    "implicit-resnet-multiscale": {**_SCALES, "max_steps": 8},
-    "pc-linear": {"features": (80,), "max_steps": 200, "epochs": 60, "learning_rate": 3e-3},
-    "pc-single": {"features": (82,), "max_steps": 200, "epochs": 30, "learning_rate": 3e-3},
-    "pc-multi": {"features": (12, 24, 48), "max_steps": 200, "epochs": 30, "learning_rate": 3e-3},
-    "resnet": {**_ONE_SCALE, "max_steps": 1},
-    "resnet-multiscale": {**_SCALES, "max_steps": 1},
-    "mnist implicit-resnet": {"features": (16,), "epochs": 2},
-    "mnist resnet": {"features": (16,), "epochs": 2},
-    "mnist pc-linear": {"epochs": 15},
-    "mnist pc-multi": {"epochs": 5},
-    "cifar10 pc-single": {"features": (125,)},
-    "cifar10 pc-multi": {"features": (20, 50, 80)},
-    "svhn_cropped pc-single": {"features": (125,)},
-    "svhn_cropped pc-multi": {"features": (20, 50, 80)},
-}
+
+def family(model: Model, dataset: Data) -> Config:
+    return _ON.get((dataset, model)) or replace(FAMILIES[model], dataset=dataset)
+
 
 # The paper (arXiv 2402.04029) has these networks; its authors' code gives learning rate, weight
 # decay, epochs and milestone for one of them on each data set, which the others share here. Theirs
 # trains a clamped weight under weight norm, without clipping; W = v^2 is trained here.
-_MNIST = dict(dataset="mnist", activation="softsign", weight_decay=1.5e-2)
-_MNIST |= dict(epochs=40, milestone=30 / 40)
-_SVHN = dict(dataset="svhn_cropped", activation="sigmoid", weight_decay=2e-2)
-_SVHN |= dict(epochs=80, milestone=70 / 80)
-_CIFAR = dict(dataset="cifar10", activation="relu6", weight_decay=2e-2)
-_CIFAR |= dict(epochs=120, milestone=100 / 120)
-_PAPER = dict(schedule="milestone", learning_rate=5e-4, shift=0, mirror=False)
-_AUGMENTED = dict(shift=4, mirror=True, features=(100, 120, 140))
-_SHORT = dict(epochs=20, shift=1, weight_decay=1e-2)
-_REVDEQ = dict(model="implicit-resnet-multiscale", dataset="cifar10", shift=4, mirror=True)
-NAMED: dict[Preset, dict[str, Any]] = {
+def _paper(
+    base: Config, activation: Activation, *, weight_decay: float, epochs: int, fall: int
+) -> Config:
+    return replace(
+        base, activation=activation, schedule="milestone", learning_rate=5e-4,
+        weight_decay=weight_decay, epochs=epochs, milestone=fall / epochs, shift=0, mirror=False,
+    )  # fmt: skip
+
+
+def _mnist(model: Model) -> Config:
+    return _paper(family(model, "mnist"), "softsign", weight_decay=1.5e-2, epochs=40, fall=30)
+
+
+def _svhn(model: Model) -> Config:
+    return _paper(family(model, "svhn_cropped"), "sigmoid", weight_decay=2e-2, epochs=80, fall=70)
+
+
+def _cifar10(model: Model) -> Config:
+    return _paper(family(model, "cifar10"), "relu6", weight_decay=2e-2, epochs=120, fall=100)
+
+
+_REVDEQ = replace(family("implicit-resnet-multiscale", "cifar10"), shift=4, mirror=True)
+_SHORT = replace(
+    family("pc-linear", "mnist"), activation="softsign", epochs=20, milestone=30 / 40, shift=1
+)
+
+PRESETS: dict[Preset, Config] = {
     # Network, learning rate, batch and augmentation of the reversible paper; 100 epochs are ours.
-    "cifar10-revdeq": {
-        **_REVDEQ,
-        "features": (128, 256, 256, 128),
-        "max_steps": 8,
-        "learning_rate": 3e-4,
-        "epochs": 100,
-    },
+    "cifar10-revdeq": replace(
+        _REVDEQ, features=(128, 256, 256, 128), max_steps=8, learning_rate=3e-4, epochs=100),
     # Ours: minutes on two cores.
-    "cifar10-revdeq-short": {**_REVDEQ, "widths": (1, 1, 1, 1), "max_steps": 4, "epochs": 2},
-    "mnist-linear-softsign": {"model": "pc-linear", **_PAPER, **_MNIST},
-    "mnist-single-softsign": {"model": "pc-single", **_PAPER, **_MNIST},
-    "mnist-multi-softsign": {"model": "pc-multi", **_PAPER, **_MNIST},
-    "svhn-single-sigmoid": {"model": "pc-single", **_PAPER, **_SVHN},
-    "svhn-multi-sigmoid": {"model": "pc-multi", **_PAPER, **_SVHN},
-    "cifar10-single-relu6": {"model": "pc-single", **_PAPER, **_CIFAR},
-    "cifar10-multi-relu6": {"model": "pc-multi", **_PAPER, **_CIFAR},
-    "cifar10-multi-relu6-augmented": {"model": "pc-multi", **_PAPER, **_CIFAR, **_AUGMENTED},
+    "cifar10-revdeq-short": replace(_REVDEQ, widths=(1, 1, 1, 1), max_steps=4, epochs=2),
+    "mnist-linear-softsign": _mnist("pc-linear"),
+    "mnist-single-softsign": _mnist("pc-single"),
+    "mnist-multi-softsign": _mnist("pc-multi"),
+    "svhn-single-sigmoid": _svhn("pc-single"),
+    "svhn-multi-sigmoid": _svhn("pc-multi"),
+    "cifar10-single-relu6": _cifar10("pc-single"),
+    "cifar10-multi-relu6": _cifar10("pc-multi"),
+    "cifar10-multi-relu6-augmented": replace(
+        _cifar10("pc-multi"), shift=4, mirror=True, features=(100, 120, 140)),
     # Not the paper's: for minutes on two cores, the last one for an hour.
-    "mnist-softsign-short": {"model": "pc-linear", **_MNIST, **_SHORT, "features": (400,)},
-    "mnist-sigmoid-short": {"model": "pc-linear", **_MNIST, **_SHORT, "activation": "sigmoid"},
+    "mnist-softsign-short": replace(_SHORT, features=(400,)),
+    "mnist-sigmoid-short": replace(_SHORT, activation="sigmoid"),
     # relu6 does not flatten below 6: rho(J) nears 1 and 130 evaluations were taken after 440 steps.
-    "cifar10-softsign-short": {
-        "model": "pc-multi",
-        **_CIFAR,
-        "activation": "softsign",
-        "epochs": 4,
-        "shift": 0,
-        "mirror": False,
-    },
-}
-SMOKE = {"batch_size": 16, "log_every": 2}
-SMOKE_SIZES: dict[Model, dict[str, tuple[int, ...]]] = {
-    "implicit-resnet": {"features": (8,), "widths": (1,)},
-    "implicit-resnet-multiscale": {"features": (8, 16), "widths": (1, 2)},
-    "pc-linear": {"features": (8,)},
-    "pc-single": {"features": (8,)},
-    "pc-multi": {"features": (4, 4, 4)},
-    "resnet": {"features": (8,), "widths": (1,)},
-    "resnet-multiscale": {"features": (8, 16), "widths": (1, 2)},
-}
+    "cifar10-softsign-short": replace(
+        family("pc-multi", "cifar10"), activation="softsign", weight_decay=2e-2, epochs=4,
+        milestone=100 / 120, shift=0, mirror=False),
+}  # fmt: skip
+
+
+def smallest(config: Config) -> Config:
+    """The smoke run of a configuration: these options are forced, so that it is quick."""
+    several = config.model in ("implicit-resnet-multiscale", "resnet-multiscale")
+    features, widths = ((8, 16), (1, 2)) if several else ((8,), (1,))
+    if config.model in CONCAVE:
+        features, widths = (4, 4, 4) if config.model == "pc-multi" else (8,), None
+    return replace(config, features=features, widths=widths, batch_size=16, log_every=2)
+
+
+def changes(preset: Config) -> dict[str, object]:
+    """The options in which a preset differs from its family."""
+    assert preset.model is not None and preset.dataset is not None
+    base = dataclasses.asdict(family(preset.model, preset.dataset))
+    return {k: v for k, v in dataclasses.asdict(preset).items() if v != base[k]}

@@ -1,4 +1,4 @@
-"""What training and evaluating an image classifier are made of: preparation, loss, evaluation.
+"""The parts of training and evaluating an image classifier: preparation, loss, evaluation.
 
 Networks are called on batches, `logits, norms, solves = model(images, norms)`, where `norms` is
 the Equinox state of the batch normalisation and `solves` holds (input, solution) of each DEQ.
@@ -54,7 +54,7 @@ class Preparation:
 
 
 def check_shift(shift: int, image_shape: tuple[int, ...]) -> None:
-    """Refuse to shift images out of themselves."""
+    """Refuses to shift images out of themselves."""
     side = min(image_shape[:2])
     if shift >= side:
         raise SystemExit(
@@ -83,7 +83,7 @@ def make_loss(static: PyTree, prepare: Preparation, batch, label_smoothing: floa
 
 
 def make_forward(static: PyTree, prepare: Preparation, batch, replicated):
-    """Compile `(params, norms, images) -> (logits, solves)` of the network at rest.
+    """Compiles `(params, norms, images) -> (logits, solves)` of the network at rest.
 
     The images are NumPy's, the same in every process; the results are each process's own copy.
     """
@@ -104,11 +104,8 @@ def make_forward(static: PyTree, prepare: Preparation, batch, replicated):
 def evaluate(forward: Callable, state: TrainState, split: Split, size: int) -> dict[str, float]:
     """Means over a split of loss, accuracy and evaluations of f, in batches of `size`."""
     losses, correct, evaluations = [], [], []
-    for i in range(0, len(split.labels), size):
-        images, labels = split.images[i : i + size], split.labels[i : i + size]
+    for images, labels in split.padded(size):
         n = len(labels)
-        # One compilation: the last batch is filled up with examples that are cut off again.
-        images = np.pad(images, ((0, size - n), (0, 0), (0, 0), (0, 0)))
         logits, solves = forward(state.params, state.norms, images)
         logits = np.asarray(logits, np.float64)[:n]
         peak = logits.max(1, keepdims=True)

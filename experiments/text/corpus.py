@@ -88,7 +88,7 @@ def load(
     download: bool = False,
     limit: int | None = None,
 ) -> Corpus:
-    """Read a corpus; `limit` keeps the first so many characters of each split (smoke runs).
+    """Reads a corpus; `limit` keeps the first so many characters of each split (smoke runs).
 
     The tokenizer is trained on the training split alone; `vocabulary` is that of bpe.
     """
@@ -113,7 +113,9 @@ def load(
         "digests": found.digests,
     }
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    folder = _cache_dir(cache_dir) / f"{name}-{tokenizer}-{digest}"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(cache_dir) if cache_dir else Path(home) / "deqjax" / "text"
+    folder = cache / f"{name}-{tokenizer}-{digest}"
     corpus = _read(folder, settings, found.about)
     if corpus is None:
         corpus = _build(settings, found)
@@ -158,21 +160,15 @@ def _first(lines: Lines, limit: int | None) -> Lines:
     return first
 
 
-def _cache_dir(cache_dir: str | None) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_dir) if cache_dir else Path(home) / "deqjax" / "text"
-
-
 FILES = ("train.npy", "valid.npy", "tokenizer.json")
 
 
 def _read(folder: Path, settings: dict[str, Any], about: str) -> Corpus | None:
-    """What is cached, if every byte of it is as it was written."""
+    """The corpus in the cache, if every byte of it is as it was written."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["settings"] != settings or meta["digests"] != digests_of(
-            folder, [folder / file for file in FILES]
-        ):
+        found = digests_of(folder, [folder / file for file in FILES])
+        if (meta["settings"], meta["digests"]) != (settings, found):
             return None
         words = int(meta["valid_words"])
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -185,7 +181,7 @@ def _read(folder: Path, settings: dict[str, Any], about: str) -> Corpus | None:
 
 
 def _write(folder: Path, settings: dict[str, Any], corpus: Corpus) -> None:
-    """Beside its place and then renamed, so that a folder of this name is always whole."""
+    """Writes beside its place and renames, so that a folder of this name is always whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as beside:
         made = Path(beside) / folder.name

@@ -1,4 +1,4 @@
-"""What a language model's training is made of: the network, its loss, an evaluation."""
+"""The parts of a language model's training: the network, its loss, an evaluation."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +15,8 @@ import deqjax
 from deqjax.models import ReversibleTransformer, Transformer
 from deqjax.nn import shard_solves
 
-from text.config import Config
 from text.corpus import Corpus, windows
+from text.options import Config
 from training.devices import local, place
 from training.fit import TrainState
 from training.solves import forward_evaluations, solve_metrics
@@ -28,26 +28,16 @@ def make_model(config: Config, size: int, key: PRNGKeyArray) -> Model:
     """The network that is asked for, of a vocabulary of `size`."""
     length, steps = config.length, config.max_steps
     assert length and steps
-    options: dict[str, Any] = {
-        "width": config.width,
-        "heads": config.heads,
-        "hidden": config.hidden,
-        "rotary": config.rotary,
-        "tied": config.tied,
-        "compute_dtype": None if config.dtype == "float32" else jnp.bfloat16,
-    }
+    names = ("width", "heads", "hidden", "rotary", "tied")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"key": key}
+    options["compute_dtype"] = None if config.dtype == "float32" else jnp.bfloat16
     if config.model != "reversible":
         blocks = 1 if config.model == "explicit" else steps
-        return Transformer(size, length, blocks=blocks, key=key, **options)
-    solver = deqjax.Reversible(
-        beta=config.beta,
-        exact=config.exact,
-        fraction_bits=config.fraction_bits,
-        rtol=0.0,  # all windows take the same steps, and the gradient is that of these
-        atol=0.0,
-    )
-    options |= {"solver": solver, "max_steps": steps}
-    return ReversibleTransformer(size, length, key=key, **options)
+        return Transformer(size, length, blocks=blocks, **options)
+    # Zero tolerances: all windows take the same steps, and the gradient is that of these.
+    exact: dict[str, Any] = {"exact": config.exact, "fraction_bits": config.fraction_bits}
+    solver = deqjax.Reversible(beta=config.beta, rtol=0.0, atol=0.0, **exact)
+    return ReversibleTransformer(size, length, solver=solver, max_steps=steps, **options)
 
 
 def _losses(model: Model, tokens: Int[Array, "b l"]) -> tuple[Array, Any]:
@@ -55,7 +45,7 @@ def _losses(model: Model, tokens: Int[Array, "b l"]) -> tuple[Array, Any]:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]), solves
 
 
-def make_loss(static: PyTree, config: Config, batch) -> Callable:
+def make_loss(static: PyTree, batch) -> Callable:
     """Mean cross-entropy of the next token, in nats: for `training.fit.make_step`."""
 
     def loss_fn(params, norms, key, tokens: Int[Array, "b l"]):

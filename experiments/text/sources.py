@@ -1,4 +1,4 @@
-"""Where text comes from: the lines of a training and a validation split, read as often as needed.
+"""Sources of text: the lines of a training and a validation split, read as often as needed.
 
 Nothing is held here but small texts: a large one is read a line at a time. Lines end at "\\n" alone
 and keep it, so that "".join(lines) is the text of the files, byte for byte.
@@ -18,17 +18,14 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple, get_args
 
-from text.config import Name
+from text.options import Name
+from training.files import digest
 from training.tfds import records
 
 Lines = Callable[[], Iterator[str]]
 
-OPEN: dict[str, Callable[..., Any]] = {
-    "": open,
-    ".xz": lzma.open,
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-}
+OPEN: dict[str, Callable[..., Any]] = {"": open, ".xz": lzma.open, ".gz": gzip.open}
+OPEN[".bz2"] = bz2.open
 if sys.version_info >= (3, 14):
     from compression import zstd
 
@@ -76,13 +73,8 @@ def _pydoc() -> Source:
 def _tiny_shakespeare(data_dir: str | None, download: bool) -> Source:
     texts = {}
     for split in ("train", "validation"):
-        (record,) = records(
-            "tiny_shakespeare",
-            split,
-            data_dir=data_dir,
-            download=download,
-            instead="--corpus pydoc",
-        )
+        where: Any = {"data_dir": data_dir, "download": download, "instead": "--corpus pydoc"}
+        (record,) = records("tiny_shakespeare", split, **where)
         texts[split] = record["text"].decode()
     return _held(texts, "the splits of TensorFlow Datasets")
 
@@ -181,13 +173,7 @@ def _lines(files: list[Path]) -> Iterator[str]:
 
 
 def digests_of(folder: Path, files: list[Path]) -> dict[str, str]:
-    """SHA-256 of files as they are, compressed or not: a second for half a gigabyte."""
-    digests = {}
-    for file in files:
-        with open(file, "rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        digests[file.relative_to(folder).as_posix()] = digest
-    return digests
+    return {file.relative_to(folder).as_posix(): digest(file) for file in files}
 
 
 def _existing(data_dir: str | None, name: str, what: str) -> Path:

@@ -14,7 +14,7 @@ from typing import final
 import numpy as np
 from tqdm import tqdm
 
-from text.config import Kind
+from text.options import Kind
 from training.missing import not_installed
 
 try:
@@ -25,17 +25,14 @@ except ImportError as missing:
 
 
 class Tokenizer(abc.ABC):
-    """Text to ids and back: `decode(encode(text)) == text`, for words as far as they can."""
+    """Text to ids and back: `decode(encode(text)) == text`, for words as far as they can.
 
-    @property
-    @abc.abstractmethod
-    def name(self) -> str:
-        """How a table calls it: a perplexity per token means nothing without it."""
+    `name` is what a table calls it: a perplexity per token means nothing without it. Ids are 0 to
+    `size` - 1.
+    """
 
-    @property
-    @abc.abstractmethod
-    def size(self) -> int:
-        """Ids are 0, ..., size - 1."""
+    name: str
+    size: int
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -68,13 +65,7 @@ class Tokenizer(abc.ABC):
 class Bytes(Tokenizer):
     """The bytes of UTF-8."""
 
-    @property
-    def name(self) -> str:
-        return "bytes"
-
-    @property
-    def size(self) -> int:
-        return 256
+    name, size = "bytes", 256
 
     def _encode(self, lines: list[str]) -> np.ndarray:
         return np.frombuffer("".join(lines).encode(), np.uint8)
@@ -91,11 +82,12 @@ class BPE(Tokenizer):
     """Byte pairs, merged within the words of GPT-2's pattern."""
 
     def __init__(self, pairs: tokenizers.Tokenizer):
-        self._pairs = pairs
+        self._pairs, self.size = pairs, pairs.get_vocab_size()
+        self.name = f"BPE of {self.size:,}"
 
     @classmethod
     def train(cls, lines: Iterable[str], vocabulary: int) -> "BPE":
-        """So many ids, the 256 bytes among them; fewer where the text has no more pairs."""
+        """Learns so many ids, the 256 bytes among them; fewer where the text has no more pairs."""
         pairs = tokenizers.Tokenizer(models.BPE())
         # No space is put in front, and no id is special: every text is given back as it was.
         pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -106,14 +98,6 @@ class BPE(Tokenizer):
         )
         pairs.train_from_iterator(_chunks(lines, "counting pairs"), trainer)
         return cls(pairs)
-
-    @property
-    def name(self) -> str:
-        return f"BPE of {self.size:,}"
-
-    @property
-    def size(self) -> int:
-        return self._pairs.get_vocab_size()
 
     def _encode(self, lines: list[str]) -> np.ndarray:
         encoded = self._pairs.encode_batch_fast(lines, add_special_tokens=False)
@@ -128,14 +112,15 @@ class BPE(Tokenizer):
 
 @final
 class Words(Tokenizer):
-    """What stands between white space, and <eos> for the line feed: WikiText's own tokens.
+    """Words between white space, and <eos> for the line feed: WikiText's own tokens.
 
     Decoded, each line has one space before every word and before its end, as WikiText has it.
     """
 
     def __init__(self, words: list[str]):
-        self._words = words
+        self._words, self.size = words, len(words)
         self._ids = {word: i for i, word in enumerate(words)}
+        self.name = f"{self.size:,} words"
 
     @classmethod
     def train(cls, lines: Iterable[str]) -> "Words":
@@ -144,14 +129,6 @@ class Words(Tokenizer):
         for chunk in _chunks(lines, "counting words"):
             counts.update(_words(chunk))
         return cls([word for word, _ in counts.most_common()])
-
-    @property
-    def name(self) -> str:
-        return f"{self.size:,} words"
-
-    @property
-    def size(self) -> int:
-        return len(self._words)
 
     def _encode(self, lines: list[str]) -> np.ndarray:
         words, unknown = _words(lines), self._ids.get("<unk>")
@@ -174,24 +151,18 @@ class Words(Tokenizer):
 
 def train(kind: Kind, lines: Iterable[str], vocabulary: int) -> Tokenizer:
     """A tokenizer of this text; `vocabulary` is that of BPE alone."""
-    match kind:
-        case "bytes":
-            return Bytes()
-        case "bpe":
-            return BPE.train(lines, vocabulary)
-        case "words":
-            return Words.train(lines)
+    if kind == "bytes":
+        return Bytes()
+    return BPE.train(lines, vocabulary) if kind == "bpe" else Words.train(lines)
 
 
 def restore(kind: Kind, text: str) -> Tokenizer:
-    """What `to_json` wrote."""
-    match kind:
-        case "bytes":
-            return Bytes()
-        case "bpe":
-            return BPE(tokenizers.Tokenizer.from_str(text))
-        case "words":
-            return Words(json.loads(text))
+    """The tokenizer from which `to_json` made this text."""
+    if kind == "bytes":
+        return Bytes()
+    if kind == "bpe":
+        return BPE(tokenizers.Tokenizer.from_str(text))
+    return Words(json.loads(text))
 
 
 def _words(lines: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
 def examine(run: Path) -> int:
-    """Set aside what is no checkpoint as it was written, before Orbax meets it; return how many.
+    """Sets aside what is no checkpoint as it was written, before Orbax meets it; returns how many.
 
     By the digests of its files, since Orbax reads a flipped bit of an array as another number.
     """
@@ -75,11 +75,11 @@ class Checkpoints:
         return (metrics or {}).get("eval_loss", math.inf)
 
     def improves(self, eval_loss: float) -> bool:
-        """Whether no checkpoint has an eval_loss as low."""
+        """Tells whether no checkpoint has an eval_loss as low."""
         return eval_loss < self._lowest
 
     def save(self, step: int, state: PyTree, eval_loss: float | None = None) -> None:
-        """Keep the state after `step` steps; returns when the next step may donate its buffers."""
+        """Keeps the state after `step` steps; returns when the next step may donate its buffers."""
         if step in self._manager.all_steps():
             return
         metrics: dict[str, float] = {}
@@ -93,7 +93,7 @@ class Checkpoints:
         self._lowest = min([self._lowest, *metrics.values()])
 
     def wait(self) -> None:
-        """Return when the last checkpoint is on disk, with the digests of its files."""
+        """Returns when the last checkpoint is on disk, with the digests of its files."""
         # Orbax has many kinds of errors for what the system calls one thing.
         with writing(self._run, f"the checkpoint of step {self._saving}", Exception):
             self._manager.wait_until_finished()
@@ -107,7 +107,7 @@ class Checkpoints:
         self._saving = 0
 
     def watch(self) -> None:
-        """Say what went wrong with a checkpoint that is done by now."""
+        """Says what went wrong with a checkpoint that is done by now."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -147,7 +147,7 @@ class Checkpoints:
         return self._load(step, like) if step and math.isfinite(self._lowest) else like
 
     def _load(self, step: int, like: PyTree) -> PyTree:
-        """In the structure and sharding of `like`."""
+        """A checkpoint in the structure and sharding of `like`."""
         leaves = self._manager.restore(step, args=ocp.args.StandardRestore(_named(like)))
         held = int(leaves.get(".step", step))
         if held != step:

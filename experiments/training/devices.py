@@ -5,7 +5,7 @@ it can't, each process is told by hand: the address of process 0, how many there
 """
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ def initialize(
     processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Join the other processes of the run. Before any other use of JAX.
+    """Joins the other processes of the run, before any other use of JAX.
 
     On CPUs the processes talk by Gloo, which is JAX's default.
     """
@@ -49,8 +49,15 @@ def initialize(
         ) from None
 
 
+def begin(config: Any) -> None:
+    """Joins the other processes; a smoke run is compiled in the quickest way."""
+    initialize(config.distributed, config.coordinator, config.processes, config.process_id)
+    if config.smoke:
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long
+
+
 def is_main() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Tells whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
@@ -61,7 +68,7 @@ def mesh() -> tuple[NamedSharding, NamedSharding]:
 
 
 def check_batch(size: int, accumulate: int, most: int, what: str) -> None:
-    """Refuse a batch that is not shared out evenly over devices and parts."""
+    """Refuses a batch that is not shared out evenly over devices and parts."""
     if size % (jax.device_count() * accumulate) or size > most:
         times = f" times --accumulate {accumulate}" if accumulate > 1 else ""
         raise SystemExit(
@@ -72,7 +79,7 @@ def check_batch(size: int, accumulate: int, most: int, what: str) -> None:
 
 
 def place(examples: Iterable[np.ndarray], sharding: NamedSharding) -> tuple[jax.Array, ...]:
-    """Split a global batch, which every process has, over the devices.
+    """Splits a global batch, which every process has, over the devices.
 
     Of a local array of the global shape JAX takes the rows of this process's own devices, in
     whatever order the mesh has them; nothing travels between processes.
@@ -87,7 +94,7 @@ def replicate(tree: PyTree, replicated: NamedSharding) -> PyTree:
 
 
 def local(tree: PyTree) -> PyTree:
-    """This process's copy of replicated arrays, for work that it does without the others."""
+    """The copy of replicated arrays in this process, for work without the others."""
     one = lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x
     return jax.tree.map(one, tree)
 
@@ -100,7 +107,7 @@ def agree(number: int) -> int:
 
 
 def main_first(make: Callable[[], T]) -> T:
-    """What `make` returns, in the main process first: the others then find what it has cached."""
+    """Calls `make` in the main process first: the others then find what it has cached."""
     value, failure = None, None
     if is_main():
         try:
@@ -113,5 +120,5 @@ def main_first(make: Callable[[], T]) -> T:
 
 
 def everywhere(holds: bool) -> bool:
-    """Whether it holds in all processes: the same answer in each."""
+    """Tells whether something holds in all processes: the same answer in each."""
     return bool(np.all(multihost_utils.process_allgather(np.bool_(holds))))

@@ -37,19 +37,20 @@ def held(path: Path) -> IO[str] | None:
     return file
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file as it is, compressed or not: a second for half a gigabyte."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digests(folder: Path) -> str:
     """One line for each file in it, as `sha256sum` has them."""
-    lines = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            lines.append(f"{digest}  {path.relative_to(folder)}\n")
-    return "".join(lines)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return "".join(f"{digest(path)}  {path.relative_to(folder)}\n" for path in files)
 
 
 def changed(folder: Path, record: Path) -> str | None:
-    """What is not as its digests in `record` say, in words; None if all of it is."""
+    """The files that are not as `record` has their digests, in words; None if all of them are."""
     before = record.read_bytes().decode(errors="replace").splitlines()
     odd = {line.partition("  ")[2] for line in {*before} ^ {*digests(folder).splitlines()}}
     if not odd:
@@ -75,7 +76,7 @@ def steps_in(run: Path) -> list[str]:
 
 @contextmanager
 def writing(run: Path, what: str, errors: type[Exception] = OSError) -> Iterator[None]:
-    """Say in a sentence what could not be written, and what is left: disk full, no access."""
+    """Says in a sentence what could not be written, and what is left: disk full, no access."""
     try:
         yield
     except errors as error:

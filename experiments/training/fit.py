@@ -39,7 +39,7 @@ def make_step(
     *,
     accumulate: int = 1,
 ) -> Any:
-    """Compile one update, `step(state, *examples) -> (state, metrics)`.
+    """Compiles one update, `step(state, *examples) -> (state, metrics)`.
 
     `loss_fn(params, norms, key, *examples) -> (loss, (norms, metrics))` gives means over examples,
     but for the counts under "results" and what is called "..._peak", the largest of them. The
@@ -104,7 +104,7 @@ def fit(
     per_step: int,
     unit: str,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Take the steps from `state.step` to `total`; return the state and an assessment.
+    """Takes the steps from `state.step` to `total`; returns the state and an assessment.
 
     The session says where to stop before that, and how often to log and to save. `batch_of(step)`
     is the global batch, the same in every process; `assess(state)` is the line of an evaluation,
@@ -179,7 +179,7 @@ def stop_if_not_finite(lines: list[dict[str, Any]], folder: RunFolder) -> None:
 
 @contextmanager
 def _termination() -> Iterator[Callable[[int], bool]]:
-    """Whether SIGTERM has asked to stop after a step: the same step in all processes."""
+    """Tells whether SIGTERM asks to stop after a step: the same step in all processes."""
     if jax.process_count() > 1:
         # JAX takes the signal itself, in whichever process it comes, and has them agree on a step.
         yield multihost_utils.reached_preemption_sync_point

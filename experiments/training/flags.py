@@ -20,7 +20,7 @@ except ImportError as missing:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """From `low` to `high`, both of them in it; NaN is in none."""
+    """Numbers from `low` to `high`, both of them among these; NaN is in no range."""
 
     low: float
     high: float
@@ -29,7 +29,7 @@ class Range:
     multiple: int = 1
 
     def expected(self, number: float) -> str | None:
-        """What is expected instead of this number; None if it is in the range."""
+        """The words for what is expected instead of this number; None if it is in the range."""
         if not number >= self.low:
             return "above 0" if self.low == _SMALL else f"of at least {self.low:,.12g}"
         if not number <= self.high:
@@ -59,6 +59,7 @@ Positive = Annotated[float, Range(_SMALL, _LARGE)]
 Nonnegative = Annotated[float, Range(0, _LARGE)]
 Tolerance = Annotated[float, Range(_SMALL, 1)]
 Share = Annotated[float, Range(0, 1)]
+Beta = Annotated[float, Range(0, 2, but=(0, 1, 2))]  # of a relaxation that can be reversed
 # JAX's keys are made of 32 bits, and NumPy's generators of no negative number.
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 # The d of 1 - beta = 1/d, where deqjax.Reversible is exact.
@@ -76,14 +77,15 @@ def read(kind: type[C]) -> C:
 
 
 def check(options: Any) -> None:
-    """Refuse a number out of its range, and an option of several values that has none."""
+    """Refuses a number out of its range, and an option of several values that has none."""
     for name, notes in notes_of(type(options)).items():
         value = getattr(options, name)
         if value == ():
             raise SystemExit(f"Expected at least one value of {flag(name)}, got none. Add one.")
         for number in value if isinstance(value, tuple) else (value,):
             for note in notes:
-                expected = note.expected(number) if _is_number(number, note) else None
+                numeric = isinstance(note, Range) and isinstance(number, int | float)
+                expected = note.expected(number) if numeric else None
                 if expected is not None:
                     raise SystemExit(
                         f"Expected {flag(name)} {expected}, got {number}. Pass such a number, or "
@@ -92,7 +94,7 @@ def check(options: Any) -> None:
 
 
 def check_read(given: Any, runs: Sequence[Any]) -> None:
-    """Refuse an option that was given and that none of the runs, all options filled in, reads."""
+    """Refuses an option that was given and that none of the runs, all options filled in, reads."""
     for name, conditions in _conditions(given).items():
         unmet = [next((only for only in conditions if not only.met(run)), None) for run in runs]
         only, value = unmet[0], getattr(given, name)
@@ -106,7 +108,7 @@ def check_read(given: Any, runs: Sequence[Any]) -> None:
 
 
 def without_unread(options: C) -> C:
-    """With the default in place of each option that another, known already, leaves unread."""
+    """Puts the default in place of each option that another, known already, leaves unread."""
     known = lambda only: getattr(options, only.option) is not None
     unread = {
         name: _default(options, name)
@@ -130,10 +132,6 @@ def _notes(hint: Any) -> list[Any]:
     inner = [note for part in typing.get_args(hint) for note in _notes(part)]
     mine = [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Range | Only)]
     return mine + [note for note in inner if note not in mine]
-
-
-def _is_number(value: Any, note: Range | Only) -> bool:
-    return isinstance(note, Range) and isinstance(value, int | float)
 
 
 def _conditions(options: Any) -> dict[str, list[Only]]:

@@ -1,8 +1,8 @@
-"""What a script says when a package that it needs is not there."""
+"""The sentence of a script when a package that it needs is not there."""
 
 
 def not_installed(missing: ImportError) -> SystemExit:
-    """To be raised `from None`."""
+    """The exception to be raised `from None`."""
     return SystemExit(
         f"The experiments expected the package {missing.name!r}, and it is not installed. Run "
         "`pip install -e '.[experiments]'` in the repository's root."

@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
-from training.flags import Count, Whole
+from training.flags import Count, Nonnegative, Positive, Seed, Whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """Options that don't say what is computed: they may differ when a run is resumed."""
+    """Options that leave what is computed as it is: they may differ when a run is resumed."""
 
     log_every: Count = 20
     """Steps between readings of the metrics, which make the host wait for the device."""
@@ -22,21 +22,39 @@ class Session:
     stop_after: Count | None = None
     """Steps after which to stop with a checkpoint, for machines lent by the hour."""
     resume: bool = False
-    """Go on from the last checkpoint of the run of this name."""
+    """Goes on from the last checkpoint of the run of this name."""
     name: str | None = None
-    """Of the folder in runs/; None: preset or data set and model, and seed."""
+    """Name of the folder in runs/; None: preset or data set and model, and seed."""
     data_dir: str | None = None
-    """Where the data lies; of TensorFlow Datasets, None: TFDS_DATA_DIR, else TFDS's own place."""
+    """Folder of the data; of TensorFlow Datasets, None: TFDS_DATA_DIR, else TFDS's own place."""
     download: bool = False
-    """Let TensorFlow Datasets download and prepare (needs tensorflow)."""
+    """Lets TensorFlow Datasets download and prepare (needs tensorflow)."""
     distributed: bool = False
-    """Join the other processes of the run, on this host or others, with the same command."""
+    """Joins the other processes of the run, on this host or others, with the same command."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where JAX does not find the cluster by itself."""
     processes: Count | None = None
-    """With --coordinator: how many processes there are."""
+    """Number of processes, with --coordinator."""
     process_id: Whole | None = None
-    """With --coordinator: which of them this is, from 0."""
+    """Number of this process, from 0, with --coordinator."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Options of the optimiser that all scripts have; with other values a run is another run."""
+
+    seed: Seed = 0
+    """Seed of parameters, order of the data and augmentation."""
+    accumulate: Count = 1
+    """Parts of a batch, taken one after another; batch normalisations see one at a time."""
+    learning_rate: Positive | None = None
+    """Peak of AdamW's."""
+    weight_decay: Nonnegative | None = None
+    """AdamW's: a step shrinks parameters (of text, matrices) by learning rate x this."""
+    clip: Positive = 1.0
+    """Ceiling on the gradient's norm; of images, met in the first steps only."""
+    smoke: bool = False
+    """A tiny network, data set and number of steps: everything is run through, nothing learned."""
 
 
 RUNS = Path("runs")
@@ -44,19 +62,19 @@ C = TypeVar("C", bound=Session)
 
 
 def filled(config: C, values: dict[str, Any]) -> C:
-    """What was left at None, from `values`."""
+    """Fills in what was left at None, from `values`."""
     missing = {k: v for k, v in values.items() if getattr(config, k) is None}
     return dataclasses.replace(config, **missing)
 
 
 def recorded(config: Session) -> dict[str, Any]:
-    """What has to be the same when a run is resumed."""
+    """The options that have to be the same when a run is resumed: those beside its session."""
     session = {field.name for field in dataclasses.fields(type(config).__bases__[0])}
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in session}
 
 
 def check_names(configs: list[C]) -> None:
-    """Refuse to resume what was never begun, and a name that no folder in runs/ can have."""
+    """Refuses to resume what was never begun, and a name that no folder in runs/ can have."""
     names = [str(c.name) for c in configs]
     for name in names:
         inside = name not in ("", ".", "..") and Path(name).name == name

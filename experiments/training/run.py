@@ -64,7 +64,7 @@ class RunFolder:
         self.wait, self.best = self._checkpoints.wait, self._checkpoints.best
 
     def _claim(self) -> bool:
-        """Whether the folder is new: of two runs that are started at once, for one of them."""
+        """Tells whether the folder is new: to one of two runs that are started at once."""
         with self.writing("the run's folder"):
             try:
                 self.path.mkdir(parents=True)
@@ -73,7 +73,7 @@ class RunFolder:
         return True
 
     def _create(self, seed: int) -> int:
-        """Lock and check what is there, write what is not; the number of damaged checkpoints."""
+        """Locks and checks what is there, writes the rest, counts the damaged checkpoints."""
         with self.writing("the run's folder"):
             self._lock = held(self.path / "lock")
             if self._lock is None:
@@ -112,7 +112,7 @@ class RunFolder:
         return writing(self.path, what)
 
     def log(self, *lines: Mapping[str, Any]) -> None:
-        """Write lines of metrics; TensorBoard, which draws fewer, gets the last of them."""
+        """Writes lines of metrics; TensorBoard, which draws fewer, gets the last of them."""
         self._checkpoints.watch()
         if not is_main():
             return
@@ -145,7 +145,7 @@ class RunFolder:
         return open(self.path / "metrics.jsonl", "ab", buffering=0)
 
     def restore(self, like: PyTree) -> PyTree:
-        """Return the last checkpoint in the structure and sharding of `like`, or `like` itself."""
+        """Returns the last checkpoint in the structure and sharding of `like`, or `like` itself."""
         self._restored, state = self._checkpoints.newest(like)
         if is_main():
             self._mend_metrics(self._restored)
@@ -154,7 +154,7 @@ class RunFolder:
         return state
 
     def _mend_metrics(self, step: int) -> None:
-        """Keep the lines that can be read, but not of steps that will be taken again."""
+        """Keeps the lines that can be read, but not of steps that will be taken again."""
         raw = self._raw_metrics()
         lines = [(line, parsed(line)) for line in raw]
         known = lambda x: isinstance(x.get("step"), int) and x["step"] <= step

@@ -1,4 +1,4 @@
-"""What is measured of the solves of a model: evaluations, result codes, residuals.
+"""Measurements of the solves of a model: evaluations, result codes, residuals.
 
 `solves` holds (input, solution) of each equilibrium layer, in the order of `model.deqs`.
 """
@@ -23,7 +23,7 @@ CODES = {
 
 
 def solve_metrics(solves, n: int) -> dict[str, Any]:
-    """Of a training step: the mean evaluations of f per example, and how many solves ended how."""
+    """The mean evaluations of f per example of a training step, and how many solves ended how."""
     return {
         "evaluations": jnp.mean(forward_evaluations(solves, n)),
         "results": _count(solves),
@@ -91,7 +91,7 @@ def residual_curves(model: PyTree, solves, max_steps: int) -> list[np.ndarray]:
 
 
 def _count(solves) -> dict[str, Array]:
-    """How many solves ended with each result code."""
+    """The number of solves that ended with each result code."""
     codes = [sol.result for _, sol in solves]
     return {
         name: sum((jnp.sum(code == c) for c in codes), jnp.zeros((), int))

@@ -76,7 +76,7 @@ def test_the_cases_of_exactness_cover_all_pairs(module):
     exactness = module("bench.accelerator.exactness")
     cases = exactness.design()
     assert len(cases) == len(set(cases)) <= 36
-    kinds = module("bench.accelerator.cells").SHAPES
+    kinds = module("bench.accelerator.cells").FORMS
     assert [case.kind for case in cases[:6]] == list(kinds)
     assert {case[1:] for case in cases[:6]} == {("float32", 2, "arguments")}
     factors = (tuple(kinds), exactness.DTYPES, exactness.INVERSES, exactness.CONTEXTS)

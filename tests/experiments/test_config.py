@@ -1,7 +1,9 @@
 """The presets of `experiments/image_classification.py`, resolved as its options are."""
 
+import dataclasses
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import equinox as eqx
@@ -11,11 +13,14 @@ import tyro
 
 from deqjax.positive import qualify
 
-from images.config import KINDS, Config, choose
+from images.config import choose
 from images.models import ACTIVATIONS, constructor
-from images.presets import NAMED
-from text.config import Config as LanguageConfig, choose as choose_language
-from training.options import recorded
+from images.options import KINDS, Config, Preset
+from images.presets import PRESETS, changes, family
+from text.config import choose as choose_language
+from text.options import Config as LanguageConfig
+from text.presets import CORPORA, PAPER as PAPER_LANGUAGE
+from training.options import Session, recorded
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
 
@@ -60,7 +65,7 @@ def test_the_papers_other_networks(name, features):
     assert options("--preset", name).features == features
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_whole(name):
     config = options("--preset", name)
     assert config.name == f"{name}-0" and None not in (config.shift, config.max_steps)
@@ -70,6 +75,26 @@ def test_every_preset_is_whole(name):
     assert augmented == (name.endswith("augmented") or "revdeq" in name)
     if "short" not in name and not augmented:
         assert (config.shift, config.mirror) == (0, False)
+
+
+# Found by the network, the data set or the name of a run.
+OPEN = {"preset", "kind", "mirror", "name", "steps", "epochs"}
+SESSION = {field.name for field in dataclasses.fields(Session)} | {"cache_dir", "model"}
+
+
+def test_presets_are_complete_configurations():
+    """Each is of its family but for what its name asks for, and an option given comes before it."""
+    assert set(PRESETS) == set(typing.get_args(Preset))
+    for name, config in PRESETS.items():
+        left = {k for k, v in dataclasses.asdict(config).items() if v is None}
+        concave = config.model.startswith("pc-")
+        assert left - OPEN - SESSION <= ({"widths"} if concave else set()), name
+        assert (
+            dataclasses.replace(family(config.model, config.dataset), **changes(config)) == config
+        )
+    for config in (*CORPORA.values(), *PAPER_LANGUAGE.values()):
+        left = {k for k, v in dataclasses.asdict(config).items() if v is None}
+        assert left <= OPEN | SESSION and config.epochs
 
 
 def test_the_reversible_papers_numbers():

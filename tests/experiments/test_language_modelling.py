@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import pytest
 from processes import runner
 
-from text.config import Config, choose
+from text.config import choose
 from text.language import make_model
+from text.options import Config
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "language_modelling.py"
 

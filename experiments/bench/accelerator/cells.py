@@ -6,6 +6,7 @@ rounding.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,16 +18,8 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, PyTree
 from deqjax.nn import CausalAttention, Conv2d, GroupNorm
 
 from bench.accelerator.run import Size
+from bench.blocks import normalise
 
-SHAPES: dict[str, dict[Size, tuple[int, ...]]] = {  # of z, of one example
-    "MLP": {"smoke": (8,), "reduced": (64,), "full": (512,)},
-    "convolution": {"smoke": (4, 4, 4), "reduced": (8, 8, 16), "full": (32, 32, 64)},
-    "attention": {"smoke": (4, 8), "reduced": (32, 32), "full": (256, 256)},
-    "softmax": {"smoke": (2, 4), "reduced": (8, 16), "full": (64, 128)},
-    "scan": {"smoke": (3, 4), "reduced": (8, 16), "full": (8, 128)},
-    # Last: deterministic scatters may be taken one entry after the other.
-    "scatter": {"smoke": (6, 4), "reduced": (64, 8), "full": (256, 64)},
-}
 _BATCH: dict[Size, int] = {"smoke": 3, "reduced": 4, "full": 8}
 _LONG: dict[Size, int] = {"smoke": 16, "reduced": 1024, "full": 8192}  # rows of the softmax
 
@@ -45,10 +38,7 @@ class Kind(NamedTuple):
         return Kind(self.one, *jax.tree.map(cast, tuple(self[1:])))
 
 
-def _mean_square(v: Array) -> Array:
-    v = v - jnp.mean(v, -1, keepdims=True)
-    # Not by rsqrt, on purpose: XLA makes it one in some programs and not in others.
-    return v / jnp.sqrt(jnp.mean(jnp.square(v), -1, keepdims=True) + 1e-2)
+_mean_square = partial(normalise, eps=1e-2)
 
 
 def _join(z: Array, g: Array, x: Array) -> Array:
@@ -86,28 +76,39 @@ def _softmax(z, p, x):
     return _join(z, jax.nn.softmax(z @ p["keys"], -1) @ p["values"], x)
 
 
-FUNCTIONS: dict[str, Callable[..., Array]] = {
-    "MLP": _mlp,
-    "convolution": _convolution,
-    "attention": _attention,
-    "scan": _scan,
-    "scatter": _scatter,
-    "softmax": _softmax,
+class Form(NamedTuple):
+    """A function, and the shapes of z of one example."""
+
+    one: Callable[..., Array]
+    smoke: tuple[int, ...]
+    reduced: tuple[int, ...]
+    full: tuple[int, ...]
+
+
+FORMS: dict[str, Form] = {
+    "MLP": Form(_mlp, (8,), (64,), (512,)),
+    "convolution": Form(_convolution, (4, 4, 4), (8, 8, 16), (32, 32, 64)),
+    "attention": Form(_attention, (4, 8), (32, 32), (256, 256)),
+    "softmax": Form(_softmax, (2, 4), (8, 16), (64, 128)),
+    "scan": Form(_scan, (3, 4), (8, 16), (8, 128)),
+    # Last: deterministic scatters may be taken one entry after the other.
+    "scatter": Form(_scatter, (6, 4), (64, 8), (256, 64)),
 }
 
 
 def kind(name: str, size: Size, key: PRNGKeyArray) -> Kind:
-    shape, batch = SHAPES[name][size], _BATCH[size]
-    keys = jax.random.split(jax.random.fold_in(key, list(SHAPES).index(name)), 8)
+    form, batch = FORMS[name], _BATCH[size]
+    shape = getattr(form, size)
+    keys = jax.random.split(jax.random.fold_in(key, list(FORMS).index(name)), 8)
     # The examples differ in size, so that they stop at different steps.
     spread = jnp.linspace(0.5, 4.0, batch).reshape(batch, *(1,) * len(shape))
     normal = lambda k: jax.random.normal(k, (batch, *shape))
     z0, x, cotangent = 0.1 * normal(keys[0]), spread * normal(keys[1]), normal(keys[2])
-    return Kind(FUNCTIONS[name], z0, _params(name, size, keys[3:]), x, cotangent)
+    return Kind(form.one, z0, _params(name, size, shape, keys[3:]), x, cotangent)
 
 
-def _params(name: str, size: Size, keys: PRNGKeyArray) -> Any:
-    *rest, n = SHAPES[name][size]
+def _params(name: str, size: Size, shape: tuple[int, ...], keys: PRNGKeyArray) -> Any:
+    *rest, n = shape
     matrix = lambda i, *s: jax.random.normal(keys[i], s) / s[0] ** 0.5
     match name:
         case "MLP":

@@ -1,4 +1,4 @@
-"""Whether what certificates are made of holds on this machine.
+"""The parts of certificates, and whether they hold on this machine.
 
 Functions: by how many units (half of eps, relative) the device's float32 misses float64 of the
 host, against the table that certificates count with. `erf` is compared at fewer points, since NumPy
@@ -27,6 +27,7 @@ from deqjax.positive._rounding_rules import _FUNCTIONS
 
 from bench.accelerator.report import LATE
 from bench.accelerator.run import Compiled, Program, Run, Size, compiled, good
+from bench.problems import convolved
 
 POINTS: dict[Size, int] = {"smoke": 2_000, "reduced": 1_000_000, "full": 4_000_000}
 ERF_POINTS: dict[Size, int] = {"smoke": 200, "reduced": 200_000, "full": 1_000_000}
@@ -96,17 +97,17 @@ def points(n: int, seed: int) -> np.ndarray:
 def problems(form: Form, size: Size, seed: int) -> tuple[Any, Any, Any]:
     """W, x and a point somewhere between the fixed point and rubbish, in the dtype of the form."""
     rng = np.random.default_rng([seed, list(FORMS.values()).index(form)])
-    b = COUNT[size]
-    side, c = _IMAGE[size]
-    shape = (b, 3, 3, c, c) if form.convolution else (b, _DENSE[size], _DENSE[size])
-    w = rng.uniform(size=shape) ** rng.uniform(0.5, 6, (b, *(1,) * (len(shape) - 1)))
-    w *= rng.uniform(size=shape) < rng.uniform(0.1, 1.2, (b, *(1,) * (len(shape) - 1)))
+    b, n, (side, c) = COUNT[size], _DENSE[size], _IMAGE[size]
+    shape = (b, 3, 3, c, c) if form.convolution else (b, n, n)
+    state = (b, side, side, c) if form.convolution else (b, n)
+    per = lambda ndim: (b, *(1,) * (ndim - 1))  # a number per problem
+    w = rng.uniform(size=shape) ** rng.uniform(0.5, 6, per(len(shape)))
+    w *= rng.uniform(size=shape) < rng.uniform(0.1, 1.2, per(len(shape)))
     # Row sums of at most 0.1 to 4.
     sums = np.sum(w, (1, 2, 3) if form.convolution else 2)
-    most = np.max(sums, -1).reshape(b, *(1,) * (len(shape) - 1))
+    most = np.max(sums, -1).reshape(per(len(shape)))
     w *= 10 ** rng.uniform(-1, 0.6, most.shape) / np.maximum(most, 1e-3)
-    state = (b, side, side, c) if form.convolution else shape[:2]
-    each = (b, *(1,) * (len(state) - 1))
+    each = per(len(state))
     x = 10 ** (rng.uniform(-3, 1, each) + rng.uniform(-1, 1, state))
     cast = lambda a: jnp.asarray(a, form.dtype)
     w, x = cast(w), cast(x)
@@ -116,16 +117,8 @@ def problems(form: Form, size: Size, seed: int) -> tuple[Any, Any, Any]:
 
 
 def on_host(form: Form, w: np.ndarray, x: np.ndarray, z: np.ndarray) -> np.ndarray:
-    if not form.convolution:
-        return form.sigma[1](np.matmul(w, z[..., None])[..., 0] + x)
-    h, v = z.shape[1:3]
-    padded = np.pad(z, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    u = x.copy()
-    for a in range(3):
-        for b in range(3):
-            some = padded[:, a : a + h, b : b + v].reshape(len(z), h * v, -1)
-            u += np.matmul(some, w[:, a, b]).reshape(u.shape)
-    return form.sigma[1](u)
+    product = convolved(z, w) if form.convolution else np.matmul(w, z[..., None])[..., 0]
+    return form.sigma[1](product + x)
 
 
 def bracket(form: Form, w: Any, x: Any, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -180,8 +173,8 @@ def certificates(run: Run) -> None:
             found.update(compiled({n: certified(f, run.size, run.seed) for n, f in forms.items()}))
         judged(run, name, forms[name], good(found[name]))
 
-    cases: dict[str, Callable[[], None]] = {"functions": lambda: functions(run, names)}
-    run.cases(cases | {name: (lambda name=name: check(name)) for name in forms})
+    cases: dict[str, Callable[[], None]] = {"functions": partial(functions, run, names)}
+    run.cases(cases | {name: partial(check, name) for name in forms})
 
 
 def functions(run: Run, names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a solve and its gradient cost on this machine, over what they cannot do without.
+"""The cost of a solve and its gradient on this machine, over what they cannot do without.
 
 Over the floor: value and gradient of one solve, against the evaluations of f and their VJPs that
 the method needs, each timed in a loop of their own.
@@ -18,6 +18,7 @@ to end a solve.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -64,29 +65,23 @@ _FLAT = 1.1  # of the memory at the smallest depth, the digits not counted
 
 def gradient(variant: Variant, cells: list[Cell], n: int, d: int) -> Program:
     """Value and gradient in parameters and input of one solve of each cell."""
-    if variant == "explicit":
-        inputs = [((distinct(c.args[0], n), c.args[1]), c.z0, c.cotangent) for c in cells]
-    else:
-        inputs = [(c.args, c.z0, c.cotangent) for c in cells]
+    own = lambda c: (distinct(c.args[0], n), c.args[1]) if variant == "explicit" else c.args
     # The language block adds to z without normalising it: room for hundreds of evaluations.
-    solver = deqjax.Reversible(
-        rtol=0.0, atol=0.0, beta=1 - 1 / d, exact=variant == "exact", fraction_bits=20
-    )
+    fixed: dict[str, Any] = {"rtol": 0.0, "atol": 0.0, "fraction_bits": 20}
+    solver = deqjax.Reversible(beta=1 - 1 / d, exact=variant == "exact", **fixed)
 
-    def loss(cell: Cell, args: PyTree, z0: Array, cotangent: Array) -> Array:
+    def loss(args: PyTree, cell: Cell, z0: Array, cotangent: Array) -> Array:
         if variant == "explicit":
-            z = unrolled(cell.fn, args[0], z0, args[1], False)
-        else:
-            options: dict[str, Any] = {"batched": True, "max_steps": n}
-            options["adjoint"] = ADJOINTS[cast(Method, variant)]
-            z = deqjax.fixed_point(cell.fn, solver, z0, args, **options).value
-        return jnp.sum(z * cotangent)
+            return jnp.sum(unrolled(cell.fn, args[0], z0, args[1], False) * cotangent)
+        options: dict[str, Any] = {"batched": True, "max_steps": n}
+        options["adjoint"] = ADJOINTS[cast(Method, variant)]
+        return jnp.sum(deqjax.fixed_point(cell.fn, solver, z0, args, **options).value * cotangent)
 
     def fn(*inputs):
-        one = lambda cell, each: jax.value_and_grad(lambda a: loss(cell, a, *each[1:]))(each[0])
-        return [one(cell, each) for cell, each in zip(cells, inputs, strict=True)]
+        pairs = zip(cells, inputs, strict=True)
+        return [jax.value_and_grad(loss)(args, cell, *rest) for cell, (args, *rest) in pairs]
 
-    return fn, tuple(inputs)
+    return fn, tuple((own(c), c.z0, c.cotangent) for c in cells)
 
 
 def looped(cells: list[Cell]) -> dict[str, Program]:
@@ -143,25 +138,20 @@ def programs(size: Size, key: PRNGKeyArray) -> Iterator[tuple[str, Program]]:
 
 
 def cost(run: Run) -> None:
-    cells = lambda dtype: language(run.size, dtype, run.key)
-    more: Any = lambda dtype: images(run.size, dtype, run.key)
-    text, pictures = LANGUAGE[run.size], IMAGES[run.size]
-    two: tuple[DType, DType] = ("float32", "bfloat16")
-    of = {"language block": (text, BATCH[run.size][0], cells)}
-    of |= {"multi-scale blocks": (pictures, BATCH[run.size][1], more)}
+    blocks = {"language block": (LANGUAGE, language), "multi-scale blocks": (IMAGES, images)}
     cases: dict[str, Callable[[], None]] = {}
-    for name, (at, batch, made) in of.items():
-        for dtype in two:
-            case = f"{name}, {dtype}"
-            cases[case] = lambda a=(case, at, batch, dtype, made): over_the_floor(run, *a)
+    for (name, (sizes, made)), batch in zip(blocks.items(), BATCH[run.size], strict=True):
+        for dtype in ("float32", "bfloat16"):
+            case, block = f"{name}, {dtype}", (sizes[run.size], batch, dtype, made)
+            cases[case] = partial(over_the_floor, run, case, *block)
     first, *rest = cases
-    order = {first: cases[first], "memory": lambda: memory(run)}
-    order |= {"isolation": lambda: isolation(run), "long and short": lambda: long_and_short(run)}
+    more = {"memory": memory, "isolation": isolation, "long and short": long_and_short}
+    order = {first: cases[first]} | {name: partial(case, run) for name, case in more.items()}
     run.cases(order | {name: cases[name] for name in rest[: run.pick(0, 3, 3)]})
 
 
 def over_the_floor(run: Run, case: str, size: Any, batch: int, dtype: DType, made: Any) -> None:
-    cells = made(dtype)
+    cells = made(run.size, dtype, run.key)
     variants = VARIANTS[: run.pick(1, None, None)]
     forms = looped(cells) | {v: gradient(v, cells, EVALUATIONS, size.d) for v in variants}
     found = compiled(forms)
@@ -195,26 +185,25 @@ def memory(run: Run) -> None:
     every: tuple[Variant, ...] = run.pick(VARIANTS[:1], ("exact", "checkpointed"), VARIANTS[:3])
     found = compiled({f"{v}, {n}": gradient(v, [cell], n, 2) for v in every for n in depths})
     for v in every:
-        sizes, held, kept = [], [], True
+        exact, sizes, held, kept = v == "exact", [], [], True
         for n in depths:
             program = good(found[f"{v}, {n}"])
-            digits = 4 * math.ceil(n / 32) * cell.z0.size if v == "exact" else 0
+            digits = 4 * math.ceil(n / 32) * cell.z0.size if exact else 0
             sizes.append(None if program.bytes is None else program.bytes - digits)
             kept &= finite(program.call())
             held.append((jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"))
-        case = f"memory at {', '.join(map(str, depths))} evaluations, {v}"
-        said = ", ".join(map(mebibytes, sizes))
-        said += " beside the digits" if v == "exact" else ""
+        said = ", ".join(map(mebibytes, sizes)) + " beside the digits" * exact
         if held[0]:
             said += "; held at most " + " ".join(f"{x / 2**20:.4g}" for x in held)
-        asked = v == "exact" and None not in sizes
-        limit = f"{_FLAT} of the first, {_NOT_LOST}" if asked else ""
+        asked = exact and None not in sizes
         ok = max(sizes) <= _FLAT * sizes[0] and kept if asked else None
+        limit = f"{_FLAT} of the first, {_NOT_LOST}" if asked else ""
+        case = f"memory at {', '.join(map(str, depths))} evaluations, {v}"
         run.add(case, said, limit=limit, ok=ok, bytes=sizes, held=held)
 
 
 def finite(tree: PyTree) -> bool:
-    """Whether there is no NaN, which a lost reversal leaves."""
+    """Tells whether there is no NaN, which a lost reversal leaves."""
     return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
 
 

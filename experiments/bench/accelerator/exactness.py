@@ -12,6 +12,7 @@ gradient is allowed, but no more than a quarter: a lost reversal leaves NaN, or 
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -22,7 +23,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 import deqjax
 
-from bench.accelerator.cells import SHAPES, Kind, kind
+from bench.accelerator.cells import FORMS, Kind, kind
 from bench.accelerator.run import Compiled, Program, Run, Size, compiled, good
 
 Context = Literal["arguments", "closed over", "vmap", "stopping", "jit(pull)"]
@@ -54,10 +55,10 @@ class Case(NamedTuple):
 
 def design() -> list[Case]:
     """The six kinds, and then whichever case brings the most new pairs."""
-    factors = (tuple(SHAPES), DTYPES, INVERSES, CONTEXTS)
+    factors = (tuple(FORMS), DTYPES, INVERSES, CONTEXTS)
     every = [Case(*each) for each in itertools.product(*factors)]
     pairs = lambda case: set(itertools.combinations(enumerate(case), 2))
-    chosen = [Case(name, "float32", 2, "arguments") for name in SHAPES]
+    chosen = [Case(name, "float32", 2, "arguments") for name in FORMS]
     missing = set().union(*map(pairs, every)) - set().union(*map(pairs, chosen))
     while missing:
         best = max(every, key=lambda case: len(pairs(case) & missing))
@@ -78,39 +79,33 @@ def batched(k: Kind) -> Any:
 
 def tested(case: Case, k: Kind) -> Program:
     """Exact reversal in its context: `(cotangents of (params, x), residual, steps)`."""
-    fn, how = batched(k), solver(case)
-    options: dict[str, Any] = {"max_steps": _MOST}
+    fn, how, together = batched(k), solver(case), case.context == "stopping"
     moving, fixed = eqx.partition(k.params, eqx.is_inexact_array)
     join = lambda args: (eqx.combine(args[0], fixed), args[1])
     mine = lambda z, args: fn(z, join(args))
     args, steps = (moving, k.x), jnp.asarray(_MOST)
 
-    def whole(z0, args, cotangent, steps):
-        together = case.context == "stopping"
-        steps = jnp.full(z0.shape[0], steps) if together else steps
-        (_, d, _), stats = deqjax.reversible_vjp(
-            mine, how, z0, args, cotangent, batched=together, steps=steps, **options
-        )
+    def pulled(f, z0, args, cotangent, steps):
+        options: Any = {"batched": together, "steps": steps, "max_steps": _MOST}
+        d, stats = deqjax.reversible_vjp(f, how, z0, args, cotangent, **options)
         return d, stats["reversal_residual"], stats["num_steps"]
+
+    def whole(z0, args, cotangent, steps):
+        steps = jnp.full(z0.shape[0], steps) if together else steps
+        (_, d, _), *more = pulled(mine, z0, args, cotangent, steps)
+        return d, *more
 
     def each(z0, args, cotangent, steps):
-        def one(z0, x, cotangent):
-            f = lambda z, args: k.one(z, *join(args))
-            at = (args[0], x)
-            return deqjax.reversible_vjp(f, how, z0, at, cotangent, steps=steps, **options)
-
-        ((_, (d, dx), _), stats) = jax.vmap(one)(z0, args[1], cotangent)
-        d = jax.tree.map(lambda x: jnp.sum(x, 0, jnp.float32), d)
-        return (d, dx), stats["reversal_residual"], stats["num_steps"]
+        f = lambda z, args: k.one(z, *join(args))
+        one = lambda z0, x, cotangent: pulled(f, z0, (args[0], x), cotangent, steps)
+        (_, (d, dx), _), *more = jax.vmap(one)(z0, args[1], cotangent)
+        return (jax.tree.map(lambda x: jnp.sum(x, 0, jnp.float32), d), dx), *more
 
     def closed(z0, cotangent, steps):
-        held = jax.tree.leaves(args)
-        tree = jax.tree.structure(args)
+        held, tree = jax.tree.flatten(args)
         f = lambda z, _: mine(z, jax.tree.unflatten(tree, held))
-        (d, _, _), stats = deqjax.reversible_vjp(
-            f, how, z0, None, cotangent, steps=steps, **options
-        )
-        return d, stats["reversal_residual"], stats["num_steps"]
+        (d, _, _), *more = pulled(f, z0, None, cotangent, steps)
+        return d, *more
 
     match case.context:
         case "arguments" | "stopping":
@@ -120,11 +115,9 @@ def tested(case: Case, k: Kind) -> Program:
         case "closed over":
             return closed, (k.z0, k.cotangent, steps)
         case "jit(pull)":
-            adjoint = deqjax.ReversibleAdjoint()
-            at = lambda args: deqjax.fixed_point(
-                mine, how, k.z0, args, adjoint=adjoint, max_steps=DEPTHS[1]
-            )
-            _, pull = jax.vjp(lambda args: at(args).value, args)
+            options: Any = {"adjoint": deqjax.ReversibleAdjoint(), "max_steps": DEPTHS[1]}
+            at = lambda args: deqjax.fixed_point(mine, how, k.z0, args, **options).value
+            _, pull = jax.vjp(at, args)
             return lambda cotangent: pull(cotangent)[0], (k.cotangent,)
 
 
@@ -222,7 +215,7 @@ def exactness(run: Run) -> None:
         judge(run, case, good(found[case]), good(found[case.inputs, "reference"]))
         del found[case]  # and its program with it
 
-    run.cases({str(case): (lambda case=case: check(case)) for case in cases})
+    run.cases({str(case): partial(check, case) for case in cases})
 
 
 def judge(run: Run, case: Case, ours: Compiled, theirs: Compiled) -> None:
@@ -231,16 +224,14 @@ def judge(run: Run, case: Case, ours: Compiled, theirs: Compiled) -> None:
     moving = eqx.filter(k.params, eqx.is_inexact_array)
     inputs = (k.z0, (moving, k.x), k.cotangent)
     nudged = moved(inputs, unit(case), run.seed)
+    given = (k.z0, k.cotangent) if case.context == "closed over" else inputs
     worst: dict[str, Any] = {"residual": 0.0, "error": 0.0, "allowed": 0.0, "share": 0.0}
     steps: list[Any] = []
     for n in DEPTHS[1:2] if case.context == "jit(pull)" else DEPTHS:
-        match case.context:
-            case "jit(pull)":
-                d, residual, taken = ours.program(k.cotangent), 0.0, jnp.asarray(n)
-            case "closed over":
-                d, residual, taken = ours.program(k.z0, k.cotangent, jnp.asarray(n))
-            case _:
-                d, residual, taken = ours.program(*inputs, jnp.asarray(n))
+        if case.context == "jit(pull)":
+            d, residual, taken = ours.program(k.cotangent), 0.0, jnp.asarray(n)
+        else:
+            d, residual, taken = ours.program(*given, jnp.asarray(n))
         taken = jnp.broadcast_to(taken, k.z0.shape[0])
         truth, other = (theirs.program(*each, taken) for each in (inputs, nudged))
         error = distance(d, truth, ordered=case.context != "closed over")

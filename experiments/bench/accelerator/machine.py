@@ -2,7 +2,7 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions, version
 from typing import Any
 
 import jax
@@ -85,10 +85,5 @@ def machine(run: Run) -> None:
 
 
 def _versions() -> str:
-    found = ""
-    for package in _PACKAGES:
-        try:
-            found += f", {package} {version(package)}"
-        except PackageNotFoundError:
-            continue
-    return found
+    there = {package.metadata["Name"].lower() for package in distributions()}
+    return "".join(f", {name} {version(name)}" for name in _PACKAGES if name in there)

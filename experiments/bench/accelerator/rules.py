@@ -101,16 +101,11 @@ def grouped(norm: GroupNorm, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
 def forms(size: Size, key: PRNGKeyArray) -> dict[str, tuple[dict[str, Form], Array, Any]]:
     """`(the stock form and ours, z, what does not change)` of each rule."""
     (n, side), (batch, length, width) = IMAGE[size], TOKENS[size]
-    found: dict[str, tuple[dict[str, Form], Array, Any]] = {}
     images = {c: jax.random.normal(key, (n, side, side, c)) for c in CHANNELS[size]}
-    for c, z in images.items():
-        kernel = jax.random.normal(key, (3, 3, c, c)) / (9 * c) ** 0.5
-        each: dict[str, Form] = {
-            STOCK: stock_convolution,
-            FLIPPED: flipped,
-            "minimal filtering": filtered,
-        }
-        found[f"convolution, {c} channels"] = each, z, kernel
+    kernel = lambda c: jax.random.normal(key, (3, 3, c, c)) / (9 * c) ** 0.5
+    each: dict[str, Form] = {STOCK: stock_convolution, FLIPPED: flipped}
+    each["minimal filtering"] = filtered
+    found = {f"convolution, {c} channels": (each, z, kernel(c)) for c, z in images.items()}
     tokens = jax.random.normal(key, (batch, length, width))
     weight = jax.random.normal(key, (width, width)) / width**0.5
     plain = lambda z, w: jax.vmap(lambda z: z @ w)(z)
@@ -155,7 +150,7 @@ def programs(size: Size, key: PRNGKeyArray) -> Iterator[tuple[str, Program]]:
 
 def rules(run: Run) -> None:
     every = forms(run.size, run.key)
-    run.cases({name: (lambda name=name: compared(run, name, *every[name])) for name in every})
+    run.cases({name: partial(compared, run, name, *rule) for name, rule in every.items()})
 
 
 def compared(run: Run, rule: str, each: dict[str, Form], z: Array, rest: Any) -> None:
@@ -165,15 +160,13 @@ def compared(run: Run, rule: str, each: dict[str, Form], z: Array, rest: Any) ->
     found: dict[Any, Compiled] = {name: good(p) for name, p in compiled(made).items()}
     calls = {name: p.call for name, p in found.items()}
     taken = seconds(calls, run.pick(1, 5, 15), max(run.left / 8, 0.5))
-    for name in each:
-        if name == STOCK:
-            continue
+    allowed = _ALLOWED.get(jax.default_backend(), _OTHERWISE)
+    for name in [name for name in each if name != STOCK]:
         said, slower = "", False
         for kind in kinds[name]:
             ours, theirs = (taken[form, kind] / LOOP for form in (name, STOCK))
             said += f"{kind} {milliseconds(ours)} / {milliseconds(theirs)} = {ours / theirs:.2f}; "
             slower |= ours > _SLOWER * theirs
-        allowed = _ALLOWED.get(jax.default_backend(), _OTHERWISE)
         error = max(_gap(found[name, k].call(), found[STOCK, k].call()) for k in kinds[name])
         note = "note" if slower and error <= allowed else ""
         limit = f"{allowed:g}; {_SLOWER}" if note else f"{allowed:g}"

@@ -29,12 +29,6 @@ def size_of(smoke: bool) -> Size:
     return "reduced" if jax.default_backend() == "cpu" else "full"
 
 
-def last_line(error: BaseException) -> str:
-    """The name of the exception and the first line of what it says."""
-    text = "".join(traceback.format_exception_only(error)).strip()
-    return text.splitlines()[0][:300]
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Writes each result at once; starts no case after `until`."""
@@ -82,11 +76,9 @@ class Run:
         print(f"{self.section}: {case}: {value} {limit} {verdict}".rstrip(), flush=True)
 
     def known(self, name: str) -> dict[str, Any]:
-        """Everything that the sections left under this name so far."""
-        found: dict[str, Any] = {}
-        for line in read(self.path):
-            found |= line.get(name, {})
-        return found
+        """All that the sections left under this name so far."""
+        found = [line.get(name, {}) for line in read(self.path)]
+        return {name: value for each in found for name, value in each.items()}
 
     def cases(self, cases: dict[str, Callable[[], None]]) -> None:
         """Runs them in order while there is time; one that fails is a red row, and loses nothing.
@@ -105,7 +97,8 @@ class Run:
                 case()
             except Exception as error:
                 traceback.print_exc()
-                self.add(name, last_line(error), ok=False)
+                text = "".join(traceback.format_exception_only(error)).strip()
+                self.add(name, text.splitlines()[0][:300], ok=False)
             self.write(done=name)
 
 

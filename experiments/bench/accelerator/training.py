@@ -73,6 +73,10 @@ def corpus(path: Path | None) -> np.ndarray:
     return np.frombuffer(whole, np.uint8)
 
 
+def entropy(logits: Array, labels: Array) -> Array:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
 def updated(loss: Callable[..., Array], optimiser: Any) -> Callable[..., Any]:
     """A step of training, of `(params, state, *data)`."""
 
@@ -96,9 +100,7 @@ def text_programs(size: Size, key: PRNGKeyArray, dtype: Any) -> tuple[Program, P
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98))
 
     def loss(params: PyTree, tokens: Int[Array, "b l"]) -> Array:
-        logits, _ = eqx.combine(params, static)(tokens[:, :-1])
-        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return jnp.mean(entropy)
+        return entropy(eqx.combine(params, static)(tokens[:, :-1])[0], tokens[:, 1:])
 
     tokens = jnp.zeros((t.batch, b.length + 1), jnp.int32)
     step = updated(loss, optimiser), (params, optimiser.init(params), tokens)
@@ -107,18 +109,15 @@ def text_programs(size: Size, key: PRNGKeyArray, dtype: Any) -> tuple[Program, P
 
 def image_step(size: Size, key: PRNGKeyArray) -> Program:
     p = PICTURES[size]
-    solver = deqjax.Reversible(beta=0.8, rtol=0.0, atol=0.0)
-    how: Any = {"channels": p.channels, "width": p.widths}
-    how |= {"solver": solver, "max_steps": p.steps, "key": key}
-    shape = (p.pixels, p.pixels, 3)
+    solver, shape = deqjax.Reversible(beta=0.8, rtol=0.0, atol=0.0), (p.pixels, p.pixels, 3)
+    how: Any = {"channels": p.channels, "width": p.widths, "solver": solver, "key": key}
+    how["max_steps"] = p.steps
     net, norms = eqx.nn.make_with_state(ImplicitResNet)(shape, 10, **how)
     params, static = eqx.partition(net, eqx.is_inexact_array)
     optimiser = optax.adamw(p.learning_rate, weight_decay=1e-2)
 
     def loss(params: PyTree, norms: Any, images: Array, labels: Array) -> Array:
-        logits, _, _ = eqx.combine(params, static)(images, norms)
-        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(entropy)
+        return entropy(eqx.combine(params, static)(images, norms)[0], labels)
 
     images = jax.random.normal(key, (p.batch, *shape))
     labels = jax.random.randint(key, (p.batch,), 0, 10)
@@ -158,11 +157,13 @@ def train_text(run: Run, step: Compiled, loss: Compiled, end: float) -> None:
         return jnp.asarray(some[at + np.arange(length + 1).reshape(1, -1)], jnp.int32)
 
     held_out = [batch(data[cut:]) for _ in range(4)]
+    test = lambda: float(np.mean([loss.program(params, x) for x in held_out]))
     spoken = start = time.time()
     losses: list[float] = []
     pending: list[Array] = []
     tested = 0.0  # seconds
-    while len(losses) < (9 if run.size == "smoke" else 6) or time.time() < end:
+    least, most = (9, 9) if run.size == "smoke" else (6, math.inf)
+    while len(losses) < least or (len(losses) < most and time.time() < end):
         value, params, state = step.program(params, state, batch(data[:cut]))
         pending.append(value)
         # A few steps ahead of the device and no more, so that the clock is its own.
@@ -171,14 +172,10 @@ def train_text(run: Run, step: Compiled, loss: Compiled, end: float) -> None:
         if time.time() - spoken > 10:
             losses += [float(x) for x in pending]
             pending, spoken = [], time.time()
-            other = float(np.mean([loss.program(params, x) for x in held_out]))
-            run.write(second=spoken - start, step=len(losses), nats=losses[-1], held_out=other)
+            run.write(second=spoken - start, step=len(losses), nats=losses[-1], held_out=test())
             tested += time.time() - spoken
-        if run.size == "smoke" and len(losses) == 9:
-            break
     losses += [float(x) for x in pending]
-    taken, n = time.time() - start - tested, len(losses)
-    other = float(np.mean([loss.program(params, x) for x in held_out]))
+    taken, n, other = time.time() - start - tested, len(losses), test()
 
     last = float(np.mean(losses[-max(n // 10, 3) :]))
     tokens = t.batch * length

@@ -19,6 +19,8 @@ from scipy import special
 import deqjax
 from deqjax.positive import AbstractActivation, Power, Shifted
 
+from bench.problems import convolved, radius
+
 LONG = np.longdouble
 # Roundings of a function, an addition and a division in long double, of a few units each.
 _UNITS = 100
@@ -49,10 +51,6 @@ def _erf(u: np.ndarray) -> np.ndarray:
     return np.minimum(2 / root * np.exp(-(cut**2)) * total, 1)
 
 
-def _logistic(u: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-u))
-
-
 def _cosh(u: np.ndarray) -> np.ndarray:
     return np.cosh(np.minimum(u, 300))
 
@@ -62,28 +60,23 @@ _SHIFTED, _POWER = Shifted(jnp.tanh, 1.25), Power(0.5, 2.0**-10)
 SIGMAS: dict[str, Sigma] = {
     "tanh": Sigma(jnp.tanh, np.tanh, lambda u: 1 / _cosh(u) ** 2),
     "relu6": Sigma(jax.nn.relu6, lambda u: np.minimum(u, 6), lambda u: (u < 6).astype(u.dtype)),
-    "sigmoid": Sigma(jax.nn.sigmoid, _logistic, lambda u: np.exp(-u) / (1 + np.exp(-u)) ** 2),
+    "sigmoid": Sigma(jax.nn.sigmoid, lambda u: 1 / (1 + np.exp(-u)),
+                     lambda u: np.exp(-u) / (1 + np.exp(-u)) ** 2),
     "soft_sign": Sigma(jax.nn.soft_sign, lambda u: u / (1 + u), lambda u: 1 / (1 + u) ** 2),
-    "hard_tanh": Sigma(
-        jax.nn.hard_tanh, lambda u: np.minimum(u, 1), lambda u: (u < 1).astype(u.dtype)
-    ),
+    "hard_tanh": Sigma(jax.nn.hard_tanh, lambda u: np.minimum(u, 1),
+                       lambda u: (u < 1).astype(u.dtype)),
     "arctan": Sigma(jnp.arctan, np.arctan, lambda u: 1 / (1 + u**2)),
-    "erf": Sigma(
-        jax.lax.erf, _erf, lambda u: 2 / math.sqrt(math.pi) * np.exp(-(np.minimum(u, 100) ** 2))
-    ),
+    "erf": Sigma(jax.lax.erf, _erf,
+                 lambda u: 2 / math.sqrt(math.pi) * np.exp(-(np.minimum(u, 100) ** 2))),
     "saturating": Sigma(deqjax.positive.saturating, lambda u: -np.expm1(-u), lambda u: np.exp(-u)),
     "log1p": Sigma(jnp.log1p, np.log1p, lambda u: 1 / (1 + u)),
     "sqrt": Sigma(jnp.sqrt, np.sqrt, lambda u: 0.5 / np.sqrt(u)),
-    "hard_sigmoid": Sigma(
-        jax.nn.hard_sigmoid,
-        lambda u: np.minimum(u + 3, 6) / 6,
-        lambda u: (u < 3).astype(u.dtype) / 6,
-    ),
+    "hard_sigmoid": Sigma(jax.nn.hard_sigmoid, lambda u: np.minimum(u + 3, 6) / 6,
+                          lambda u: (u < 3).astype(u.dtype) / 6),
     "tanh + 1.25": Sigma(_SHIFTED, lambda u: np.tanh(u) + 1.25, lambda u: 1 / _cosh(u) ** 2),
-    "sqrt(u + 2^-10)": Sigma(
-        _POWER, lambda u: np.sqrt(u + 2.0**-10), lambda u: 0.5 / np.sqrt(u + 2.0**-10)
-    ),
-}
+    "sqrt(u + 2^-10)": Sigma(_POWER, lambda u: np.sqrt(u + 2.0**-10),
+                             lambda u: 0.5 / np.sqrt(u + 2.0**-10)),
+}  # fmt: skip
 
 
 def untested() -> list[str]:
@@ -111,11 +104,11 @@ class Batch(NamedTuple):
 
     @property
     def fn(self) -> Callable[[jax.Array, tuple[jax.Array, jax.Array]], jax.Array]:
-        """Of the whole batch; one object for one activation, so that nothing is retraced."""
+        """f of the whole batch; one object for one activation, so that nothing is retraced."""
         return function(self.name, self.w.ndim == 2)
 
     def error(self, z: Any) -> np.ndarray:
-        """The largest relative error of an entry, of each example."""
+        """The largest relative error of an entry per example."""
         return np.abs(np.asarray(z, LONG) / self.solution - 1).max(-1)
 
     def steps(self, dtype: Any, rtol: float, most: int) -> int | None:
@@ -140,50 +133,45 @@ def function(name: str, shared: bool) -> Callable:
     return fn
 
 
+def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.linalg.solve(matrix, right.astype(float)[..., None])[..., 0]
+
+
 def solved(name: str, w: np.ndarray, x: np.ndarray) -> Batch:
     """The solutions for the numbers as they are stored."""
     sigma, n = SIGMAS[name], x.shape[-1]
-    wide, add = np.broadcast_to(w, (*x.shape, n)).astype(float), x.astype(float)
     eye = np.eye(n)
 
-    def product(w, z):
-        return np.matmul(w, z[..., None])[..., 0]
+    def written(dtype: Any) -> tuple[Callable, Callable]:
+        """f and its Jacobian in this precision."""
+        wide, add = np.broadcast_to(w, (*x.shape, n)).astype(dtype), x.astype(dtype)
+        u = lambda z: np.matmul(wide, z[..., None])[..., 0] + add
+        slopes = lambda z: (sigma.slope(u(z))[..., None] * wide).astype(dtype)
+        return lambda z: sigma.value(u(z)), slopes
 
+    # Newton's method in float64, from above.
+    f, jacobian = written(float)
     z = np.full(x.shape, min(sigma.supremum, 1e3))
-    while np.any(low := np.any(sigma.value(product(wide, z) + add) > z * (1 + 1e-12), -1)):
+    while np.any(low := np.any(f(z) > z * (1 + 1e-12), -1)):
         z[low] *= 2
     for _ in range(300):
-        u = product(wide, z) + add
-        step = np.linalg.solve(
-            eye - sigma.slope(u)[..., None] * wide, (z - sigma.value(u))[..., None]
-        )
-        z = z - step[..., 0]
-        if np.all(np.abs(step[..., 0]) <= 1e-14 * z):
+        step = _solve(eye - jacobian(z), z - f(z))
+        z = z - step
+        if np.all(np.abs(step) <= 1e-14 * z):
             break
-    w_long, x_long, z = w.astype(LONG), x.astype(LONG), z.astype(LONG)
-    w_long = np.broadcast_to(w_long, (*x.shape, n))
-    matrix = eye
+    # Refined with residuals in long double.
+    f, jacobian = written(LONG)
+    z, matrix = z.astype(LONG), eye
     for _ in range(4):
-        u = product(w_long, z) + x_long
-        j = (sigma.slope(u)[..., None] * w_long).astype(LONG)
-        matrix = (eye - j).astype(float)
-        left = sigma.value(u) - z
-        z = z + np.linalg.solve(matrix, left.astype(float)[..., None])[..., 0]
-    u = product(w_long, z) + x_long
-    j = (sigma.slope(u)[..., None] * w_long).astype(LONG)
-    unit = float(np.finfo(LONG).eps)
-    left = np.abs(sigma.value(u) - z) + (2 * n + _UNITS) * unit * z
+        matrix = (eye - jacobian(z)).astype(float)
+        z = z + _solve(matrix, f(z) - z)
+    left = np.abs(f(z) - z) + (2 * n + _UNITS) * float(np.finfo(LONG).eps) * z
     # z - z* = (I - J)^-1 (z - f(z)) to first order; twice that, for the rest of it.
-    doubt = 2 * np.linalg.solve(matrix, left.astype(float)[..., None])[..., 0]
+    doubt = 2 * _solve(matrix, left)
     worst = float(np.max(doubt / z))
     if not (np.all(doubt > 0) and worst < 1e-13):
         raise RuntimeError(f"The solutions of {name} problems are in doubt by {worst:.1e}.")
-    return Batch(name, w, x, z, doubt, j)
-
-
-def radius(matrix: np.ndarray) -> float:
-    """The largest modulus of an eigenvalue."""
-    return float(np.abs(np.linalg.eigvals(matrix.astype(float))).max())
+    return Batch(name, w, x, z, doubt, jacobian(z))
 
 
 def dense(name: str, rho: float, x: float, batch: int, n: int, dtype: Any, seed: int = 0) -> Batch:
@@ -210,13 +198,8 @@ def images(
     rng = np.random.default_rng(seed)
     kernel, shape = rng.uniform(size=(3, 3, channels, channels)), (size, size, channels)
     n = math.prod(shape)
-    padded = np.pad(np.eye(n).reshape(n, *shape), ((0, 0), (1, 1), (1, 1), (0, 0)))
-
-    def matrix(kernel):
-        taps = ((a, b) for a in range(3) for b in range(3))
-        parts = (padded[:, a : a + size, b : b + size] @ kernel[a, b] for a, b in taps)
-        return np.add.reduce(list(parts)).reshape(n, n).T
-
+    units = np.eye(n).reshape(n, *shape)
+    matrix = lambda kernel: convolved(units, kernel[None]).reshape(n, n).T
     kernel = (kernel * rho / radius(matrix(kernel))).astype(dtype)
     cell = make(channels, 3, SIGMAS[name].jax, nonnegative=None, dtype=dtype, key=jax.random.key(0))
     cell = eqx.tree_at(lambda cell: cell.weight, cell, jnp.asarray(kernel))

@@ -1,4 +1,4 @@
-"""Are the bounds true? Violations are counted over random problems, and handed on in full."""
+"""Violations of the bounds, counted over random problems and handed on in full."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ import deqjax
 
 from bench.certificates.cells import LONG, SIGMAS, Batch
 from bench.certificates.random import SOURCES, points, problems, radii
-from bench.report import Row
+from bench.rows import Row
 
 SIZES = 40  # the largest
 _EACH = 4  # sizes of an activation; 13 activations have room for all 40
@@ -48,12 +48,10 @@ def _certified(p: Batch, dtype: str, seed: int) -> Row:
         "spectral radius": (below > high) | (above < low),
     }
     holds = np.asarray(c.holds)
-    counts = [[int(np.sum(source == k)), int(np.sum(holds[source == k]))]
-              for k in range(len(SOURCES))]  # fmt: skip
-    return _about(p, dtype, "certify", false, z, c._asdict()) | {
-        "sources": counts,
-        "radius in doubt by": float(np.max(high - low)),
-    }
+    held = [holds[source == k] for k in range(len(SOURCES))]
+    more = {"sources": [[len(some), int(some.sum())] for some in held]}
+    more |= {"radius in doubt by": float(np.max(high - low))}
+    return _about(p, dtype, "certify", false, z, c._asdict()) | more
 
 
 def _solved(p: Batch, dtype: str, which: str, rng: np.random.Generator) -> Row:
@@ -67,10 +65,9 @@ def _solved(p: Batch, dtype: str, which: str, rng: np.random.Generator) -> Row:
         "relative error": _short(p, sol.value, stats["relative_error"]),
         "tolerance": good & (p.error(sol.value) > rtol * (1 + 1e-6) + doubt),
     }
-    every = {k: stats[k] for k in ("lower", "upper", "relative_error")} | {
-        "rtol": [rtol] * len(good)
-    }
-    row = _about(p, dtype, which, false, np.asarray(sol.value), every)
+    said = {k: stats[k] for k in ("lower", "upper", "relative_error")}
+    said |= {"rtol": [rtol] * len(good)}
+    row = _about(p, dtype, which, false, np.asarray(sol.value), said)
     return row | {"sources": [[len(good), int(good.sum())]]}
 
 
@@ -83,7 +80,7 @@ def _false_ends(p: Batch, lower: Any, upper: Any) -> dict[str, np.ndarray]:
 
 
 def _short(p: Batch, z: Any, bound: Any) -> np.ndarray:
-    """Where the bound of the error is less than it."""
+    """Marks the examples whose error is larger than its bound."""
     most = np.asarray(bound, LONG)[:, None] + p.doubt / p.solution
     return np.any(~(np.abs(np.asarray(z, LONG) / p.solution - 1) <= most), -1)
 
@@ -100,8 +97,9 @@ def _about(p: Batch, dtype: str, which: str, false: dict, z: np.ndarray, said: d
             "x": p.x[j].tolist(),
             "z": z[j].tolist(),
             "solution": [str(v) for v in p.solution[j]],
-            "said": {k: np.asarray(v)[..., j].tolist() if k == "spectral_radius"
-                     else np.asarray(v)[j].tolist() for k, v in said.items()},
+            # Of the bracket of the radius the examples are the last axis.
+            "said": {k: np.asarray(v)[(..., j) if k == "spectral_radius" else j].tolist()
+                     for k, v in said.items()},
         }
         for what, wrong in false.items()
         for j in np.flatnonzero(wrong)

@@ -1,4 +1,4 @@
-"""Does the company of a problem in a batch change anything about it? Not a bit of it should."""
+"""A problem in the company of others in a batch, which should not change a bit of it."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import deqjax
 
 from bench.certificates.cells import Batch, dense
-from bench.report import Row
+from bench.rows import Row
 
 KEPT = 4  # the examples that stay, at the front
 MINE, EASY, HARD = 0.065, 10.0, 1e-4  # sizes of x, with tanh and rho(W) = 1
@@ -17,28 +17,24 @@ MOST = 50_000
 
 
 def mates(batch: int, n: int, seed: int) -> list[Row]:
-    """Of the examples kept: all that comes back, with easy mates against with hard ones."""
+    """Compares all that comes back for the examples kept, with easy mates and with hard ones."""
     rows = []
     for dtype in ("float32", "float64"):
         with jax.enable_x64(dtype == "float64"):
-            mine, easy, hard = (
-                dense("tanh", 1.0, x, batch, n, dtype, seed) for x in (MINE, EASY, HARD)
-            )
-            steps = [p.steps("float64", 1e-8, MOST) for p in (easy, hard)]
-            results = [_both(mine, mates) for mates in (easy, hard)]
+            made = (dense("tanh", 1.0, x, batch, n, dtype, seed) for x in (MINE, EASY, HARD))
+            mine, *mates = made
+            steps = [p.steps("float64", 1e-8, MOST) for p in mates]
+            results = [_both(mine, p) for p in mates]
             for name, (one, other) in zip(NAMES, zip(*results, strict=True), strict=True):
                 pairs = list(zip(_leaves(one), _leaves(other), strict=True))
                 same = lambda a, b: np.array_equal(_bits(a[:KEPT]), _bits(b[:KEPT]))
-                row = {
-                    "by": name,
-                    "dtype": dtype,
-                    "picard": steps,
+                counts = {
                     "arrays": len(pairs),
                     "differ": sum(not same(a, b) for a, b in pairs),
                     "steps": [int(np.max(r[1][KEPT:])) for r in (one, other)],
                     "steps kept": int(np.max(one[1][:KEPT])),
                 }
-                rows.append(row)
+                rows.append({"by": name, "dtype": dtype, "picard": steps} | counts)
     return rows
 
 

@@ -40,7 +40,7 @@ def problems(name: str, count: int, n: int, dtype: str, seed: int) -> Batch:
 
 
 def points(p: Batch, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """What might have to be certified, in the dtype of the problem; and of which source it is."""
+    """Points that might have to be certified, in the dtype of the problem; and their sources."""
     rng = np.random.default_rng([seed, 1])
     shape, dtype = p.x.shape, p.x.dtype
     source = rng.integers(0, len(SOURCES), shape[0])

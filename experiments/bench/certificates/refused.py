@@ -1,4 +1,4 @@
-"""Maps of which the theorem is not true: what refuses each, and what does not notice."""
+"""Maps for which the theorem is not true: what refuses each, and what does not notice."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import deqjax
 from deqjax.nn import PositiveConcaveLinear
 from deqjax.positive import Shifted, check_hypotheses
 
-from bench.report import Row
+from bench.rows import Row
 
 
 class Case(NamedTuple):
@@ -80,7 +80,7 @@ def _refused(case: Case, seed: int) -> Row:
 
 
 def _by_the_cell(case: Case, key: Any) -> tuple[str, bool]:
-    """What the layer makes of the request, and whether the map is kept out."""
+    """The layer's answer to the request, and whether the map is kept out."""
     size = len(case.points[0])
     try:
         cell = PositiveConcaveLinear(size, case.activation, key=key)
@@ -91,10 +91,8 @@ def _by_the_cell(case: Case, key: Any) -> tuple[str, bool]:
         strict = deqjax.positive.qualify(case.activation).kind == 1
         return f"x becomes {injected:.3g}", injected > 0 if strict else injected >= 0
     # Whatever an optimiser does to the parameter.
-    anything = jax.tree.map(
-        lambda w: -jnp.ones_like(w) if eqx.is_inexact_array(w) else w, cell.weight
-    )
-    least = float(jnp.min(paramax.unwrap(anything)))
+    negative = lambda w: -jnp.ones_like(w) if eqx.is_inexact_array(w) else w
+    least = float(jnp.min(paramax.unwrap(jax.tree.map(negative, cell.weight))))
     return f"W >= 0, always (W = {least:.3g} from a parameter of -1)", case.negative and least >= 0
 
 

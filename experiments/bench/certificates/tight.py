@@ -1,4 +1,4 @@
-"""How tight the bounds of `deqjax.certify` are, and what certified solves of hard problems cost."""
+"""Tightness of the bounds of `deqjax.certify`, and the cost of certified hard problems."""
 
 import itertools
 import math
@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 import deqjax
 
-from bench.certificates.cells import SIGMAS, Batch, dense, images, radius
-from bench.report import Row
+from bench.certificates.cells import SIGMAS, Batch, dense, images
+from bench.problems import radius
+from bench.rows import Row
 
 DTYPES = ("float32", "float64")
 SUCCESS = deqjax.RESULTS.successful
@@ -45,9 +46,8 @@ def by_step(fn: Callable, x: jax.Array, args: Any) -> jax.Array:
 def by_example(fn: Callable, x: jax.Array, args: Any) -> jax.Array:
     """Picard from 0 until each example meets a relative tolerance of STEP by itself."""
     solver = deqjax.FixedPointIteration(rtol=STEP, atol=0.0)
-    return deqjax.fixed_point(
-        fn, solver, jnp.zeros_like(x), args, batched=True, max_steps=MOST
-    ).value
+    options: Any = {"batched": True, "max_steps": MOST}
+    return deqjax.fixed_point(fn, solver, jnp.zeros_like(x), args, **options).value
 
 
 STOPS = {"batch": by_step, "example": by_example}
@@ -85,14 +85,11 @@ def _rows(about: Row, p: Batch, fn: Callable, x: Any, args: Any) -> list[Row]:
         true = p.error(np.asarray(z).reshape(p.x.shape)).astype(float)
         bound = np.asarray(c.relative_error, float)
         low, high = (np.asarray(end, float)[:8] for end in c.spectral_radius)
-        row = {
+        found = {
             "dtype": z.dtype.name,
             "stop": stop,
             "true": float(true.max()),
             "bound": float(bound.max()),
-            "ratio": _ratio(bound, true)[0],
-            "worst ratio": _ratio(bound, true)[1],
-            "median ratio": _ratio(bound, true)[2],
             "products": [int(np.median(c.steps)), int(np.max(c.steps))],
             "radius": true_radius,
             "low": float(np.median(low)),
@@ -100,17 +97,20 @@ def _rows(about: Row, p: Batch, fn: Callable, x: Any, args: Any) -> list[Row]:
             "holds": float(np.mean(np.asarray(c.holds))),
             "false": int(np.sum(bound < true)),
         }
-        rows.append(about | row)
+        rows.append(about | found | _ratios(bound, true))
     return rows
 
 
-def _ratio(bound: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
-    """Of the largest, the largest, the median; NaN where Picard has found z* to the last bit."""
+def _ratios(bound: np.ndarray, true: np.ndarray) -> Row:
+    """Bound / error: of the largest, worst, median; NaN where Picard found z* to the last bit."""
     some = true > 0
-    if not np.any(some):
-        return math.nan, math.nan, math.nan
-    each = bound[some] / true[some]
-    return float(bound.max() / true.max()), float(each.max()), float(np.median(each))
+    each = bound[some] / true[some] if np.any(some) else np.array([math.nan])
+    ratio = float(bound.max() / true.max()) if np.any(some) else math.nan
+    return {
+        "ratio": ratio,
+        "worst ratio": float(each.max()),
+        "median ratio": float(np.median(each)),
+    }
 
 
 # Cell, rho(W), x, dtype, rtol, and whether rounding leaves room for that.
@@ -177,6 +177,5 @@ def _counted(p: Batch, z: jax.Array) -> tuple[deqjax.Enclosure, int]:
     c = deqjax.certify(fn, z, p.args, batched=True, fan_in=z.shape[-1])
     jax.block_until_ready(c)
     jax.effects_barrier()
-    return c, len(
-        calls
-    ) - 2  # the two JVPs for the radius evaluate f as well, and are counted there
+    # The two JVPs for the radius evaluate f as well, and are counted there.
+    return c, len(calls) - 2

@@ -1,4 +1,4 @@
-"""What a certificate costs beside the solve, and a convolutional cell beside its products.
+"""The cost of a certificate beside the solve, and of a convolutional cell beside its products.
 
 Everything is compiled alone and timed in interleaved rounds; a ratio is the median over rounds of
 two times of the same round.
@@ -16,8 +16,8 @@ import deqjax
 
 from bench.certificates.cells import dense
 from bench.certificates.tight import ORDINARY
-from bench.report import Row
-from bench.timing import Calls, compiled, interleaved, median_ratio
+from bench.rows import Row
+from bench.timing import Calls, floors, interleaved, median_ratio, ready
 
 RTOL = 1e-4
 # The default, 10 eps; the series alone, which keeps no room for Anderson's method beside it; and
@@ -72,17 +72,12 @@ def _certificate(fn: Callable, z0: jax.Array, args: Any) -> tuple[Calls, Row]:
         step = push(push(push(fz - z)))
         return fn(fn(fz + step, args), args)
 
-    solve = compiled(lambda z0, args: _solve(fn, z0, args), z0, args)
-    sol = solve(z0, args)
-    z = sol.value
-    programs = {
-        "certify": lambda z, args: deqjax.certify(fn, z, args, batched=True),
-        "certify, no radius": without,
-        "3 evaluations, 3 JVPs": three,
-    }
-    calls = {"solve": ft.partial(solve, z0, args)}
-    for name, program in programs.items():
-        calls[name] = ft.partial(compiled(program, z, args), z, args)
+    certify = lambda z, args: deqjax.certify(fn, z, args, batched=True)
+    solve = ready(lambda z0, args: _solve(fn, z0, args), z0, args)
+    sol = solve()
+    programs = {"certify": certify, "certify, no radius": without, "3 evaluations, 3 JVPs": three}
+    calls: Calls = {"solve": solve}
+    calls |= {name: ready(program, sol.value, args) for name, program in programs.items()}
     c = calls["certify"]()
     count = lambda x: int(jnp.max(x))
     about = {
@@ -112,43 +107,31 @@ def _image_calls(batch: int, channels: int, size: int, seed: int) -> tuple[Calls
         sol = _solve(_cell, z0, args, adjoint=adjoint)
         return jnp.sum(sol.value**2), sol.stats["num_fn_evals"]
 
-    def add(name: str, program: Callable, *inputs: Any) -> None:
-        calls[name] = ft.partial(compiled(program, *inputs), *inputs)
-
     for name, adjoint in GRADIENTS.items():
-        add(name, jax.value_and_grad(ft.partial(loss, adjoint=adjoint), has_aux=True), args, z0)
+        both = jax.value_and_grad(ft.partial(loss, adjoint=adjoint), has_aux=True)
+        calls[name] = ready(both, args, z0)
     z = calls["solve"]().value
     cotangent = 2 * z
     _, pull = jax.vjp(_cell, z, args)
-    add("f", _cell, z, args)
-    add("VJP", lambda v, pull: pull(v)[0], cotangent, pull)
+    in_z = lambda v, pull: pull(v)[0]
     looped = lambda once: lambda v, rest: jax.lax.fori_loop(0, LOOP, lambda _, v: once(v, rest), v)
-    add("f, looped", looped(_cell), z, args)
-    add("VJP, looped", looped(lambda v, pull: pull(v)[0]), cotangent, pull)
-    add("last VJP", lambda v, pull: pull(v)[1], cotangent, pull)
+    calls |= {
+        "f": ready(_cell, z, args),
+        "VJP": ready(in_z, cotangent, pull),
+        "f, looped": ready(looped(_cell), z, args),
+        "VJP, looped": ready(looped(in_z), cotangent, pull),
+        "last VJP": ready(lambda v, pull: pull(v)[1], cotangent, pull),
+    }
     rows, terms = batch * size**2, 9 * channels
     left = jax.random.uniform(keys[2], (rows, terms))
     right = jax.random.uniform(keys[3], (terms, channels))
-    add("matmul", jnp.matmul, left, right)
+    calls["matmul"] = ready(jnp.matmul, left, right)
     # One VJP a step, and one for the term that meets the tolerance; then that in W and x.
     products = {}
     for name, adjoint in GRADIENTS.items():
         run = ft.partial(deqjax.implicit_vjp, _cell, batched=True, adjoint=adjoint)
         products[name] = int(jnp.max(jax.jit(run)(z, args, cotangent)[1]["num_steps"])) + 1
     return calls, counts | {"VJPs": products, "flop": 2 * rows * terms * channels}
-
-
-def floors(row: Row, gradient: str, where: str = "") -> list[float]:
-    """Of each round: what a value and a gradient cannot do without, at the price of the pieces.
-
-    An evaluation more, for the linearisation at the solution, and the VJP in W and x beside those
-    in z.
-    """
-    n, seconds = row["counts"], row["all_seconds"]
-    names = (f"f{where}", f"VJP{where}", "last VJP")
-    parts = zip(*(seconds[name] for name in names), strict=True)
-    count = n["evaluations"] + 1, n["VJPs"][gradient]
-    return [count[0] * f + count[1] * vjp + last for f, vjp, last in parts]
 
 
 def ratios(row: Row) -> dict[str, float]:
@@ -162,8 +145,9 @@ def ratios(row: Row) -> dict[str, float]:
     }
     if "f" in s:
         for name in GRADIENTS:
-            found[f"{name} / floor"] = median_ratio(s[name], floors(row, name))
-            looped = floors(row, name, ", looped")
+            counts = (row["counts"]["evaluations"], row["counts"]["VJPs"][name])
+            found[f"{name} / floor"] = median_ratio(s[name], floors(s, *counts))
+            looped = floors(s, *counts, ", looped")
             found[f"{name} / floor, pieces in a loop"] = median_ratio(s[name], looped)
         found["f / matmul"] = of("f", "matmul")
     return found

@@ -17,8 +17,8 @@ from bench.blocks import Cell
 from bench.compare.methods import JAXOPT
 from bench.compare.time import error, exact
 from bench.problems import linear
-from bench.report import Row
-from bench.timing import Calls, compiled, interleaved, temporary_bytes
+from bench.rows import Row
+from bench.timing import compiled, interleaved, temporary_bytes
 
 JAXOPT_ROW = "jaxopt, implicit_diff"
 
@@ -44,7 +44,7 @@ def implicit(linear_solver: Any = None) -> Way:
 
 
 def ways(steps: int) -> dict[str, Way]:
-    """By their names. `steps`: of those that differentiate steps, and not the fixed point."""
+    """The ways by name. `steps` are for those that differentiate steps, and not the fixed point."""
     fixed: dict[str, Any] = {"rtol": 0.0, "atol": 0.0}
     picard = deqjax.FixedPointIteration(**fixed)
     return {
@@ -118,35 +118,32 @@ def block_cases(cells: Sequence[Cell]) -> list[Case]:
 
 
 def compare(cases: Sequence[Case], steps: int, rounds: int) -> list[Row]:
-    """Gradient error, temporary bytes and seconds, one row a way and case.
+    """Gradient error, temporary bytes and seconds, one row per way and case.
 
     The cases of one family have one shape: a way is compiled once for all of them. `backward` is
     the time of solve and gradient less that of the solve alone, round by round.
     """
-    rows: list[Row] = []
     all_ways: dict[str, Way | None] = {**ways(steps)}
     if JAXOPT is not None:
         all_ways[JAXOPT_ROW] = None
     programs: dict[tuple[str, str], Any] = {}
+
+    def call(family: str, name: str, fn: Callable, *inputs: Any) -> ft.partial:
+        if (family, name) not in programs:
+            programs[family, name] = compiled(fn, *inputs)
+        return ft.partial(programs[family, name], *inputs)
+
+    rows: list[Row] = []
     for case in tqdm(cases, desc="cases"):
-        inputs = (case.cell.z0, case.cell.args, case.cell.cotangent)
-        calls: Calls = {}
-        mine: list[Row] = []
-
-        def program(name: str, fn: Callable, *inputs: Any, family: str = case.family) -> Any:
-            if (family, name) not in programs:
-                programs[family, name] = compiled(fn, *inputs)
-            return programs[family, name]
-
+        cell, calls, mine = case.cell, {}, []
+        inputs = (cell.z0, cell.args, cell.cotangent)
         for name, way in all_ways.items():
-            run = program(name, gradient(way, case.cell.fn), *inputs)
-            solve = program(forward(way), solution(way, case.cell.fn), *inputs[:2])
-            calls[name] = ft.partial(run, *inputs)
-            calls[forward(way)] = ft.partial(solve, *inputs[:2])
-            row = {"problem": case.family, "rho": case.rho, "method": name}
-            row |= {"size": case.cell.z0.size, "bytes": temporary_bytes(run)}
-            mine.append(row | {"error": error(run(*inputs), case.truth)})
-        seconds = interleaved(calls, rounds, {})
+            run = calls[name] = call(case.family, name, gradient(way, cell.fn), *inputs)
+            alone = forward(way)
+            calls[alone] = call(case.family, alone, solution(way, cell.fn), *inputs[:2])
+            row = {"problem": case.family, "rho": case.rho, "method": name, "size": cell.z0.size}
+            mine.append(row | {"bytes": temporary_bytes(run), "error": error(run(), case.truth)})
+        seconds = interleaved(calls, rounds)
         for row in mine:
             both, alone = seconds[row["method"]], seconds[forward(all_ways[row["method"]])]
             row["seconds"] = statistics.median(both)
@@ -174,12 +171,10 @@ def guarantee(rhos: Sequence[float], n: int) -> list[Row]:
     tol = 10 * float(jnp.finfo(jnp.float32).eps)
     rows = []
     for case in linear_cases(rhos, n):
-        rho = case.rho or 0.0
-        z0, args, cotangent = case.cell.z0, case.cell.args, case.cell.cotangent
-        solution = jnp.asarray(linear(rho, n=n).solution, z0.dtype)
-        (_, grads), stats = deqjax.implicit_vjp(case.cell.fn, solution, args, cotangent)
+        rho, cell = case.rho or 0.0, case.cell
+        solution = jnp.asarray(linear(rho, n=n).solution, cell.z0.dtype)
+        (_, grads), stats = deqjax.implicit_vjp(cell.fn, solution, cell.args, cell.cotangent)
         row = {"rho": rho, "bound": 10 * tol / (1 - rho), "steps": int(stats["num_steps"])}
-        rows.append(
-            {**row, "error": error(grads, case.truth), "nan": bool(np.isnan(grads[1]).any())}
-        )
+        row["nan"] = bool(np.isnan(grads[1]).any())
+        rows.append(row | {"error": error(grads, case.truth)})
     return rows

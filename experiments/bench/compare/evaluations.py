@@ -1,6 +1,5 @@
 """Evaluations of f, and seconds, that a solve takes to a relative residual, in float64."""
 
-import functools as ft
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +10,8 @@ from tqdm import tqdm
 
 from bench.compare.methods import OURS, available, distance, history, newton, solve
 from bench.problems import Problem, mixed
-from bench.report import Row
-from bench.timing import Calls, compiled, interleaved, median_ratio
+from bench.rows import Row
+from bench.timing import Calls, interleaved, median_ratio, ready
 
 
 def evaluations(
@@ -29,20 +28,19 @@ def evaluations(
         residual = jax.jit(lambda z, args, fn=p.fn: distance(fn(z, args), z))
         mine: list[Row] = []
         calls: Calls = {}
-        repeats: dict[str, int] = {}
         for method in available():
-            run = compiled(solve(method, p.fn, tol * size, ceiling), p.z0, p.args)
-            z, count = run(p.z0, p.args)
+            run = ready(solve(method, p.fn, tol * size, ceiling), p.z0, p.args)
+            z, count = run()
             seen = [x / size for x in history(method, p, length)]
             last = float(residual(z, p.args)) / size
             # The value of jaxopt's Picard iteration is one step beyond the one that was measured.
             row: Row = {"problem": p.name, "rho": p.rho, "method": method, "history": seen}
             row |= {"evaluations": int(count), "residual": last, "met": last <= 1.01 * tol}
-            row["steps"] = next((i + 1 for i, x in enumerate(seen) if x <= tol), None)
+            row["steps"] = _first(seen, tol)
             mine.append(row)
             if row["met"]:
-                calls[method] = ft.partial(run, p.z0, p.args)
-                repeats[method] = _repeats(calls[method])
+                calls[method] = run
+        repeats = {method: _repeats(call) for method, call in calls.items()}
         found = interleaved(calls, rounds, repeats)
         rows += [row | {"all_seconds": found.get(row["method"])} for row in mine]
         if sum(x.size for x in jax.tree.leaves(p.z0)) <= 1000:  # it makes a dense Jacobian
@@ -50,8 +48,13 @@ def evaluations(
     return rows
 
 
+def _first(residuals: list[float], tol: float) -> int | None:
+    """The number of steps to the tolerance."""
+    return next((i + 1 for i, x in enumerate(residuals) if x <= tol), None)
+
+
 def _repeats(call: Callable[[], Any]) -> int:
-    """How often to make a short call in a round: for some milliseconds."""
+    """The number of times to make a short call in a round: for some milliseconds."""
     jax.block_until_ready(call())
     start = time.perf_counter()
     jax.block_until_ready(call())
@@ -62,7 +65,7 @@ def _newton(p: Problem, tol: float, size: float) -> Row:
     """A step costs f and a JVP for each entry of z; counted as that many evaluations."""
     n = sum(x.size for x in jax.tree.leaves(p.z0))
     seen = [x / size for x in newton(p, 12)]
-    steps = next((i + 1 for i, x in enumerate(seen) if x <= tol), None)
+    steps = _first(seen, tol)
     return {
         "problem": p.name,
         "rho": p.rho,
@@ -78,10 +81,9 @@ def _newton(p: Problem, tol: float, size: float) -> Row:
 
 
 def ratio(rows: list[Row], ours: str, theirs: str) -> float | None:
-    """Of the times of two methods on one problem; None unless both met the tolerance."""
-    a, b = (
-        next((r["all_seconds"] for r in rows if r["method"] == m), None) for m in (ours, theirs)
-    )
+    """The ratio of the times of two methods on one problem; None unless both met the tolerance."""
+    seconds = {row["method"]: row["all_seconds"] for row in rows}
+    a, b = seconds.get(ours), seconds.get(theirs)
     return None if a is None or b is None else median_ratio(a, b)
 
 
@@ -94,10 +96,8 @@ def mixed_batch(easy: int, tol: float, max_steps: int, seed: int) -> list[Row]:
         run = jax.jit(solve(method, p.fn, tol, max_steps, batched=True))
         z, together = run(p.z0, p.args)
         alone = jax.jit(solve(method, one, tol, max_steps))
-        apart = [
-            int(alone(*jax.tree.map(lambda x, i=i: x[i], (p.z0, p.args)))[1])
-            for i in range(easy + 1)
-        ]
+        each = [jax.tree.map(lambda x, i=i: x[i], (p.z0, p.args)) for i in range(easy + 1)]
+        apart = [int(alone(*example)[1]) for example in each]
         residual = jax.vmap(distance)(p.fn(z, p.args), z)
         about = {"method": method, "tol": tol, "residuals": residual.tolist()}
         rows.append({**about, "evaluations": together.tolist(), "alone": apart})

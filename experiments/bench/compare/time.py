@@ -1,6 +1,7 @@
-"""What a solve costs beside its evaluations of f; every ratio is of two times of the same round."""
+"""The cost of a solve beside its evaluations of f; all ratios are of times of the same round."""
 
 import functools as ft
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,8 @@ import deqjax
 
 from bench.blocks import Cell
 from bench.compare.methods import OURS, available, distance, solve
-from bench.report import Row
-from bench.timing import Calls, compiled, interleaved, median_ratio, temporary_bytes
-
-Seconds = dict[str, list[float]]
+from bench.rows import Row
+from bench.timing import Calls, by_steps, interleaved, median_ratio, ready, temporary_bytes
 
 # Copies of z that the history of a step moves, with m rows: what it has to read (Anderson: -y
 # twice, for its products with y and with g, and v once; Broyden: s likewise, then v twice, for the
@@ -29,7 +28,7 @@ VECTORS = 6  # z, f(z) and the last accepted pair read, that pair written
 
 
 def history_bytes(method: str, size: int, itemsize: int = 4) -> int:
-    """What one step at a full window moves."""
+    """Bytes that one step at a full window moves."""
     copies = READS[method] * WINDOW[method] + ROWS_WRITTEN + VECTORS
     return copies * size * itemsize
 
@@ -45,55 +44,37 @@ def overhead(size: int, steps: int, rounds: int) -> list[Row]:
     fn = lambda z, args: args[0] * z + args[1]
     short = WINDOW["Broyden"] + 4
     calls: Calls = {}
+    for method, fixed in itertools.product(WINDOW, (True, False)):
+        # The tolerance cannot be met: with it, a step also measures and keeps the best iterate.
+        solver = OURS[method](1e-30)
+        if fixed:
+            kind: Any = type(solver)
+            solver = kind(rtol=0.0, atol=0.0)
 
-    def add(name: str, program: Callable, *inputs: Any) -> None:
-        calls[name] = ft.partial(compiled(program, *inputs), *inputs)
+        def run(z, args, n, solver=solver):
+            options = {"max_steps": short + steps, "steps": n}
+            return deqjax.fixed_point(fn, solver, z, args, **options).value
 
-    for method in WINDOW:
-        for fixed in (True, False):
-            # The tolerance cannot be met: with it, a step also measures and keeps the best iterate.
-            solver = OURS[method](1e-30)
-            if fixed:
-                kind: Any = type(solver)
-                solver = kind(rtol=0.0, atol=0.0)
-
-            def run(z, args, n, solver=solver):
-                options = {"max_steps": short + steps, "steps": n}
-                return deqjax.fixed_point(fn, solver, z, args, **options).value
-
-            name = f"{method}, {'fixed depth' if fixed else 'tolerance'}"
-            program = compiled(run, z, args, jnp.asarray(short))
-            for n in (short, short + steps):
-                calls[f"{name} {n}"] = ft.partial(program, z, args, jnp.asarray(n))
+        name = f"{method}, {'fixed depth' if fixed else 'tolerance'}"
+        both = by_steps(run, z, args, steps=(short, short + steps))
+        calls |= {f"{name} {n}": call for n, call in both.items()}
     loop = lambda z, args: jax.lax.fori_loop(0, steps, lambda _, z: fn(z, args), z)
-    add("f", loop, z, args)
+    calls["f"] = ready(loop, z, args)
     streams = _streams(16 * size)
-    for name, (program, inputs, _) in streams.items():
-        add(name, program, *inputs)
-    found = interleaved(calls, rounds, {})
+    calls |= {name: ready(program, *inputs) for name, (program, inputs, _) in streams.items()}
+    found = interleaved(calls, rounds)
     # The faster one of the two, in seconds a byte, round by round.
-    each = zip(
-        *([s / moved for s in found[name]] for name, (*_, moved) in streams.items()), strict=True
-    )
-    per_byte = [min(pair) for pair in each]
+    each = [[s / moved for s in found[name]] for name, (*_, moved) in streams.items()]
+    per_byte = [min(pair) for pair in zip(*each, strict=True)]
     rows = []
-    for method in WINDOW:
-        for kind in ("tolerance", "fixed depth"):
-            long, few = (found[f"{method}, {kind} {n}"] for n in (short + steps, short))
-            beyond = [(x - y - f) / steps for x, y, f in zip(long, few, found["f"], strict=True)]
-            need = [s * history_bytes(method, size) for s in per_byte]
-            rows.append(
-                {
-                    "method": method,
-                    "mode": kind,
-                    "size": size,
-                    "seconds": statistics.median(beyond),
-                    "f": statistics.median(found["f"]) / steps,
-                    "bytes": history_bytes(method, size),
-                    "bandwidth": 1 / statistics.median(per_byte),
-                    "ratio": median_ratio(beyond, need),
-                }
-            )
+    for method, kind in itertools.product(WINDOW, ("tolerance", "fixed depth")):
+        long, few = (found[f"{method}, {kind} {n}"] for n in (short + steps, short))
+        beyond = [(x - y - f) / steps for x, y, f in zip(long, few, found["f"], strict=True)]
+        need = [s * history_bytes(method, size) for s in per_byte]
+        row = {"method": method, "mode": kind, "size": size, "bytes": history_bytes(method, size)}
+        row |= {"seconds": statistics.median(beyond), "f": statistics.median(found["f"]) / steps}
+        row |= {"bandwidth": 1 / statistics.median(per_byte), "ratio": median_ratio(beyond, need)}
+        rows.append(row)
     return rows
 
 
@@ -114,7 +95,7 @@ def _streams(size: int) -> dict[str, tuple[Callable, tuple, int]]:
 
 
 def value_and_grad(solver: Callable) -> Callable[..., Any]:
-    """As in training: a loss and its gradient in `args`, of `(z0, args, cotangent)`."""
+    """A loss and its gradient in `args` as in training, a function of `(z0, args, cotangent)`."""
 
     def loss(args, z0, cotangent):
         z, evaluations = solver(z0, args)
@@ -159,17 +140,14 @@ def floor(width: int, batch: int, tol: float, rounds: int, seed: int) -> Row:
     calls: Calls = {}
     counts: dict[str, dict[str, int]] = {}
     for name, program in gradients(cell, tol, batched=True).items():
-        run = compiled(program, *inputs)
-        calls[name] = ft.partial(run, *inputs)
-        counts[name] = {"evaluations": int(jnp.max(run(*inputs)[0][1]))}
+        run = calls[name] = ready(program, *inputs)
+        counts[name] = {"evaluations": int(jnp.max(run()[0][1]))}
         if name in ("Picard", "Picard, batched"):
-            counts[name]["VJPs"] = _products(cell, tol, name.endswith("batched"))
-    pieces = _pieces(cell)
-    n = 16
+            counts[name]["VJPs"] = _products(cell, name.endswith("batched"))
+    pieces, n = _pieces(cell), 16
     for name, (once, start) in pieces.items():
-        loop = ft.partial(_loop, once, n)
-        calls[name] = ft.partial(compiled(once, *start), *start)
-        calls[f"{name}, looped"] = ft.partial(compiled(loop, *start), *start)
+        calls[name] = ready(once, *start)
+        calls[f"{name}, looped"] = ready(ft.partial(_loop, once, n), *start)
     # All several times a round: the median of many short calls would miss what a long one meets.
     found = interleaved(calls, rounds, dict.fromkeys(calls, 5) | dict.fromkeys(pieces, n))
     for name in pieces:
@@ -177,12 +155,11 @@ def floor(width: int, batch: int, tol: float, rounds: int, seed: int) -> Row:
     return {"shape": [batch, width], "tol": tol, "counts": counts, "all_seconds": found}
 
 
-def _products(cell: Cell, tol: float, batched: bool) -> int:
+def _products(cell: Cell, batched: bool) -> int:
     """VJPs of the backward solve in z; the one in the parameters is not among them."""
     z, _ = jax.jit(solve("Picard", cell.fn, 1e-5 * cell.z0.size**0.5, 500))(cell.z0, cell.args)
-    stats = deqjax.implicit_vjp(
-        cell.fn, z, cell.args, cell.cotangent, max_steps=500, batched=batched
-    )[1]
+    options: Any = {"max_steps": 500, "batched": batched}
+    _, stats = deqjax.implicit_vjp(cell.fn, z, cell.args, cell.cotangent, **options)
     return int(jnp.max(stats["num_steps"])) + 1
 
 
@@ -216,13 +193,12 @@ def blocks(cells: list[Cell], tol: float, rounds: int) -> list[Row]:
         calls: Calls = {}
         mine: list[Row] = []
         for name, program in gradients(cell, tol, batched=False).items():
-            run = compiled(program, *inputs)
-            (_, evaluations), grad = run(*inputs)
-            calls[name] = ft.partial(run, *inputs)
+            run = calls[name] = ready(program, *inputs)
+            (_, evaluations), grad = run()
             about = {"block": cell.name, "shape": list(cell.z0.shape), "method": name}
             counted = {"evaluations": int(evaluations), "bytes": temporary_bytes(run)}
             mine.append({**about, **counted, "error": error(grad, truth)})
-        found = interleaved(calls, rounds, {})
+        found = interleaved(calls, rounds)
         rows += [row | {"all_seconds": found[row["method"]]} for row in mine]
     return rows
 

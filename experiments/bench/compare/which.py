@@ -1,11 +1,23 @@
-"""Which gradient when: what the comparison of adjoints says, and its tables."""
+"""Which gradient when: the claims of the comparison of adjoints, and its tables."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from bench.compare.adjoints import JAXOPT_ROW
 from bench.compare.methods import JAXOPT
-from bench.report import Claims, Results, Row, markdown, number, pick, said, show, tiny
+from bench.report import Claims, Report, markdown, table
+from bench.rows import Row, grouped, number, pick, show, tiny, values
+
+NOTE = (
+    "Error: relative, over all of args together, against the implicit gradient in float64 (linear: "
+    "dense). All in float32; solves to 2e-6. RecursiveCheckpoint and Reversible "
+    "differentiate their steps, so that the bias is what those have not reached. Memory: "
+    "temporary bytes of solve and gradient over the bytes of one z, which with few entries of z "
+    "is mostly parameters. Time: of the solve, by the solver that goes with it, + what the "
+    "gradient adds."
+)
+REPORT = Report(NOTE)
 
 # What each needs, and what it is for; bias, memory and cost are measured.
 NEEDS = {
@@ -25,45 +37,32 @@ NEEDS = {
 }
 
 
-def claims(results: Results) -> list[Row]:
-    table = Claims()
-    if "memory" in results:
-        rows = {row["size"]: row["bytes"] for row in results["memory"]}
-        small, middle, large = sorted(rows)
-        text = f"implicit backward at state size {middle:,}: temporary MiB"
-        table.add(text, rows[middle] / 2**20, 8)
-        growth = max(rows[middle] / rows[small], rows[large] / rows[middle])
-        table.add("the same: bytes at twice the size / at the size", growth, 2.05)
-    for row in results.get("guarantee", []):
+@REPORT.claim("memory")
+def _memory(table: Claims, rows: list[Row]) -> None:
+    found = {row["size"]: row["bytes"] for row in rows}
+    small, middle, large = sorted(found)
+    text = f"implicit backward at state size {middle:,}: temporary MiB"
+    table.add(text, found[middle] / 2**20, 8)
+    growth = max(found[middle] / found[small], found[large] / found[middle])
+    table.add("the same: bytes at twice the size / at the size", growth, 2.05)
+
+
+@REPORT.claim("guarantee")
+def _guarantee(table: Claims, rows: list[Row]) -> None:
+    for row in rows:
         text = f"implicit gradient, default, rho {row['rho']}: error / (10 tol / (1 - rho)), or NaN"
         # A NaN is allowed, and says so; a wrong number is not.
         wrong = 0.0 if row["nan"] else number(row["error"]) / row["bound"]
         table.add(text + (" (NaN)" if row["nan"] else ""), wrong, 1)
-    if "adjoints" in results:
-        rows = pick(results["adjoints"], problem="linear")
-        for name in ("Implicit", "Implicit, Broyden", "Implicit, GMRES"):
-            found = [r["error"] for r in pick(rows, method=name) if r["error"] is not None]
-            table.add(
-                f"{name}: error on z = A z + b, worst rho, NaN aside",
-                max(found, default=math.nan),
-                None,
-            )
-    return table.lines
 
 
-def tables(results: Results) -> str:
-    """What was measured, as Markdown."""
-    parts = [said(results["claims"])]
-    if "adjoints" in results:
-        rows = results["adjoints"]
-        parts += ["## Which gradient when", which_table(rows)]
-        parts += ["## Gradient error", error_table(rows)]
-        parts += ["## Memory and time", cost_table(rows)]
-    if "guarantee" in results:
-        parts += ["## The default implicit gradient", guarantee_table(results["guarantee"])]
-    if "memory" in results:
-        parts += ["## Memory of the implicit backward pass", memory_table(results["memory"])]
-    return "\n\n".join([*parts, NOTE]) + "\n"
+@REPORT.claim("adjoints")
+def _adjoints(table: Claims, rows: list[Row]) -> None:
+    for name in ("Implicit", "Implicit, Broyden", "Implicit, GMRES"):
+        mine = pick(rows, problem="linear", method=name)
+        found = [row["error"] for row in mine if row["error"] is not None]
+        text = f"{name}: error on z = A z + b, worst rho, NaN aside"
+        table.add(text, max(found, default=math.nan), None)
 
 
 def columns(rows: list[Row]) -> dict[str, dict[str, Any]]:
@@ -75,83 +74,81 @@ def columns(rows: list[Row]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def methods(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in rows))
+def _by_method(rows: list[Row], title: str, cell: Callable[[Row], str]) -> str:
+    """A line per method, a column per problem."""
+    titles, lines = columns(rows), []
+    for name, mine in grouped(rows, "method"):
+        found = {of: cell(pick(mine, **where)[0]) for of, where in titles.items()}
+        lines.append({title: name} | found)
+    if JAXOPT is None:
+        lines.append({title: JAXOPT_ROW} | dict.fromkeys(titles, "not installed"))
+    return table(lines)
 
 
-def error_table(rows: list[Row]) -> str:
-    titles = columns(rows)
-    table = [["gradient error", *titles]]
-    for name in methods(rows):
-        found = [pick(rows, method=name, **where)[0]["error"] for where in titles.values()]
-        table.append([name, *map(_error, found)])
-    return markdown(table + _missing(len(titles)))
-
-
-def _missing(n: int) -> list[list[str]]:
-    return [] if JAXOPT is not None else [[JAXOPT_ROW, *["not installed"] * n]]
-
-
-def _error(x: float | None) -> str:
-    return "NaN" if x is None or math.isnan(x) else tiny(x)
-
-
-def cost_table(rows: list[Row]) -> str:
-    """Temporary memory in copies of z, and milliseconds of solve and gradient."""
-    titles = columns(rows)
-    table = [["copies of z / ms", *titles]]
-    for name in methods(rows):
-        found = [pick(rows, method=name, **where)[0] for where in titles.values()]
-        cells = [f"{r['bytes'] / (4 * r['size']):.0f} / {split(r)}" for r in found]
-        table.append([name, *cells])
-    return markdown(table + _missing(len(titles)))
-
-
-def split(row: Row) -> str:
-    """Milliseconds of the solve, and of what the gradient adds to them."""
-    backward = max(row["backward"], 0)  # below the noise of the solve
-    return f"{1e3 * (row['seconds'] - backward):.3g} + {1e3 * backward:.3g}"
-
-
+@REPORT.table("Which gradient when", "adjoints")
 def which_table(rows: list[Row]) -> str:
     """Bias, memory, cost, needs: on the attention block, bias also at the largest rho."""
     line = pick(rows, problem="linear")
     top = max(row["rho"] for row in line)
     block = next((r["problem"] for r in rows if r["rho"] is None), "linear")
     mine = pick(rows, problem=block, rho=top if block == "linear" else None)
-    head = [f"bias ({block})", f"bias (rho {top:g})", "memory, copies of z", "ms, solve + gradient"]
-    table = [["gradient", *head, "needs"]]
-    for name in methods(rows):
-        row = pick(mine, method=name)[0]
-        far = pick(line, method=name, rho=top)[0]
-        memory = f"{row['bytes'] / (4 * row['size']):.0f}"
-        time = split(row)
-        biases = [_error(row["error"]), _error(far["error"])]
-        table.append([name, *biases, memory, time, NEEDS[name]])
-    return markdown(table)
+    lines = []
+    for name in values(rows, "method"):
+        (row,), (far,) = pick(mine, method=name), pick(line, method=name, rho=top)
+        lines.append(
+            {
+                "gradient": name,
+                f"bias ({block})": _error(row["error"]),
+                f"bias (rho {top:g})": _error(far["error"]),
+                "memory, copies of z": _copies(row),
+                "ms, solve + gradient": _split(row),
+                "needs": NEEDS[name],
+            }
+        )
+    return table(lines)
 
 
+@REPORT.table("Gradient error", "adjoints")
+def error_table(rows: list[Row]) -> str:
+    return _by_method(rows, "gradient error", lambda row: _error(row["error"]))
+
+
+def _error(x: float | None) -> str:
+    return "NaN" if x is None or math.isnan(x) else tiny(x)
+
+
+@REPORT.table("Memory and time", "adjoints")
+def cost_table(rows: list[Row]) -> str:
+    """Temporary memory in copies of z, and milliseconds of solve and gradient."""
+    return _by_method(rows, "copies of z / ms", lambda row: f"{_copies(row)} / {_split(row)}")
+
+
+def _copies(row: Row) -> str:
+    return f"{row['bytes'] / (4 * row['size']):.0f}"
+
+
+def _split(row: Row) -> str:
+    """Milliseconds of the solve, and of what the gradient adds to them."""
+    backward = max(row["backward"], 0)  # below the noise of the solve
+    return f"{1e3 * (row['seconds'] - backward):.3g} + {1e3 * backward:.3g}"
+
+
+@REPORT.table("The default implicit gradient", "guarantee")
 def guarantee_table(rows: list[Row]) -> str:
-    table = [["rho", "products", "error", "10 tol / (1 - rho)"]]
+    lines = [["rho", "products", "error", "10 tol / (1 - rho)"]]
     for row in rows:
         found = "NaN" if row["nan"] else tiny(number(row["error"]))
-        table.append([f"{row['rho']:g}", str(row["steps"]), found, tiny(row["bound"])])
-    return markdown(table)
+        lines.append([f"{row['rho']:g}", row["steps"], found, tiny(row["bound"])])
+    return markdown(lines)
 
 
+@REPORT.table("Memory of the implicit backward pass", "memory")
 def memory_table(rows: list[Row]) -> str:
-    table = [["state size", "temporary MiB", "copies of z"]]
+    lines = [["state size", "temporary MiB", "copies of z"]]
     for row in rows:
-        sizes = [f"{row['bytes'] / 2**20:.2f}", show(row["bytes"] / (4 * row["size"]))]
-        table.append([f"{row['size']:,}", *sizes])
-    return markdown(table)
+        copies = show(row["bytes"] / (4 * row["size"]))
+        lines.append([f"{row['size']:,}", f"{row['bytes'] / 2**20:.2f}", copies])
+    return markdown(lines)
 
 
-NOTE = (
-    "Error: relative, over all of args together, against the implicit gradient in float64 (linear: "
-    "dense). All in float32; solves to 2e-6. RecursiveCheckpoint and Reversible "
-    "differentiate their steps, so that the bias is what those have not reached. Memory: "
-    "temporary bytes of solve and gradient over the bytes of one z, which with few entries of z "
-    "is mostly parameters. Time: of the solve, by the solver that goes with it, + what the "
-    "gradient adds."
-)
+claims, tables = REPORT.claims, REPORT.tables

@@ -1,4 +1,4 @@
-"""How right a gradient is: its error against float64 autodiff, and what the reversal misses."""
+"""Errors of a gradient against float64 autodiff, and what the reversal misses."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from bench.blocks import Cell
 from bench.gradients import gradient
-from bench.report import Row
+from bench.rows import Row
 from bench.ways import OF_THE_FIXED_POINT, TITLES, Method
 
 
@@ -24,27 +24,23 @@ def errors(
     """One row for each cell, dtype, 1 - beta = 1/d, method and number of evaluations."""
     max_steps = max(depths)  # a traced budget below it: each method is compiled once for all
     rows: list[Row] = []
-    cells = list(cells)
-    total = len(cells) * len(dtypes) * len(inverses) * len(methods)
-    with tqdm(total=total, desc="errors", unit="method") as bar:
-        for cell in cells:
-            reference = _compile("checkpointed", cell, max_steps, wide=True)
-            for dtype in dtypes:
-                rounded = cell.astype(dtype)
-                with jax.enable_x64(True):
-                    exactly = rounded.astype(float)
-                # Their beta doesn't enter the gradient, and one that is traced saves compilation.
-                shared = {m: _compile(m, rounded, max_steps) for m in OF_THE_FIXED_POINT}
-                for d in inverses:
-                    truth = {n: reference(exactly, d, n)[0] for n in depths}
-                    for method in methods:
-                        run = shared.get(method) or _compile(method, rounded, max_steps, d=d)
-                        for n in depths:
-                            found, residual = run(rounded, d, n)
-                            about = {"cell": cell.name, "dtype": dtype, "d": d, "method": method}
-                            result = {"error": _error(found, truth[n]), "residual": residual}
-                            rows.append({**about, "evaluations": n, **result})
-                        bar.update()
+    for cell in tqdm(list(cells), desc="errors", unit="cell"):
+        reference = _compile("checkpointed", cell, max_steps, wide=True)
+        for dtype in dtypes:
+            rounded = cell.astype(dtype)
+            with jax.enable_x64(True):
+                exactly = rounded.astype(float)
+            # Their beta doesn't enter the gradient, and one that is traced saves compilation.
+            shared = {m: _compile(m, rounded, max_steps) for m in OF_THE_FIXED_POINT}
+            for d in inverses:
+                truth = {n: reference(exactly, d, n)[0] for n in depths}
+                for method in methods:
+                    run = shared.get(method) or _compile(method, rounded, max_steps, d=d)
+                    for n in depths:
+                        found, residual = run(rounded, d, n)
+                        about = {"cell": cell.name, "dtype": dtype, "d": d, "method": method}
+                        result = {"error": _error(found, truth[n]), "residual": residual}
+                        rows.append({**about, "evaluations": n, **result})
     return rows
 
 

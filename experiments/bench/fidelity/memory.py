@@ -1,4 +1,4 @@
-"""What a gradient keeps: temporary memory of the compiled program, residuals of the solve."""
+"""Memory that a gradient takes: temporary, of the compiled program; residuals of the solve."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from bench.blocks import Cell
 from bench.gradients import solve, value_and_grad
-from bench.report import Row
+from bench.rows import Row
 from bench.timing import compiled, temporary_bytes
 from bench.ways import Method
 
@@ -42,7 +42,7 @@ def digits_per_word(d: int) -> int:
 
 
 def residuals(cells: Sequence[Cell], inverses: Sequence[int], depths: Sequence[int]) -> list[Row]:
-    """What the exact mode keeps from the forward to the backward pass, in bytes.
+    """Bytes that the exact mode keeps from the forward to the backward pass.
 
     Counted in the traced program: every array that `jax.vjp` of the solve hands on and that isn't
     one of its inputs. `per_element` is of arrays at least as large as the state; `other` is the
@@ -51,9 +51,10 @@ def residuals(cells: Sequence[Cell], inverses: Sequence[int], depths: Sequence[i
     rows = []
     cases = list(itertools.product(cells, inverses, depths))
     for cell, d, n in tqdm(cases, desc="residuals"):
-        kept = _kept(cell, d, n)
-        large = sum(x.size * x.dtype.itemsize for x in kept if x.size >= cell.z0.size)
-        other = sum(x.size * x.dtype.itemsize for x in kept if x.size < cell.z0.size)
+        kept = [(x.size >= cell.z0.size, x.size * x.dtype.itemsize) for x in _kept(cell, d, n)]
+        large, other = (
+            sum(size for is_large, size in kept if is_large == k) for k in (True, False)
+        )
         bound = 8 + 4 * math.ceil(n / digits_per_word(d))
         about = {"cell": cell.name, "d": d, "evaluations": n}
         rows.append({**about, "per_element": large / cell.z0.size, "bound": bound, "other": other})

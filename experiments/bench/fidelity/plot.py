@@ -4,15 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from bench.fidelity.report import fraction
-from bench.report import pick, worst
-from bench.style import STYLE
-
-matplotlib.use("Agg")  # files only: a machine without a screen has no other backend
-import matplotlib.pyplot as plt
+from bench.plotting import STYLE, plain, plt, save, ticks
+from bench.rows import Row, pick, values, worst
 
 LABELS: dict[str, str] = {
     "exact": "exact reversal",
@@ -26,50 +22,39 @@ LABELS: dict[str, str] = {
 BOTTOM, TOP = 1e-8, 1e2
 
 
-def plot_errors(rows: list[dict[str, Any]], dtype: str, path: Path) -> None:
-    """`rows` as from `errors`: the worst cell of each number of evaluations."""
+def plot_errors(rows: list[Row], dtype: str, path: Path) -> None:
+    """Draws `rows` of `errors`: the worst cell of each number of evaluations."""
     rows = pick(rows, dtype=dtype)
-    inverses = list(dict.fromkeys(row["d"] for row in rows))
-    depths = sorted({row["evaluations"] for row in rows})
+    inverses, depths = values(rows, "d"), sorted(values(rows, "evaluations"))
     columns = min(2, len(inverses))
     lines = -(-len(inverses) // columns)
-    size = (10, 1.2 + 3.1 * lines)
-    figure, panels = plt.subplots(
-        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False
-    )
-    figure.subplots_adjust(0.075, 0.5 / size[1], 0.83, 1 - 0.85 / size[1], 0.05, 0.16)
-    for i, d in enumerate(inverses):
-        panel = panels[i // columns][i % columns]
+    height = 1.2 + 3.1 * lines
+    grid: Any = {"figsize": (10, height), "sharex": True, "sharey": True, "squeeze": False}
+    figure, panels = plt.subplots(lines, columns, **grid)
+    figure.subplots_adjust(0.075, 0.5 / height, 0.83, 1 - 0.85 / height, 0.05, 0.16)
+    for panel, d in zip(panels.flat, inverses, strict=False):
         ends = {m: _draw(panel, pick(rows, d=d, method=m), depths, m) for m in STYLE}
         panel.set_title(f"$1 - \\beta = {fraction(d)}$", fontsize=11)
-        panel.set(xscale="log", yscale="log", ylim=(BOTTOM, TOP))
-        panel.set_xticks(depths, [f"{n:,}" for n in depths])
-        panel.minorticks_off()
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-        if i % columns == columns - 1:
+        plain(panel, xscale="log", yscale="log", ylim=(BOTTOM, TOP))
+        ticks(panel, depths, [f"{n:,}" for n in depths])
+        if panel in panels[:, -1]:
             _label(panel, ends)
-        if i // columns == lines - 1:
-            panel.set_xlabel("evaluations of the block")
-        if i % columns == 0:
-            panel.set_ylabel("relative gradient error")
-    cells = ", ".join(dict.fromkeys(row["cell"] for row in rows))
-    figure.suptitle(
-        f"Gradient error against float64 autodiff of the same steps, {dtype}\n", x=0.075, ha="left"
+    for panel in panels[-1]:
+        panel.set_xlabel("evaluations of the block")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("relative gradient error")
+    title = f"Gradient error against float64 autodiff of the same steps, {dtype}\n"
+    figure.suptitle(title, x=0.075, ha="left")
+    said = (
+        f"the worst of {', '.join(values(rows, 'cell'))}; × at the top edge: not finite, or above "
+        f"{TOP:g}; dashed: gradients of the fixed point, not of the steps"
     )
-    figure.text(
-        0.075,
-        1 - 0.52 / size[1],
-        f"the worst of {cells}; × at the top edge: not finite, or above {TOP:g}; "
-        "dashed: gradients of the fixed point, not of the steps",
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.text(0.075, 1 - 0.52 / height, said, fontsize=9)
+    save(figure, path)
 
 
-def _draw(panel: Any, rows: list[dict[str, Any]], depths: Sequence[int], method: str) -> float:
-    """Draw a line; return where it ends."""
+def _draw(panel: Any, rows: list[Row], depths: Sequence[int], method: str) -> float:
+    """Draws a line and returns where it ends."""
     error = np.array([worst(pick(rows, evaluations=n), "error") for n in depths])
     outside = ~(error < TOP)
     shown = np.clip(np.where(outside, TOP, error), BOTTOM, TOP)
@@ -81,7 +66,7 @@ def _draw(panel: Any, rows: list[dict[str, Any]], depths: Sequence[int], method:
 
 
 def _label(panel: Any, ends: dict[str, float]) -> None:
-    """Write each method beside the end of its line, moved apart where they would overlap."""
+    """Writes each method beside the end of its line, moved apart where they would overlap."""
     position = lambda y: np.log(y / BOTTOM) / np.log(TOP / BOTTOM)
     order = sorted(ends, key=lambda m: (ends[m], list(LABELS).index(m)))
     heights = np.array([position(ends[m]) for m in order])

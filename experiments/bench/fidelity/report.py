@@ -1,72 +1,90 @@
-"""What the numbers say: which promises hold, and tables of all that was measured."""
+"""The promises that hold for gradients, and tables of all that was measured."""
 
 import math
-import statistics
+from typing import Any
 
 from bench.gradients import REVERSIBLE
-from bench.report import Results, Row, markdown, mib, number, pick, show, tiny, worst
+from bench.report import Claims, Report, table
+from bench.rows import Row, grouped, mib, number, pick, show, tiny, values, worst
+from bench.timing import median_ratio
 from bench.ways import OF_THE_FIXED_POINT, TITLES
 
-
-def claims(results: Results) -> list[Row]:
-    """What must hold, as far as it was measured; a bound of None: stated, nothing promised."""
-    lines: list[Row] = []
-
-    def claim(text: str, measured: float, bound: float | None) -> None:
-        holds = None if bound is None else bool(measured <= bound)
-        lines.append({"claim": text, "measured": measured, "bound": bound, "holds": holds})
-
-    if "errors" in results:
-        exact = pick(results["errors"], method="exact")
-        solves = f"worst of {len(exact)} solves"
-        claim(f"exact: reversal residual, {solves}", worst(exact, "residual"), 0)
-        for dtype in dict.fromkeys(row["dtype"] for row in exact):
-            ratio = _error_ratio(pick(results["errors"], dtype=dtype))
-            text = f"exact: gradient error / that of {dtype} checkpointed autodiff, worst"
-            single = dtype == "float32"
-            claim(text + " where < 1e-4" * single, ratio, 10 if single else None)
-    if "residuals" in results:
-        rows = results["residuals"]
-        text = "exact: bytes kept per state element beyond 8 + whole words of digits"
-        claim(text, max(row["per_element"] - row["bound"] for row in rows), 0)
-        cases = {(row["cell"], row["d"]) for row in rows}
-        other = [[r["other"] for r in pick(rows, cell=c, d=d)] for c, d in cases]
-        claim("exact: other bytes kept, growth with depth", max(max(x) - min(x) for x in other), 0)
-    rows = pick(results.get("memory", []), method="float")
-    for few, many in {tuple(row["evaluations"]) for row in rows}:
-        text = f"float: temporary memory at {many} evaluations / at {few} - 1, worst block"
-        claim(text, max(max(r["bytes"]) / min(r["bytes"]) - 1 for r in rows), 0.02)
-    if "time" in results:
-        ratio, seconds = relative_times(results["time"]), results["time"]["seconds"]
-        if "exact" in ratio:
-            claim("exact: time per evaluation / (floor + one f)", ratio["exact"][1], 1.10)
-            claim("exact: the same, floor and f in a loop", ratio["exact"][3], None)
-        if "float" in ratio:
-            # RevDEQ's own code and banax reached these, each against the floor of its run.
-            for bound, whose in ((1.05, ""), (0.93, "; RevDEQ's 0.93"), (0.88, "; banax's 0.88")):
-                claim(f"float: time per evaluation / floor{whose}", ratio["float"][0], bound)
-            text = "float: time / that of RevDEQ's scheme written out, pairwise"
-            rounds = [results["time"]["all_seconds"][k] for k in ("float", "published scheme")]
-            pairs = zip(*rounds, strict=True)
-            claim(text, statistics.median(a / b for a, b in pairs), None)
-            claim("float: time per evaluation / floor in a loop", ratio["float"][2], None)
-        claim("f: time / its matrix products alone", seconds["f"] / seconds["products of f"], None)
-        text = "f with its VJP: time / their matrix products alone"
-        claim(text, seconds["vjp"] / seconds["products of vjp"], None)
-    for row in results.get("vmap", []):
-        for name in ("seconds", "bytes"):
-            text = f"{row['method']}: {name} of jax.vmap / of batched=True"
-            claim(text, row[name][1] / row[name][0], None)
-    return lines
+NOTE = (
+    "Error: relative, over parameters and input together, against float64 autodiff of the same "
+    "steps.\n\\* Gradients of the fixed point and not of the steps, against the same reference: "
+    "they differ by design.\nReversal residual: the largest difference of a state that is known, "
+    "exact: as such, float: relative.\nFloor: one f, and one f with its VJP, each compiled alone."
+)
+REPORT = Report(NOTE)
 
 
-def _error_ratio(rows: list[Row]) -> float:
-    """Of one dtype, over the solves in which autodiff itself is as good as it should be."""
+@REPORT.claim("errors")
+def _errors(table: Claims, rows: list[Row]) -> None:
+    exact = pick(rows, method="exact")
+    text = f"exact: reversal residual, worst of {len(exact)} solves"
+    table.add(text, worst(exact, "residual"), 0)
+    for dtype in values(exact, "dtype"):
+        text = f"exact: gradient error / that of {dtype} checkpointed autodiff, worst"
+        single = dtype == "float32"
+        ratio = _error_ratio(pick(rows, dtype=dtype), 1e-4 if single else math.inf)
+        table.add(text + " where < 1e-4" * single, ratio, 10 if single else None)
+
+
+def _error_ratio(rows: list[Row], limit: float) -> float:
+    """The largest over the solves in which autodiff itself is as good as it should be."""
     solve = lambda row: (row["cell"], row["d"], row["evaluations"])
     base = {solve(row): number(row["error"]) for row in pick(rows, method="checkpointed")}
-    limit = 1e-4 if rows[0]["dtype"] == "float32" else math.inf
     found = {solve(row): number(row["error"]) for row in pick(rows, method="exact")}
     return max((found[k] / x for k, x in base.items() if x < limit), default=math.nan)
+
+
+@REPORT.claim("residuals")
+def _residuals(table: Claims, rows: list[Row]) -> None:
+    text = "exact: bytes kept per state element beyond 8 + whole words of digits"
+    table.add(text, max(row["per_element"] - row["bound"] for row in rows), 0)
+    other = [[r["other"] for r in pick(rows, cell=c, d=d)] for c, d in values(rows, "cell", "d")]
+    text = "exact: other bytes kept, growth with depth"
+    table.add(text, max(max(x) - min(x) for x in other), 0)
+
+
+@REPORT.claim("memory")
+def _memory(table: Claims, rows: list[Row]) -> None:
+    rows = pick(rows, method="float")
+    for few, many in {tuple(row["evaluations"]) for row in rows}:
+        text = f"float: temporary memory at {many} evaluations / at {few} - 1, worst block"
+        table.add(text, max(max(r["bytes"]) / min(r["bytes"]) - 1 for r in rows), 0.02)
+
+
+@REPORT.claim("time")
+def _time(table: Claims, timing: Row) -> None:
+    ratio, seconds = relative_times(timing), timing["seconds"]
+    if "exact" in ratio:
+        table.add("exact: time per evaluation / (floor + one f)", ratio["exact"][1], 1.10)
+        table.add("exact: the same, floor and f in a loop", ratio["exact"][3], None)
+    if "float" in ratio:
+        # RevDEQ's own code and banax reached these, each against the floor of its run.
+        for bound, whose in ((1.05, ""), (0.93, "; RevDEQ's 0.93"), (0.88, "; banax's 0.88")):
+            table.add(f"float: time per evaluation / floor{whose}", ratio["float"][0], bound)
+        text = "float: time / that of RevDEQ's scheme written out, pairwise"
+        rounds = (timing["all_seconds"][name] for name in ("float", "published scheme"))
+        table.add(text, median_ratio(*rounds), None)
+        table.add("float: time per evaluation / floor in a loop", ratio["float"][2], None)
+    for text, part in (("f: time / its", "f"), ("f with its VJP: time / their", "vjp")):
+        found = seconds[part] / seconds[f"products of {part}"]
+        table.add(f"{text} matrix products alone", found, None)
+
+
+@REPORT.claim("vmap")
+def _vmap(table: Claims, rows: list[Row]) -> None:
+    for row in rows:
+        for name in ("seconds", "bytes"):
+            text = f"{row['method']}: {name} of jax.vmap / of batched=True"
+            table.add(text, row[name][1] / row[name][0], None)
+
+
+SOLVES: dict[str, str] = {"published scheme": "RevDEQ's scheme, written out"} | {
+    str(method): title for method, title in TITLES.items()
+}
 
 
 def relative_times(timing: Row) -> dict[str, tuple[float, float, float, float]]:
@@ -78,11 +96,6 @@ def relative_times(timing: Row) -> dict[str, tuple[float, float, float, float]]:
     return {name: (t / a, t / b, t / c, t / d) for name, t in solves.items()}
 
 
-SOLVES: dict[str, str] = {"published scheme": "RevDEQ's scheme, written out"} | {
-    str(method): title for method, title in TITLES.items()
-}
-
-
 def fraction(d: int) -> str:
     """1 - beta."""
     return f"{'-' if d < 0 else ''}1/{abs(d)}"
@@ -92,60 +105,67 @@ def titled(method: str) -> str:
     return TITLES[method] + (" *" if method in OF_THE_FIXED_POINT else "")  # type: ignore[index]
 
 
+def _found(rows: list[Row], method: str) -> dict[Any, str]:
+    """The worst error over the cells at each number of evaluations, and the worst residual."""
+    mine = pick(rows, method=method)
+    depths = sorted(values(rows, "evaluations"))
+    found = {n: tiny(worst(pick(mine, evaluations=n), "error")) for n in depths}
+    residual = tiny(worst(mine, "residual")) if method in REVERSIBLE else "-"
+    return found | {"reversal residual": residual}
+
+
 def error_table(rows: list[Row]) -> str:
-    """Of one dtype and 1 - beta: worst over the cells, by method and number of evaluations."""
-    depths = sorted({row["evaluations"] for row in rows})
-    table = [["gradient error", *map(str, depths), "reversal residual"]]
-    for method in TITLES:
-        mine = pick(rows, method=method)
-        found = [tiny(worst(pick(mine, evaluations=n), "error")) for n in depths]
-        residual = tiny(worst(mine, "residual")) if method in REVERSIBLE else "-"
-        table.append([titled(method), *found, residual])
-    return markdown(table)
+    """A table of one dtype and 1 - beta."""
+    return table([{"gradient error": titled(m)} | _found(rows, m) for m in TITLES])
 
 
-def summary_table(results: Results) -> str:
-    """At one 1 - beta: error by depth, what memory grows by, time; the worst block."""
-    d, dtype = results["time"]["d"], results["errors"][0]["dtype"]
-    rows = pick(results["errors"], dtype=dtype, d=d)
-    depths = sorted({row["evaluations"] for row in rows})
-    few, many = results["memory"][0]["evaluations"]
-    ratio = relative_times(results["time"])
-    columns = ["reversal residual", f"memory at {many} / {few}", "time / floor"]
-    table = [[f"{dtype}, 1 - beta = {fraction(d)}: error at", *map(str, depths), *columns]]
+@REPORT.table("In short", "errors", "memory", "time")
+def summary_table(errors: list[Row], memory: list[Row], timing: Row) -> str:
+    """Error by depth, growth of memory and time at one 1 - beta; the worst block."""
+    d, dtype = timing["d"], errors[0]["dtype"]
+    rows, ratio = pick(errors, dtype=dtype, d=d), relative_times(timing)
+    few, many = memory[0]["evaluations"]
+    lines = []
     for method in TITLES:
-        mine, sizes = pick(rows, method=method), pick(results["memory"], method=method)
-        found = [tiny(worst(pick(mine, evaluations=n), "error")) for n in depths]
-        found.append(tiny(worst(mine, "residual")) if method in REVERSIBLE else "-")
-        grown = [b / a for a, b in (row["bytes"] for row in sizes)]
-        found.append(f"{max(grown):.2f}" if grown else "-")
-        table.append(
-            [titled(method), *found, f"{ratio[method][0]:.2f}" if method in ratio else "-"]
+        grown = [b / a for a, b in (row["bytes"] for row in pick(memory, method=method))]
+        lines.append(
+            {f"{dtype}, 1 - beta = {fraction(d)}: error at": titled(method)}
+            | _found(rows, method)
+            | {f"memory at {many} / {few}": f"{max(grown):.2f}" if grown else "-"}
+            | {"time / floor": f"{ratio[method][0]:.2f}" if method in ratio else "-"}
         )
-    return markdown(table)
+    return table(lines)
 
 
+@REPORT.table("", "errors")
+def error_tables(rows: list[Row]) -> str:
+    parts = []
+    for dtype, d in values(rows, "dtype", "d"):
+        parts.append(f"## {dtype}, 1 - beta = {fraction(d)}, worst block")
+        parts.append(error_table(pick(rows, dtype=dtype, d=d)))
+    return "\n\n".join(parts)
+
+
+@REPORT.table("Memory", "memory")
 def memory_table(rows: list[Row]) -> str:
     few, many = rows[0]["evaluations"]
-    cells = list(dict.fromkeys(row["cell"] for row in rows))
-    table = [[f"temporary MiB at {few} / {many} evaluations", *cells]]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        found = [pick(rows, cell=c, method=method)[0]["bytes"] for c in cells]
-        table.append([titled(method), *(f"{mib(a)} / {mib(b)}" for a, b in found)])
-    return markdown(table)
+    lines = []
+    for method, mine in grouped(rows, "method"):
+        found = {row["cell"]: row["bytes"] for row in mine}
+        sizes = {cell: f"{mib(a)} / {mib(b)}" for cell, (a, b) in found.items()}
+        lines.append({f"temporary MiB at {few} / {many} evaluations": titled(method)} | sizes)
+    return table(lines)
 
 
+@REPORT.table("Residuals", "residuals")
 def residual_table(rows: list[Row]) -> str:
-    depths = sorted({row["evaluations"] for row in rows})
-    table = [["bytes kept per state element (8 + digits), evaluations", *map(str, depths)]]
-    for d in dict.fromkeys(row["d"] for row in rows):
-        columns = []
-        for n in depths:
-            found = pick(rows, d=d, evaluations=n)
-            most = max(row["per_element"] for row in found)
-            columns.append(f"{show(most)} ({found[0]['bound']})")
-        table.append([f"1 - beta = {fraction(d)}", *columns])
-    return markdown(table)
+    title, lines = "bytes kept per state element (8 + digits), evaluations", []
+    for d in values(rows, "d"):
+        found = {n: pick(rows, d=d, evaluations=n) for n in sorted(values(rows, "evaluations"))}
+        most = {n: show(max(row["per_element"] for row in some)) for n, some in found.items()}
+        kept = {n: f"{most[n]} ({some[0]['bound']})" for n, some in found.items()}
+        lines.append({title: f"1 - beta = {fraction(d)}"} | kept)
+    return table(lines)
 
 
 PARTS = {
@@ -158,23 +178,39 @@ PARTS = {
 }
 
 
+@REPORT.table("Time", "time")
 def time_table(timing: Row) -> str:
-    n, seconds, sizes = timing["evaluations"], timing["seconds"], timing["bytes"]
-    table = [["attention block", "ms per evaluation", "/ floor", "/ floor in a loop", "MiB"]]
-    for part, title in PARTS.items():
-        table.append([title, f"{1e3 * seconds[part]:.1f}", "", "", mib(sizes[part])])
+    def line(name: str, title: str, over: int, floor: str = "", inside: str = "") -> Row:
+        return {
+            "attention block": title,
+            "ms per evaluation": f"{1e3 * timing['seconds'][name] / over:.1f}",
+            "/ floor": floor,
+            "/ floor in a loop": inside,
+            "MiB": mib(timing["bytes"][name]),
+        }
+
+    lines = [line(part, title, 1) for part, title in PARTS.items()]
     for solve, (floor, _, inside, _) in relative_times(timing).items():
-        found = [f"{1e3 * seconds[solve] / n:.1f}", f"{floor:.2f}", f"{inside:.2f}"]
-        table.append([SOLVES[solve], *found, mib(sizes[solve])])
-    return markdown(table)
+        ratios = (f"{floor:.2f}", f"{inside:.2f}")
+        lines.append(line(solve, SOLVES[solve], timing["evaluations"], *ratios))
+    return table(lines)
 
 
+@REPORT.table("Vmap", "vmap")
 def vmap_table(rows: list[Row]) -> str:
     batch, width = rows[0]["shape"]
-    block = f"tanh(W z + x), {width} wide, batch {batch}"
-    table = [[block, "batched ms / MiB", "vmap ms / MiB", "ratio"]]
+    lines = []
     for row in rows:
         (t1, t2), (b1, b2) = row["seconds"], row["bytes"]
-        columns = [f"{1e3 * t:.0f} / {mib(b)}" for t, b in ((t1, b1), (t2, b2))]
-        table.append([titled(row["method"]), *columns, f"{t2 / t1:.1f} / {b2 / b1:.1f}"])
-    return markdown(table)
+        lines.append(
+            {
+                f"tanh(W z + x), {width} wide, batch {batch}": titled(row["method"]),
+                "batched ms / MiB": f"{1e3 * t1:.0f} / {mib(b1)}",
+                "vmap ms / MiB": f"{1e3 * t2:.0f} / {mib(b2)}",
+                "ratio": f"{t2 / t1:.1f} / {b2 / b1:.1f}",
+            }
+        )
+    return table(lines)
+
+
+claims, tables = REPORT.claims, REPORT.tables

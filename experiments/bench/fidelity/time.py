@@ -1,6 +1,7 @@
-"""What a gradient costs, against what it can't do without; all of it in interleaved rounds."""
+"""The cost of a gradient over what it can't do without; all of it in interleaved rounds."""
 
 import functools as ft
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Array
 from bench.blocks import Cell, attention_shapes
 from bench.gradients import solve, value_and_grad
 from bench.pieces import pieces, published
-from bench.timing import Calls, compiled, interleaved, medians, temporary_bytes
+from bench.timing import Calls, interleaved, medians, ready, temporary_bytes
 from bench.ways import Method
 
 
@@ -20,34 +21,19 @@ def timing(
 ) -> dict[str, Any]:
     """Seconds and temporary bytes on the attention block."""
     inputs = (cell.z0, cell.args, cell.cotangent)
-    calls: Calls = {}
-    sizes: dict[str, int] = {}
-
-    def add(name: str, fn: Callable[..., Any], *inputs: Any, wide: bool = False) -> None:
-        with jax.enable_x64(wide):
-            program = compiled(fn, *inputs)
-        sizes[name] = temporary_bytes(program)
-
-        def call() -> Any:
-            with jax.enable_x64(wide):
-                return program(*inputs)
-
-        calls[name] = call
-
-    for name, piece in pieces(cell, evaluations).items():
-        add(name, *piece)
     left, right, grads = _factors(cell, heads)
-    add(
-        "products of f",
-        lambda a, b: [jnp.matmul(x, y) for x, y in zip(a, b, strict=True)],
-        left,
-        right,
-    )
-    add("products of vjp", _products, left, right, grads)
-    add("published scheme", published(cell, d, evaluations), *inputs)
+    products = lambda a, b: [jnp.matmul(x, y) for x, y in zip(a, b, strict=True)]
+    calls: Calls = {name: ready(*piece) for name, piece in pieces(cell, evaluations).items()}
+    calls["products of f"] = ready(products, left, right)
+    calls["products of vjp"] = ready(_products, left, right, grads)
+    calls["published scheme"] = ready(published(cell, d, evaluations), *inputs)
+    sizes = {name: temporary_bytes(call) for name, call in calls.items()}
     for method in methods:
         wide = method == "float64 state"
-        add(method, value_and_grad(method, cell, d, evaluations), *inputs, wide=wide)
+        with jax.enable_x64(wide):
+            call = ready(value_and_grad(method, cell, d, evaluations), *inputs)
+        sizes[method] = temporary_bytes(call)
+        calls[method] = ft.partial(_in_precision, wide, call)
     # The short ones as often as they stand in a solve, so that they meet the same machine.
     short = ("f", "vjp", "products of f", "products of vjp")
     found = interleaved(calls, rounds, dict.fromkeys(short, evaluations))
@@ -55,6 +41,11 @@ def timing(
         found[name] = [x / evaluations for x in found[name]]
     measured = {"seconds": medians(found), "all_seconds": found, "bytes": sizes}
     return {"d": d, "evaluations": evaluations, **measured}
+
+
+def _in_precision(wide: bool, call: Callable[[], Any]) -> Any:
+    with jax.enable_x64(wide):
+        return call()
 
 
 def _factors(cell: Cell, heads: int) -> tuple[list[Array], list[Array], list[Array]]:
@@ -91,20 +82,15 @@ def vmapped(
 
         return jnp.sum((jax.vmap(one) if apart else one)(z0, x) * cotangent)
 
+    for method, apart in itertools.product(methods, (False, True)):
+        fn = ft.partial(loss, method=method, apart=apart)
+        call = ready(jax.value_and_grad(fn), weight, cell.z0, x, cell.cotangent)
+        calls[f"{method}, {apart}"] = call
+        sizes[f"{method}, {apart}"] = temporary_bytes(call)
+    median = medians(interleaved(calls, rounds))
+    rows = []
     for method in methods:
-        for name in ("batched", "vmap"):
-            inputs = (weight, cell.z0, x, cell.cotangent)
-            fn = ft.partial(loss, method=method, apart=name == "vmap")
-            program = compiled(jax.value_and_grad(fn), *inputs)
-            sizes[f"{method}, {name}"] = temporary_bytes(program)
-            calls[f"{method}, {name}"] = ft.partial(program, *inputs)
-    median = medians(interleaved(calls, rounds, {}))
-    return [
-        {
-            "method": method,
-            "shape": list(cell.z0.shape),
-            "seconds": [median[f"{method}, {name}"] for name in ("batched", "vmap")],
-            "bytes": [sizes[f"{method}, {name}"] for name in ("batched", "vmap")],
-        }
-        for method in methods
-    ]
+        both = [f"{method}, {apart}" for apart in (False, True)]
+        found = {"seconds": [median[k] for k in both], "bytes": [sizes[k] for k in both]}
+        rows.append({"method": method, "shape": list(cell.z0.shape)} | found)
+    return rows

@@ -1,6 +1,7 @@
 """Value and gradient of a reversible solve of an attention block, over a loop written by hand."""
 
 import functools as ft
+import statistics
 from typing import Any
 
 import jax
@@ -11,13 +12,13 @@ import deqjax
 
 from bench.blocks import attention_shapes, normalise
 from bench.pieces import reversal
-from bench.timing import Calls, compiled, interleaved, median_ratio, temporary_bytes
+from bench.timing import Calls, interleaved, median_ratio, ready, temporary_bytes
 
 D = 2  # 1 - beta = 1/2
 
 
 def block(z: Array, args: tuple[PyTree, Array], *, heads: int) -> Array:
-    """As one writes it: of (..., length, width), with plain products."""
+    """The block as one writes it: (..., length, width), with plain products."""
     params, x = args
     *batch, length, width = z.shape
     z = z + x
@@ -45,7 +46,7 @@ def ours(fn: Any, pairs: int, params: PyTree, x: Array, *, exact: bool) -> Array
 
 
 def attention(key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool) -> list[dict[str, Any]]:
-    """One row a way, 2 * `loop` evaluations of the block each."""
+    """One row per way, 2 * `loop` evaluations of the block each."""
     n, length, width, heads = (2, 4, 8, 2) if smoke else (8, 128, 256, 8)
     keys = iter(jax.random.split(key, 6))
     params = {
@@ -54,31 +55,23 @@ def attention(key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool) -> list
     }
     x, cotangent = jax.random.normal(next(keys), (2, n, length, width))
     fn = ft.partial(block, heads=heads)
-    mapped = lambda solve: jax.vmap(solve, (None, 0))
-    ways = {
+    solves = {
         "by hand": ft.partial(by_hand, fn, loop),
-        "by hand, jax.vmap": mapped(ft.partial(by_hand, fn, loop)),
         "float": ft.partial(ours, fn, loop, exact=False),
-        "float, jax.vmap": mapped(ft.partial(ours, fn, loop, exact=False)),
         "exact": ft.partial(ours, fn, loop, exact=True),
-        "exact, jax.vmap": mapped(ft.partial(ours, fn, loop, exact=True)),
     }
     calls: Calls = {}
-    sizes = {}
-    for name, solve in ways.items():
-        loss = lambda params, x, g, solve=solve: jnp.vdot(solve(params, x), g)
-        inputs = (params, x, cotangent)
-        program = compiled(jax.value_and_grad(loss, (0, 1)), *inputs)
-        sizes[name] = temporary_bytes(program)
-        calls[name] = lambda p=program, a=inputs: p(*a)
-    found = interleaved(calls, rounds, {})
-    first = found["by hand"]
+    for name, solve in solves.items():
+        for title, way in ((name, solve), (f"{name}, jax.vmap", jax.vmap(solve, (None, 0)))):
+            loss = lambda params, x, g, way=way: jnp.vdot(way(params, x), g)
+            calls[title] = ready(jax.value_and_grad(loss, (0, 1)), params, x, cotangent)
+    found = interleaved(calls, rounds)
     return [
         {
             "way": name,
-            "seconds": sorted(seconds)[rounds // 2],
-            "over by hand": median_ratio(seconds, first),
-            "MiB": sizes[name] / 2**20,
+            "seconds": statistics.median(seconds),
+            "over by hand": median_ratio(seconds, found["by hand"]),
+            "MiB": temporary_bytes(calls[name]) / 2**20,
         }
         for name, seconds in found.items()
     ]

@@ -1,6 +1,8 @@
 """A positive concave convolution: value and gradient over PyTorch, and a step of Anderson's."""
 
 import importlib.util
+import itertools
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix
 import paramax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 import deqjax
 from deqjax.nn import PositiveConcaveConv2d
 
 from bench.blocks import Cell
 from bench.pieces import pieces
-from bench.timing import Calls, compiled, interleaved, median_ratio
+from bench.timing import Calls, by_steps, interleaved, median_ratio, ready
 
 TOLERANCE = 1e-4  # relative, of a step, forwards and backwards, as in the authors' code
 
@@ -25,7 +27,7 @@ TOLERANCE = 1e-4  # relative, of a step, forwards and backwards, as in the autho
 def concave(
     key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """One row a way and one row a method."""
+    """One row per way and one row per method."""
     n, side, channels = (2, 4, 4) if smoke else (64, 28, 82)
     k1, k2, k3 = jax.random.split(key, 3)
     cell = PositiveConcaveConv2d(channels, 3, jnp.tanh, nonnegative=None, key=k1)
@@ -67,20 +69,19 @@ def _peer(cell: PositiveConcaveConv2d, inputs: Any, rounds: int) -> list[dict[st
             sol = deqjax.fixed_point(_mapped(cell), solver, z0, (weight, x), **solve)
             return jnp.vdot(sol.value, g), jnp.max(sol.stats["num_steps"])
 
-        program = compiled(jax.value_and_grad(loss, (0, 1), has_aux=True), *inputs)
-        steps[name] = int(program(*inputs)[0][1])
-        calls[name] = lambda p=program: p(*inputs)
+        calls[name] = ready(jax.value_and_grad(loss, (0, 1), has_aux=True), *inputs)
+        steps[name] = int(calls[name]()[0][1])
     if importlib.util.find_spec("torch") is not None:
         calls = {"PyTorch": _torch(*(np.asarray(a) for a in inputs)), **calls}
         steps["PyTorch"] = calls["PyTorch"]()
-    found = interleaved(calls, rounds, {})
+    found = interleaved(calls, rounds)
     peer = found.get("PyTorch")
     return [
         {
             "way": name,
             "steps": steps[name],
-            "seconds": sorted(seconds)[rounds // 2],
-            "over PyTorch": None if peer is None else median_ratio(seconds, peer),
+            "seconds": statistics.median(seconds),
+            "over PyTorch": peer and median_ratio(seconds, peer),
         }
         for name, seconds in found.items()
     ]
@@ -118,33 +119,26 @@ def _torch(weight: Any, x: Any, g: Any) -> Callable[[], int]:
 def _steps(cell: PositiveConcaveConv2d, inputs: Any, rounds: int, loop: int) -> Any:
     """Seconds of a step of a solve that goes on, from the difference of a long and a short one."""
     weight, x, cotangent = inputs
-    fn = _mapped(cell)
-    calls: Calls = {}
-    short, long = 2, 2 + loop
-
-    f, *start = pieces(Cell("", fn, cell.initial(x), (weight, x), cotangent), loop)["f in a loop"]
-    program = compiled(f, *start)
-    calls["f"] = lambda p=program: p(*start)
+    fn, short, long = _mapped(cell), 2, 2 + loop
+    block = Cell("", fn, cell.initial(x), (weight, x), cotangent)
+    calls: Calls = {"f": ready(*pieces(block, loop)["f in a loop"])}
     methods = {"Picard": deqjax.FixedPointIteration, "Anderson": deqjax.Anderson}
-    for name, method in methods.items():
-        for batched in (True, False):
+    cases = list(itertools.product(methods, (True, False)))
+    for name, batched in cases:
 
-            def solve(weight, x, steps, method=method, batched=batched):
-                options = {"max_steps": long, "steps": steps, "batched": batched, "throw": False}
-                solver = method(rtol=1e-30, atol=0.0)  # cannot be met
-                return deqjax.fixed_point(fn, solver, x, (weight, x), **options).value
+        def solve(weight, x, steps, method=methods[name], batched=batched):
+            options = {"max_steps": long, "steps": steps, "batched": batched, "throw": False}
+            solver = method(rtol=1e-30, atol=0.0)  # cannot be met
+            return deqjax.fixed_point(fn, solver, x, (weight, x), **options).value
 
-            program = compiled(solve, weight, x, jnp.asarray(short))
-            for steps in (short, long):
-                args: tuple[Array, ...] = (weight, x, jnp.asarray(steps))
-                calls[f"{name} {batched} {steps}"] = lambda p=program, a=args: p(*a)
-    found = interleaved(calls, rounds, {})
+        both = by_steps(solve, weight, x, steps=(short, long))
+        calls |= {f"{name} {batched} {steps}": call for steps, call in both.items()}
+    found = interleaved(calls, rounds)
     rows = []
-    for name in methods:
-        for batched in (True, False):
-            pair = (found[f"{name} {batched} {steps}"] for steps in (long, short))
-            step = [a - b for a, b in zip(*pair, strict=True)]
-            about = {"method": name, "state": "batched" if batched else "one problem"}
-            ms = 1e3 * sorted(step)[rounds // 2] / loop
-            rows.append({**about, "ms": ms, "over f": median_ratio(step, found["f"])})
+    for name, batched in cases:
+        pair = (found[f"{name} {batched} {steps}"] for steps in (long, short))
+        step = [a - b for a, b in zip(*pair, strict=True)]
+        about = {"method": name, "state": "batched" if batched else "one problem"}
+        ms = 1e3 * statistics.median(step) / loop
+        rows.append({**about, "ms": ms, "over f": median_ratio(step, found["f"])})
     return rows

@@ -1,5 +1,6 @@
 """The convolution of `nn.Conv2d` over the stock one, with its cotangents, in a loop."""
 
+import statistics
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from deqjax.nn._convolution import conv2d, stock
 
 from bench.blocks import Cell
 from bench.pieces import pieces
-from bench.timing import Calls, compiled, interleaved, median_ratio
+from bench.timing import Calls, interleaved, median_ratio, ready
 
 # Images, pixels a side, channels.
 SIZES = [(64, 28, 24), (64, 28, 32), (64, 28, 82), (64, 14, 48), (64, 7, 48),
@@ -22,7 +23,7 @@ STOCK = {(64, 14, 48), *TINY}
 
 
 def sums(x: Array, kernel: Array) -> Array:
-    """With our cotangents, and the direct sums."""
+    """The convolution by direct sums, with our cotangents."""
     with jax.default_matmul_precision("highest"):
         return conv2d(x, kernel)
 
@@ -31,7 +32,7 @@ FORMS = {"ours": conv2d, "sums": sums, "stock": partial(stock, stride=1, precisi
 
 
 def convolution(key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool) -> list[dict[str, Any]]:
-    """One row a size: seconds of an evaluation, and ratios."""
+    """One row per size: seconds of an evaluation, and ratios."""
     rows = []
     for n, side, channels in TINY if smoke else SIZES:
         k1, k2, k3 = jax.random.split(key, 3)
@@ -42,18 +43,15 @@ def convolution(key: PRNGKeyArray, *, rounds: int, loop: int, smoke: bool) -> li
         forms = {k: f for k, f in FORMS.items() if k != "stock" or (n, side, channels) in STOCK}
         for name, conv in forms.items():
             fn = lambda z, args, conv=conv: jnp.tanh(conv(z, args[0]) + args[1])
-            cell = Cell(name, fn, x, (w, bias), cotangent)
-            for part in ("f", "vjp"):
-                fn, *inputs = pieces(cell, loop)[f"{part} in a loop"]
-                program = compiled(fn, *inputs)
-                calls[f"{name} {part}"] = lambda p=program, a=inputs: p(*a)
-        found = interleaved(calls, rounds, {})
+            made = pieces(Cell(name, fn, x, (w, bias), cotangent), loop)
+            calls |= {f"{name} {part}": ready(*made[f"{part} in a loop"]) for part in ("f", "vjp")}
+        found = interleaved(calls, rounds)
         row: dict[str, Any] = {"images": n, "pixels": side, "channels": channels}
         for part in ("f", "vjp"):
-            row[f"{part}, ms"] = 1e3 * sorted(found[f"ours {part}"])[rounds // 2] / loop
+            ours = found[f"ours {part}"]
+            row[f"{part}, ms"] = 1e3 * statistics.median(ours) / loop
             for other in ("sums", "stock"):
                 peer = found.get(f"{other} {part}")
-                ratio = None if peer is None else median_ratio(found[f"ours {part}"], peer)
-                row[f"{part}, ours / {other}"] = ratio
+                row[f"{part}, ours / {other}"] = peer and median_ratio(ours, peer)
         rows.append(row)
     return rows

@@ -1,15 +1,18 @@
-"""Kinds of cell whose solves are reversed: whatever a user may write into f.
+"""Kinds of cell whose solves are reversed: all that a user may write into f.
 
 Each is `fn(z, w, x)` on one example, in any floating-point dtype, w being the arrays that examples
 share. Many transform w or x in ways that do not depend on z, which a compiler may do elsewhere.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from bench import blocks
 
 N = 8
 _PERMUTATION = np.array([3, 0, 6, 1, 7, 2, 5, 4], np.int32)
@@ -27,25 +30,17 @@ class Cell(NamedTuple):
     coarse: bool = False  # it rounds to bfloat16, whatever its dtype
 
 
-def normalise(v: Any, axis: Any = -1) -> Any:
-    centred = v - jnp.mean(v, axis, keepdims=True)
-    return centred / jnp.sqrt(jnp.mean(jnp.square(centred), axis, keepdims=True) + 1e-3)
+normalise = functools.partial(blocks.normalise, eps=1e-3)
 
 
-def _wide(v: Any) -> Any:
-    return v.astype(jnp.promote_types(v.dtype, jnp.float32))
-
-
-def _conv1d(z: Any, kernel: Any) -> Any:
-    layout = ("NWC", "WIO", "NWC")
-    out = jax.lax.conv_general_dilated(z[None], kernel, (1,), "SAME", dimension_numbers=layout)
-    return out[0]
+def _conv(z: Any, kernel: Any, layout: tuple[str, str, str]) -> Any:
+    strides = (1,) * (z.ndim - 1)
+    batch = jax.lax.conv_general_dilated(z[None], kernel, strides, "SAME", dimension_numbers=layout)
+    return batch[0]
 
 
 def _conv2d(z: Any, kernel: Any) -> Any:
-    layout = ("NHWC", "HWIO", "NHWC")
-    out = jax.lax.conv_general_dilated(z[None], kernel, (1, 1), "SAME", dimension_numbers=layout)
-    return out[0]
+    return _conv(z, kernel, ("NHWC", "HWIO", "NHWC"))
 
 
 def _group_norm(v: Any) -> Any:
@@ -83,10 +78,6 @@ def _recurrent(z: Any, w: Any, x: Any) -> Any:
     return hs[2]
 
 
-def _looped(z: Any, w: Any, x: Any) -> Any:
-    return jax.lax.fori_loop(0, 3, lambda i, v: jnp.tanh(w[0] @ v + x), z)
-
-
 def _gated(z: Any, w: Any, x: Any) -> Any:
     gate = jax.nn.sigmoid(w[1] @ z + x)
     return gate * z / 2 + (1 - gate) * jnp.tanh(w[0] @ z + x)
@@ -108,13 +99,8 @@ def _own_jvp(u: Any) -> Any:
 _own_jvp.defjvp(lambda primals, tangents: (_own_jvp(*primals), tangents[0] / (1 + primals[0] ** 2)))
 
 
-def _cond(z: Any, w: Any, x: Any) -> Any:
-    large = jnp.sum(jnp.abs(x)) > 6
-    return jax.lax.cond(large, jnp.tanh, jnp.arctan, w[0] @ z + x)
-
-
 def _fourier(z: Any, w: Any, x: Any) -> Any:
-    u = _wide(w[0] @ z + x)
+    u = (w[0] @ z + x).astype(jnp.promote_types(z.dtype, jnp.float32))
     return jnp.tanh(jnp.fft.irfft(jnp.fft.rfft(u) / 2, N)).astype(z.dtype)
 
 
@@ -129,7 +115,7 @@ def _dropped(z: Any, w: Any, x: Any) -> Any:
 
 
 def _weight(change: Callable[[Any], Any], scale: float = 1.0) -> Callable[[Any, Any, Any], Any]:
-    """tanh(w' z + x), w' made of w inside f."""
+    """`tanh(w' z + x)`, w' made of w inside f."""
     return lambda z, w, x: jnp.tanh(scale * (change(w[0]) @ z) + x)
 
 
@@ -142,7 +128,6 @@ def _eye(w: Any) -> Any:
 
 
 _ROWS: tuple[tuple[int, ...], ...] = ((4, 12), (4, 4))
-_SQUARE = ((N, N),)
 
 CELLS: tuple[Cell, ...] = (
     Cell("tanh(W z + x)", _act(jnp.tanh)),
@@ -171,7 +156,8 @@ CELLS: tuple[Cell, ...] = (
     Cell("product in bfloat16", _cast, coarse=True),
     Cell("custom_vjp", _act(_own_rule)),
     Cell("custom_jvp", _act(_own_jvp)),
-    Cell("convolution, 1-d", lambda z, w, x: jnp.tanh(_conv1d(z, w[0]) + x), ((3, 4, 4),), (5, 4)),
+    Cell("convolution, 1-d", lambda z, w, x: jnp.tanh(
+        _conv(z, w[0], ("NWC", "WIO", "NWC")) + x), ((3, 4, 4),), (5, 4)),
     Cell("convolution, group norm", _block, ((3, 3, 4, 4),) * 2, (3, 3, 4)),
     Cell("layer norm, MLP", _mlp, ((N, 2 * N), (2 * N, N))),
     Cell("RMS norm", lambda z, w, x: (lambda u: u / jnp.sqrt(jnp.mean(jnp.square(u)) + 1e-3))(
@@ -181,8 +167,10 @@ CELLS: tuple[Cell, ...] = (
     Cell("softmax(W z + x)", _act(jax.nn.softmax)),
     Cell("logsumexp", lambda z, w, x: jax.nn.logsumexp(w[0] * z[None, :], axis=1) / 4 + x),
     Cell("scan inside", _recurrent),
-    Cell("loop inside", _looped),
-    Cell("cond inside", _cond),
+    Cell("loop inside", lambda z, w, x: jax.lax.fori_loop(
+        0, 3, lambda i, v: jnp.tanh(w[0] @ v + x), z)),
+    Cell("cond inside", lambda z, w, x: jax.lax.cond(
+        jnp.sum(jnp.abs(x)) > 6, jnp.tanh, jnp.arctan, w[0] @ z + x)),
     Cell("where", _act(lambda u: jnp.where(u > 0, u, 0.1 * u))),
     Cell("gated", _gated, ((N, N), (N, N))),
     Cell("scatter-add", lambda z, w, x: jnp.tanh(

@@ -1,5 +1,6 @@
 """Certificates of maps that this library has no cell for: how many hold, how many are false."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,11 @@ import numpy as np
 
 import deqjax
 
-from bench.report import Row
+from bench.rows import Row
 from bench.soundness.families import ORDINARY, Arrays, Family
 from bench.soundness.mixed import MIXED
 from bench.soundness.reference import LONG, Reference, solved
-from bench.soundness.work import work
+from bench.soundness.work import asked, work
 
 FAMILIES = (*ORDINARY, *MIXED)
 DTYPES = ("float32", "float64")
@@ -26,8 +27,8 @@ _SHOWN = 2  # counterexamples of a row
 def certificates(count: int, solves: int, some: int | None, seed: int, workers: int) -> list[Row]:
     """`count` certificates of each family and dtype, and `solves` solves of each by each solver."""
     step = 1 if some is None else -(-len(FAMILIES) // some)
-    tasks = [(i, dtype, count, solves, seed) for i in range(0, len(FAMILIES), step)
-             for dtype in (DTYPES if some is None else DTYPES[:1])]  # fmt: skip
+    picked = itertools.product(range(0, len(FAMILIES), step), DTYPES[: None if some is None else 1])
+    tasks = [(i, dtype, count, solves, seed) for i, dtype in picked]
     return [row for rows in work(_family, tasks, workers) for row in rows]
 
 
@@ -45,42 +46,26 @@ def _family(index: int, dtype: str, count: int, solves: int, seed: int) -> list[
         arrays, truth = drawn(f, dtype, count, seeds)
         about = {"family": f.name, "mixed": f.mixed, "dtype": dtype, "seed": seeds}
         rng = np.random.default_rng([*seeds, 1])
-        # One half of the families as a batch, one half under vmap.
-        rows = [
-            _asked("certify", count, about, _certify(f, index % 4 < 2, rng, dtype, arrays, truth))
-        ]
+        batched = index % 4 < 2  # one half of the families as a batch, one half under vmap
+        ask = _certify(f, batched, rng, dtype, arrays, truth)
+        rows = [asked(about | {"by": "certify", "asked": count}, ask)]
         for k, (name, solver) in enumerate(SOLVERS.items()):
             if (index + k + DTYPES.index(dtype)) % 2:
                 continue  # each solver has each family in one dtype
             part = {key: x[:solves] for key, x in arrays.items()}
             less = Reference(*(x[:solves] for x in truth))
-            found = _solve(f, index % 4 < 2, rng, dtype, part, less, solver)
-            rows.append(_asked(name, solves, about, found))
+            ask = _solve(f, batched, rng, dtype, part, less, solver)
+            rows.append(asked(about | {"by": name, "asked": solves}, ask))
     return rows
 
 
-def _asked(by: str, count: int, about: Row, ask: Callable[[], Row]) -> Row:
-    """What came of it; a refusal in words is no certificate."""
-    about = about | {"by": by, "asked": count, "refused": ""}
-    try:
-        return about | ask()
-    except ValueError as error:
-        return about | NOTHING | {"refused": str(error).split(";")[0]}
-    finally:
-        jax.clear_caches()  # a program holds maps of memory, of which a process has 65,530
-
-
-NOTHING: Row = dict(tried=0, held=0, unknown=0, false=0, worst=[])
-
-
-def _points(f: Family, dtype: str, truth: Reference, rng: np.random.Generator):
-    """Where Picard iteration starts, and for how many steps: from afar, or none from nearby."""
+def _points(dtype: str, truth: Reference, rng: np.random.Generator):
+    """The start of Picard iteration and its number of steps: from afar, or none from nearby."""
     count = len(truth.z)
     z = np.where(truth.known[:, None], truth.z, 1).astype(float)
     noise = 10 ** rng.uniform(-7, -1, (count, 1)) * rng.uniform(-1, 1, z.shape)
     units = rng.integers(-9, 10, z.shape) * float(np.finfo(dtype).eps)
-    starts = np.stack([np.zeros_like(z), np.ones_like(z), 8 * z, z, z * (1 + noise),
-                       z * (1 + units)])  # fmt: skip
+    starts = np.stack([0 * z, np.ones_like(z), 8 * z, z, z * (1 + noise), z * (1 + units)])
     source = rng.integers(0, len(starts), count)
     steps = np.where(source < 3, rng.integers(0, _STEPS + 1, count), 0)
     return starts[source, np.arange(count)].astype(dtype), steps.astype(np.int32)
@@ -96,7 +81,7 @@ def _certify(f, batched, rng, dtype, arrays, truth) -> Callable[[], Row]:
         return z, deqjax.certify(fn, z, args, batched=batched)
 
     def run():
-        start, steps = _points(f, dtype, truth, rng)
+        start, steps = _points(dtype, truth, rng)
         z, c = jax.jit(ask if batched else jax.vmap(ask))(start, steps, arrays)
         held = np.asarray(c.holds)
         said = {"lower": c.lower, "upper": c.upper, "relative error": c.relative_error}
@@ -120,8 +105,7 @@ def _solve(f, batched, rng, dtype, arrays, truth, solver) -> Callable[[], Row]:
         rtol = 10 ** rng.uniform(least, -1, () if batched else len(truth.z))
         sol = jax.jit(ask if batched else jax.vmap(ask))(rtol.astype(dtype), arrays)
         held = np.asarray(sol.result == deqjax.RESULTS.successful)
-        said = {k: sol.stats[k] for k in ("lower", "upper")}
-        said |= {"relative error": sol.stats["relative_error"]}
+        said = {k.replace("_", " "): sol.stats[k] for k in ("lower", "upper", "relative_error")}
         return judged(truth, sol.value, held, said, rtol)
 
     return run
@@ -129,9 +113,7 @@ def _solve(f, batched, rng, dtype, arrays, truth, solver) -> Callable[[], Row]:
 
 def _asks(f: Family, a: Any, over: Callable) -> tuple[Callable, Any]:
     """The function and its args; or one that closes over them."""
-    if f.closed:
-        return lambda z, _: over(f.fn)(z, a), None
-    return over(f.fn), a
+    return (lambda z, _: over(f.fn)(z, a), None) if f.closed else (over(f.fn), a)
 
 
 def judged(truth: Reference, z: Any, held: np.ndarray, said: dict[str, Any], rtol: Any = None):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.problems import convolved
+
 Arrays = dict[str, np.ndarray]
 Draw = Callable[[np.random.Generator, int], Arrays]
 
@@ -28,18 +30,17 @@ class Family(NamedTuple):
     n: int = 4
 
 
-def column(x: np.ndarray) -> np.ndarray:
-    """Axes for entries behind that of the problems."""
-    return x[:, None]
+def product(w: Any, z: Any) -> Any:
+    """`w z`: in JAX of one problem, in NumPy a matrix and a vector per problem."""
+    return w @ z if isinstance(z, jax.Array) else np.sum(w * z[:, None, :], -1)
 
 
-def times(w: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """A matrix for each problem, times its vector."""
-    return np.sum(w * z[:, None, :], -1)
+def affine(z: Any, a: Any) -> Any:
+    return product(a["w"], z) + a["x"]
 
 
 def matrix(rng: np.random.Generator, count: int, n: int, low: float, high: float) -> np.ndarray:
-    """At least 0, with a spectral radius between `low` and `high`."""
+    """A matrix of at least 0, with a spectral radius between `low` and `high`."""
     w = rng.uniform(size=(count, n, n)) ** rng.uniform(0.5, 4, (count, 1, 1))
     radius = np.abs(np.linalg.eigvals(w)).max(-1)
     return w * (rng.uniform(low, high, count) / radius)[:, None, None]
@@ -48,7 +49,7 @@ def matrix(rng: np.random.Generator, count: int, n: int, low: float, high: float
 def inputs(
     rng: np.random.Generator, count: int, n: int, low: float = -4.0, high: float = 1.0
 ) -> np.ndarray:
-    """Above 0, of a size between 10^low and 10^high that differs by problem."""
+    """Inputs above 0, of a size between 10^low and 10^high that differs by problem."""
     return 10 ** rng.uniform(low, high, (count, 1)) * rng.uniform(0.5, 1.5, (count, n))
 
 
@@ -66,22 +67,14 @@ def _uniform(low: float, high: float, *shape: int) -> Callable:
     return lambda rng, count: rng.uniform(low, high, (count, *shape))
 
 
-def _softplus(u: np.ndarray) -> np.ndarray:
-    return u + np.log1p(np.exp(-u))
-
-
 def _conv(z: Any, kernel: Any) -> Any:
-    """Of one channel, (h, w) with (3, 3), zero padding."""
+    """A convolution of one channel, (h, w) with (3, 3), zero padding."""
     return jax.lax.conv_general_dilated(z[None, None], kernel[None, None], (1, 1), "SAME")[0, 0]
 
 
 def conv_written_out(z: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """The same of a batch, (b, h, w) with (b, 3, 3)."""
-    h, w = z.shape[1:]
-    padded = np.pad(z, ((0, 0), (1, 1), (1, 1)))
-    taps = ((i, j) for i in range(3) for j in range(3))
-    parts = [padded[:, i : i + h, j : j + w] * kernel[:, i, j, None, None] for i, j in taps]
-    return np.add.reduce(parts)
+    """The same convolution of a batch, (b, 12) with (b, 3, 3)."""
+    return convolved(z.reshape(-1, 3, 4, 1), kernel[..., None, None]).reshape(-1, 12)
 
 
 def _layers(z: Any, a: Any) -> Any:
@@ -91,7 +84,7 @@ def _layers(z: Any, a: Any) -> Any:
 
 def _layers_exact(z: np.ndarray, a: Arrays) -> np.ndarray:
     for k in range(a["ws"].shape[1]):
-        z = np.tanh(times(a["ws"][:, k], z) + a["xs"][:, k])
+        z = np.tanh(product(a["ws"][:, k], z) + a["xs"][:, k])
     return z
 
 
@@ -133,152 +126,66 @@ def _draw_powers(rng: np.random.Generator, count: int) -> Arrays:
 
 _ROLL = np.array([1, 2, 3, 0])
 
+
+def _both(name: str, draw: Draw, f: Callable[..., Any], closed: bool = False) -> Family:
+    """A family whose two forms are written alike, `f(z, arrays, m)`: m is JAX's NumPy, or NumPy."""
+    return Family(name, draw, lambda z, a: f(z, a, jnp), lambda z, a: f(z, a, np), closed)
+
+
 ORDINARY: tuple[Family, ...] = (
-    Family(
-        "sum of concave functions",
-        weighted(2.0, v=_uniform(0, 0.5, 4, 4)),
-        lambda z, a: jnp.tanh(a["w"] @ z) + 0.25 * jnp.sqrt(z) + jnp.arctan(a["v"] @ z) + a["x"],
-        lambda z, a: np.tanh(times(a["w"], z)) + np.sqrt(z) / 4
-        + np.arctan(times(a["v"], z)) + a["x"],
-    ),
-    Family(
-        "log1p",
-        weighted(3.0),
-        lambda z, a: jnp.log1p(a["w"] @ z + a["x"]),
-        lambda z, a: np.log1p(times(a["w"], z) + a["x"]),
-        closed=True,
-    ),
-    Family(
-        "least of two affine maps",
-        weighted(1.2, c=_uniform(0.1, 5, 4)),
-        lambda z, a: jnp.minimum(a["w"] @ z + a["x"], a["c"]),
-        lambda z, a: np.minimum(times(a["w"], z) + a["x"], a["c"]),
-    ),
-    Family(
-        "largest of two affine maps",
-        weighted(0.98, less=_uniform(0, 1, 4, 4), y=_uniform(0, 1, 4)),
-        lambda z, a: jnp.maximum(a["w"] @ z + a["x"], (a["w"] * a["less"]) @ z + a["y"]),
-        lambda z, a: np.maximum(times(a["w"], z) + a["x"], times(a["w"] * a["less"], z) + a["y"]),
-        closed=True,
-    ),
-    Family(
-        "Michaelis and Menten",
-        weighted(3.0, k=_uniform(0.05, 2, 4)),
-        lambda z, a: a["w"] @ (z / (a["k"] + z)) + a["x"],
-        lambda z, a: times(a["w"], z / (a["k"] + z)) + a["x"],
-    ),
-    Family(
-        "Cobb and Douglas",
-        weighted(1.0, c=_uniform(0.1, 3, 4)),
-        lambda z, a: a["c"] * z**0.25 * z[_ROLL] ** 0.5 + a["x"],
-        lambda z, a: a["c"] * np.sqrt(np.sqrt(z)) * np.sqrt(z[:, _ROLL]) + a["x"],
-        closed=True,
-    ),
-    Family(
-        "CES production",
-        _draw_ces,
-        lambda z, a: jnp.square(a["a"] @ jnp.sqrt(z)) + a["x"],
-        lambda z, a: times(a["a"], np.sqrt(z)) ** 2 + a["x"],
-    ),
-    Family(
-        "Leontief production",
-        weighted(1.0, a=_uniform(0.05, 0.98, 4, 4), b=_uniform(0.01, 1, 4, 4)),
-        lambda z, a: jnp.min(a["a"] * z[None, :] + a["b"], 1),
-        lambda z, a: np.min(a["a"] * z[:, None, :] + a["b"], 2),
-        closed=True,
-    ),
-    Family(
-        "interference, the nearer of two stations",
-        _draw_powers,
-        lambda z, a: jnp.minimum(
-            (a["far"] @ z + a["noise"]) / a["own"], a["near"] @ z + a["noise"]
-        ) / 2,
-        lambda z, a: np.minimum(
-            (times(a["far"], z) + a["noise"]) / a["own"], times(a["near"], z) + a["noise"]
-        ) / 2,
-    ),
-    Family(
-        "Markov chain with an input",
-        _draw_chain,
-        lambda z, a: a["stay"] * (a["p"].T @ z) + a["leave"] * a["v"],
-        lambda z, a: column(a["stay"]) * times(np.swapaxes(a["p"], 1, 2), z)
-        + column(a["leave"]) * a["v"],
-        closed=True,
-    ),
-    Family(
-        "1 - exp(-u)",
-        weighted(3.0),
-        lambda z, a: -jnp.expm1(-(a["w"] @ z + a["x"])),
-        lambda z, a: -np.expm1(-(times(a["w"], z) + a["x"])),
-    ),
-    Family(
-        "softplus",
-        weighted(0.9),
-        lambda z, a: jax.nn.softplus(a["w"] @ z + a["x"]),
-        lambda z, a: _softplus(times(a["w"], z) + a["x"]),
-        closed=True,
-    ),
-    Family(
-        "in parallel",
-        weighted(2.0, c=_uniform(0.1, 5, 4)),
-        lambda z, a: 1 / (1 / (a["w"] @ z + a["x"]) + 1 / a["c"]),
-        lambda z, a: 1 / (1 / (times(a["w"], z) + a["x"]) + 1 / a["c"]),
-    ),
-    Family(
-        "convolution",
-        _draw_image,
-        lambda z, a: jnp.tanh(_conv(z.reshape(3, 4), a["kernel"]).reshape(12) + a["x"]),
-        lambda z, a: np.tanh(
-            conv_written_out(z.reshape(-1, 3, 4), a["kernel"]).reshape(-1, 12) + a["x"]
-        ),
-        n=12,
-    ),
+    _both("sum of concave functions", weighted(2.0, v=_uniform(0, 0.5, 4, 4)),
+          lambda z, a, m: m.tanh(product(a["w"], z)) + 0.25 * m.sqrt(z)
+          + m.arctan(product(a["v"], z)) + a["x"]),
+    _both("log1p", weighted(3.0), lambda z, a, m: m.log1p(affine(z, a)), closed=True),
+    _both("least of two affine maps", weighted(1.2, c=_uniform(0.1, 5, 4)),
+          lambda z, a, m: m.minimum(affine(z, a), a["c"])),
+    _both("largest of two affine maps",
+          weighted(0.98, less=_uniform(0, 1, 4, 4), y=_uniform(0, 1, 4)),
+          lambda z, a, m: m.maximum(affine(z, a), product(a["w"] * a["less"], z) + a["y"]),
+          closed=True),
+    _both("Michaelis and Menten", weighted(3.0, k=_uniform(0.05, 2, 4)),
+          lambda z, a, m: product(a["w"], z / (a["k"] + z)) + a["x"]),
+    Family("Cobb and Douglas", weighted(1.0, c=_uniform(0.1, 3, 4)),
+           lambda z, a: a["c"] * z**0.25 * z[_ROLL] ** 0.5 + a["x"],
+           lambda z, a: a["c"] * np.sqrt(np.sqrt(z)) * np.sqrt(z[:, _ROLL]) + a["x"], closed=True),
+    _both("CES production", _draw_ces,
+          lambda z, a, m: m.square(product(a["a"], m.sqrt(z))) + a["x"]),
+    Family("Leontief production",
+           weighted(1.0, a=_uniform(0.05, 0.98, 4, 4), b=_uniform(0.01, 1, 4, 4)),
+           lambda z, a: jnp.min(a["a"] * z[None, :] + a["b"], 1),
+           lambda z, a: np.min(a["a"] * z[:, None, :] + a["b"], 2), closed=True),
+    _both("interference, the nearer of two stations", _draw_powers,
+          lambda z, a, m: m.minimum((product(a["far"], z) + a["noise"]) / a["own"],
+                                    product(a["near"], z) + a["noise"]) / 2),
+    Family("Markov chain with an input", _draw_chain,
+           lambda z, a: a["stay"] * (a["p"].T @ z) + a["leave"] * a["v"],
+           lambda z, a: a["stay"][:, None] * product(np.swapaxes(a["p"], 1, 2), z)
+           + a["leave"][:, None] * a["v"], closed=True),
+    _both("1 - exp(-u)", weighted(3.0), lambda z, a, m: -m.expm1(-affine(z, a))),
+    Family("softplus", weighted(0.9), lambda z, a: jax.nn.softplus(affine(z, a)),
+           lambda z, a: np.logaddexp(affine(z, a), 0), closed=True),
+    _both("in parallel", weighted(2.0, c=_uniform(0.1, 5, 4)),
+          lambda z, a, m: 1 / (1 / affine(z, a) + 1 / a["c"])),
+    Family("convolution", _draw_image,
+           lambda z, a: jnp.tanh(_conv(z.reshape(3, 4), a["kernel"]).reshape(12) + a["x"]),
+           lambda z, a: np.tanh(conv_written_out(z, a["kernel"]) + a["x"]), n=12),
     Family("three layers by a scan", _draw_layers, _layers, _layers_exact, closed=True),
-    Family(
-        "cond",
-        weighted(1.5, some=_uniform(0, 2)),
-        lambda z, a: jax.lax.cond(a["some"] > 1, jnp.tanh, jnp.log1p, a["w"] @ z + a["x"]),
-        lambda z, a: np.where(
-            column(a["some"] > 1),
-            np.tanh(times(a["w"], z) + a["x"]),
-            np.log1p(times(a["w"], z) + a["x"]),
-        ),
-    ),
-    Family(
-        "where",
-        weighted(1.3, c=_uniform(0.1, 3, 4)),
-        lambda z, a: (lambda u: jnp.where(u < a["c"], u, jnp.sqrt(u * a["c"])))(
-            a["w"] @ z + a["x"]
-        ),
-        lambda z, a: (lambda u: np.where(u < a["c"], u, np.sqrt(u * a["c"])))(
-            times(a["w"], z) + a["x"]
-        ),
-        closed=True,
-    ),
-    Family(
-        "two layers",
-        weighted(2.0, v=_uniform(0, 1, 4, 4), y=_uniform(0, 0.1, 4)),
-        lambda z, a: jnp.sqrt(a["v"] @ jnp.log1p(a["w"] @ z + a["x"]) + a["y"]),
-        lambda z, a: np.sqrt(times(a["v"], np.log1p(times(a["w"], z) + a["x"])) + a["y"]),
-    ),
-    Family(
-        "best of three actions",
-        _draw_actions,
-        lambda z, a: jnp.max(a["p"] @ z + a["r"], 0),
-        lambda z, a: np.max(np.sum(a["p"] * z[:, None, None], -1) + a["r"], 1),
-        closed=True,
-    ),
-    Family(
-        "geometric mean",
-        weighted(1.0, c=_uniform(0.05, 0.98, 4)),
-        lambda z, a: a["c"] * jnp.sqrt(z * jnp.roll(z, -1)) + a["x"],
-        lambda z, a: a["c"] * np.sqrt(z * np.roll(z, -1, 1)) + a["x"],
-    ),
-    Family(
-        "running sums",
-        weighted(1.0, c=_uniform(0.1, 2, 4)),
-        lambda z, a: a["c"] * jnp.cumsum(jax.nn.sigmoid(z)) + a["x"],
-        lambda z, a: a["c"] * np.cumsum(1 / (1 + np.exp(-z)), 1) + a["x"],
-        closed=True,
-    ),
+    Family("cond", weighted(1.5, some=_uniform(0, 2)),
+           lambda z, a: jax.lax.cond(a["some"] > 1, jnp.tanh, jnp.log1p, affine(z, a)),
+           lambda z, a: np.where(
+               a["some"][:, None] > 1, np.tanh(affine(z, a)), np.log1p(affine(z, a)))),
+    _both("where", weighted(1.3, c=_uniform(0.1, 3, 4)),
+          lambda z, a, m: (lambda u: m.where(u < a["c"], u, m.sqrt(u * a["c"])))(affine(z, a)),
+          closed=True),
+    _both("two layers", weighted(2.0, v=_uniform(0, 1, 4, 4), y=_uniform(0, 0.1, 4)),
+          lambda z, a, m: m.sqrt(product(a["v"], m.log1p(affine(z, a))) + a["y"])),
+    Family("best of three actions", _draw_actions,
+           lambda z, a: jnp.max(a["p"] @ z + a["r"], 0),
+           lambda z, a: np.max(np.sum(a["p"] * z[:, None, None], -1) + a["r"], 1), closed=True),
+    Family("geometric mean", weighted(1.0, c=_uniform(0.05, 0.98, 4)),
+           lambda z, a: a["c"] * jnp.sqrt(z * jnp.roll(z, -1)) + a["x"],
+           lambda z, a: a["c"] * np.sqrt(z * np.roll(z, -1, 1)) + a["x"]),
+    Family("running sums", weighted(1.0, c=_uniform(0.1, 2, 4)),
+           lambda z, a: a["c"] * jnp.cumsum(jax.nn.sigmoid(z)) + a["x"],
+           lambda z, a: a["c"] * np.cumsum(1 / (1 + np.exp(-z)), 1) + a["x"], closed=True),
 )  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 
 import deqjax
 
-from bench.report import Row
+from bench.rows import Row
 from bench.soundness.reference import LONG, eliminated
 from bench.soundness.work import work
 
@@ -24,14 +24,21 @@ _DOUBT = 1e-9
 _WIDE = 10.0  # how much further off than estimated
 
 
+def _rotations(blocks: Any) -> np.ndarray:
+    """A matrix of plane rotations times moduli, by `(modulus, angle)` of each."""
+    j = np.zeros((N, N))
+    for i, (size, angle) in zip(range(0, N, 2), blocks, strict=True):
+        c, s = size * math.cos(angle), size * math.sin(angle)
+        j[i : i + 2, i : i + 2] = [[c, -s], [s, c]]
+    return j
+
+
 def _normal(rng):
     """Eigenvalues anywhere in a disc, eigenvectors orthogonal."""
     q, _ = np.linalg.qr(rng.standard_normal((N, N)))
-    rho, blocks = 1 - 10 ** rng.uniform(-4, -0.3), np.zeros((N, N))
-    for i in range(0, N, 2):
-        angle, size = rng.uniform(0, math.pi), rho * rng.uniform() ** 0.5
-        c, s = size * math.cos(angle), size * math.sin(angle)
-        blocks[i : i + 2, i : i + 2] = [[c, -s], [s, c]]
+    rho = 1 - 10 ** rng.uniform(-4, -0.3)
+    drawn = [(rng.uniform(0, math.pi), rng.uniform()) for _ in range(0, N, 2)]
+    blocks = _rotations((rho * share**0.5, angle) for angle, share in drawn)
     blocks[:2, :2] = rho * np.eye(2)
     return q @ blocks @ q.T
 
@@ -54,11 +61,8 @@ def _nonnegative(rng):
 
 def _complex(rng):
     """Complex pairs of one modulus, eigenvectors far from orthogonal."""
-    j = np.zeros((N, N))
     rho = 1 - 10 ** rng.uniform(-2, -0.3)
-    for i in range(0, N, 2):
-        c, s = rho * math.cos(1 + i / N), rho * math.sin(1 + i / N)
-        j[i : i + 2, i : i + 2] = [[c, -s], [s, c]]
+    j = _rotations((rho, 1 + i / N) for i in range(0, N, 2))
     turn = np.eye(N) + rng.uniform(0.1, 2) * np.triu(rng.standard_normal((N, N)), 1) / math.sqrt(N)
     return turn @ j @ np.linalg.inv(turn)
 
@@ -87,30 +91,28 @@ KINDS = {
 def implicit(count: int, seed: int, workers: int) -> list[Row]:
     """`count` J in all, as many of each kind."""
     each = -(-count // len(KINDS))
-    tasks = [([*list(KINDS)[:-1]], each, False, seed), (list(KINDS)[-1:], each, True, seed)]
+    *whole, two = KINDS
+    tasks = [(whole, each, False, seed), ([two], each, True, seed)]
     return [row for rows in work(_kinds, tasks, min(workers, 2)) for row in rows]
 
 
 def _kinds(names: list[str], each: int, two: bool, seed: int) -> list[Row]:
-    """One program for them all."""
-    every = [(name, k) for name in names for k in range(each)]
-    kind = list(KINDS).index
-    rngs = [np.random.default_rng([seed, 4, kind(name), k]) for name, k in every]
-    js = np.stack([KINDS[name](rng) for (name, _), rng in zip(every, rngs, strict=True)])
+    """Asks about all of these kinds in one program; `two`: with a state of two leaves."""
+    seeds = [(name, [seed, 4, list(KINDS).index(name), k]) for name in names for k in range(each)]
+    rngs = [np.random.default_rng(numbers) for _, numbers in seeds]
+    js = np.stack([KINDS[name](rng) for (name, _), rng in zip(seeds, rngs, strict=True)])
     gs = np.stack([rng.standard_normal(N) for rng in rngs])
     if two:
         gs[:, CUT:] *= np.stack([10 ** rng.uniform(-6, 0) for rng in rngs])[:, None]
     js, gs = js.astype(np.float32), gs.astype(np.float32)
     y, stats = jax.jit(jax.vmap(_leafwise if two else _whole))(js, gs)
     right, doubt, true = _solved(js, gs)
-    said = {k: np.asarray(v, float) for k, v in stats.items()}
+    cut = lambda v: np.split(np.asarray(v), [CUT] if two else [])
     rows = []
-    for i, (name, k) in enumerate(every):
-        cut = lambda v: np.split(np.asarray(v), [CUT] if two else [])
-        stat = {key: float(v[i]) for key, v in said.items()}
-        found = judged(cut(y[i]), cut(right[i]), stat, true[i])
-        about = {"kind": name, "seed": [seed, 4, kind(name), k], "known": bool(doubt[i] < _DOUBT)}
-        rows.append(about | found)
+    for i, (name, numbers) in enumerate(seeds):
+        said = {k: float(v[i]) for k, v in stats.items()}
+        about = {"kind": name, "seed": numbers, "known": bool(doubt[i] < _DOUBT)}
+        rows.append(about | judged(cut(y[i]), cut(right[i]), said, true[i]))
     return rows
 
 
@@ -134,12 +136,9 @@ def judged(y: list, right: list, said: dict[str, float], true: float) -> Row:
     }
 
 
-_FIELDS = ("condition", "error_estimate", "residual")
-
-
 def _asked(fn: Any, z: Any, args: Any, g: Any):
     (_, (_, y)), stats = deqjax.implicit_vjp(fn, z, args, g, condition=True)  # pyright: ignore
-    return y, {k: stats[k] for k in _FIELDS}
+    return y, {k: stats[k] for k in ("condition", "error_estimate", "residual")}
 
 
 def _whole(j, g):
@@ -162,12 +161,9 @@ def _solved(js: np.ndarray, gs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     inverse = eliminated(left, np.broadcast_to(eye, left.shape))
     y = step = np.zeros_like(g)
     for _ in range(_REFINED):
-        step = np.sum(inverse[..., None] * (g - _product(left, y))[:, None], 2)
+        residual = g - np.sum(left[..., None] * y[:, None], 2)
+        step = np.sum(inverse[..., None] * residual[:, None], 2)
         y = y + step
     moved = np.max(np.abs(step), (1, 2)) / np.max(np.abs(y), (1, 2))
     # The columns of the inverse of I - J are the rows of this one, of its transpose.
     return y[..., 0], moved, np.abs(inverse).sum(2).max(1)
-
-
-def _product(a: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.sum(a[..., None] * y[:, None], 2)

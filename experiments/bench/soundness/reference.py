@@ -8,13 +8,13 @@ import numpy as np
 LONG = np.longdouble
 # What rounding does to one evaluation of `exact`, which nowhere cancels: a hundred roundings.
 _ROUNDING = 100 * float(np.finfo(LONG).eps)
-# A reference in more doubt than that is none.
+# The most doubt of what is still a reference.
 _DOUBT = 1e-13
 _NEWTON = 60
 
 
 class Reference(NamedTuple):
-    """Where `known`, `|z - z*| <= doubt * z` in every entry."""
+    """Points with `|z - z*| <= doubt * z` in every entry, where `known`."""
 
     z: np.ndarray  # (b, n), long double
     doubt: np.ndarray  # (b, n)
@@ -54,7 +54,7 @@ def solved(exact: Callable[[Any, Any], Any], arrays: dict[str, np.ndarray], n: i
 
 
 def _jacobian(f: Callable, z: np.ndarray) -> np.ndarray:
-    """By differences: Newton's method mends what they miss."""
+    """The Jacobian by differences: Newton's method mends what they miss."""
     columns = []
     for j in range(z.shape[1]):
         step = np.zeros_like(z)

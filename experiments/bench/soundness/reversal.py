@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.report import Row
+from bench.rows import Row
 from bench.soundness.cells import CELLS, Cell, Data, data
 from bench.soundness.contexts import CONTEXTS, Along, Context, tangents
 from bench.soundness.problem import EXAMPLES, STEPS, Problem
@@ -41,7 +41,7 @@ def reversal(count: int, some: int | None, seed: int, workers: int) -> list[Row]
 
 
 def _pairs(rng, cells: list[int], contexts: list[str], count: int) -> list[tuple[int, str]]:
-    """Without repetition; each context in turn, with the cell that has had the fewest."""
+    """Pairs without repetition: each context in turn, with the cell that has had the fewest."""
     had, pairs = dict.fromkeys(cells, 0), []
     while len(pairs) < count:
         for name in rng.permutation(contexts):
@@ -69,7 +69,8 @@ def _cell(index: int, programs: list[tuple[str, int]]) -> list[Row]:
 def _judged(cell: Cell, context: Context, beta: float, arrays: Data, known: dict) -> Row:
     try:
         with jax.enable_x64(context.dtype == "float64"):
-            p = Problem(cell.fn, beta, *_stored(arrays, context.dtype))
+            stored = jax.tree.map(lambda v: jnp.asarray(v, jnp.dtype(context.dtype)), arrays)
+            p = Problem(cell.fn, beta, *stored)
             *out, steps = context.take(p)
             out = jax.tree.map(lambda v: np.asarray(v).astype(float), out)
     except Exception as error:  # whatever it is, there is no gradient
@@ -84,10 +85,6 @@ def _judged(cell: Cell, context: Context, beta: float, arrays: Data, known: dict
     error = _error(out, truth)
     lost = not error <= TOLERANCE["bfloat16" if cell.coarse else context.dtype]
     return {"error": error, "lost": lost, "steps": np.asarray(steps).tolist(), "said": ""}
-
-
-def _stored(arrays: Data, dtype: str) -> Data:
-    return jax.tree.map(lambda v: jnp.asarray(v, jnp.dtype(dtype)), arrays)
 
 
 def _truth(cell: Cell, beta: float, arrays: Data, steps: np.ndarray, bits: int, known: dict):

@@ -5,6 +5,23 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import jax
+
+from bench.rows import Row
+
+NOTHING: Row = dict(tried=0, held=0, unknown=0, false=0, worst=[])
+
+
+def asked(about: Row, ask: Callable[[], Row], **nothing: Any) -> Row:
+    """Adds what was found; a refusal in words is no certificate."""
+    try:
+        return about | {"refused": ""} | ask()
+    except ValueError as error:
+        return about | NOTHING | nothing | {"refused": str(error).split(";")[0]}
+    finally:
+        jax.clear_caches()  # a program holds maps of memory, of which a process has 65,530
+
+
 # A compiled program holds some hundred of the 65,530 memory maps that a process may have.
 _TASKS_OF_A_PROCESS = 20
 

@@ -20,7 +20,7 @@ from bench.ways import DType, Variant
 
 
 def unrolled(fn: Callable, params: Sequence[PyTree], z: Array, x: Array, checkpoint: bool) -> Array:
-    """Of so many blocks, each with its own parameters, one after the other."""
+    """Applies so many blocks one after the other, each with its own parameters."""
     one = jax.checkpoint(fn) if checkpoint else fn
     for each in params:
         z = one(z, (each, x))
@@ -100,7 +100,7 @@ class Language:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """`ImplicitResNet.multi` and its blocks, one a scale."""
+    """`ImplicitResNet.multi` and its blocks, one per scale."""
 
     channels: tuple[int, ...]
     widths: tuple[int, ...]

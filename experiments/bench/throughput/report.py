@@ -1,8 +1,9 @@
-"""What the numbers say: which promises hold, and tables of all that was measured."""
+"""The promises that hold for throughput, and tables of all that was measured."""
 
 from collections.abc import Callable
 
-from bench.report import Claims, Results, Row, markdown, mib, pick, said
+from bench.report import Claims, Results, claims_table, table
+from bench.rows import Row, mib, pick, values
 
 SECTIONS = ("language", "multiscale")
 TITLES = {
@@ -15,10 +16,10 @@ TITLES = {
 
 
 def totals(rows: list[Row]) -> list[Row]:
-    """Over the scales: the sum of their times, and the largest of their memories."""
+    """The sum of the times over the scales, and the largest of their memories."""
     keys = ("variant", "dtype", "batch", "evaluations")
     found = []
-    for case in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
+    for case in values(rows, *keys):
         mine = pick(rows, **dict(zip(keys, case, strict=True)))
         total = dict(mine[0]) | {"bytes": max(row["bytes"] for row in mine)}
         for name in ("seconds", "floor", "floor in a loop", "flop"):
@@ -44,7 +45,7 @@ def flatness(rows: list[Row], counted: Callable[[Row], int]) -> float:
 
 
 def claims(results: Results) -> list[Row]:
-    """What must hold on a CPU, as far as it was measured; elsewhere the same is stated."""
+    """The lines that must hold on a CPU, as far as measured; elsewhere the same is stated."""
     lines = Claims()
     for section in SECTIONS:
         if section not in results:
@@ -78,7 +79,7 @@ def claims(results: Results) -> list[Row]:
 
 def tables(results: Results) -> str:
     """All that was measured, as Markdown."""
-    parts = [results["machine"], said(results["claims"])]
+    parts = [results["machine"], claims_table(results["claims"])]
     for section in SECTIONS:
         if section not in results:
             continue
@@ -86,42 +87,48 @@ def tables(results: Results) -> str:
         parts += [f"## {section.capitalize()}: {found['size']}", NOTES[section]]
         unit = found["unit"]
         parts += ["Solves alone:", _table(totals(found["blocks"]), unit, floor=True)]
-        scales = pick(
-            found["blocks"], dtype="float32", evaluations=found["evaluations"], variant="exact"
-        )
-        if len({row["scale"] for row in scales}) > 1:
+        asked = {"dtype": "float32", "evaluations": found["evaluations"], "variant": "exact"}
+        scales = pick(found["blocks"], **asked)
+        if len(values(scales, "scale")) > 1:
             parts += ["Exact reversal, each scale:", _scales(scales)]
         parts += ["Whole model, its loss and the gradient:", _table(found["models"], unit)]
     return "\n\n".join([*parts, NOTE]) + "\n"
 
 
 def _table(rows: list[Row], unit: str, *, floor: bool = False) -> str:
-    head = ["value and gradient", "dtype", "batch", "evaluations", f"{unit} / s", "ms", "MiB"]
-    table = [head + ["/ floor", "/ floor in a loop", "share of matrix rate"] * floor]
+    lines = []
     for row in rows:
         seconds = row["seconds"]
-        line = [TITLES[row["variant"]], row["dtype"], str(row["batch"]), str(row["evaluations"])]
-        if seconds is None:
-            line += ["does not fit", "-"]
-        else:
-            line += [
-                f"{row['units'] / seconds:,.{0 if row['units'] / seconds >= 100 else 1}f}",
-                f"{1e3 * seconds:.1f}",
-            ]
-        line.append(mib(row["bytes"]))
+        rate = None if seconds is None else row["units"] / seconds
+        line = {
+            "value and gradient": TITLES[row["variant"]],
+            "dtype": row["dtype"],
+            "batch": row["batch"],
+            "evaluations": row["evaluations"],
+            f"{unit} / s": f"{rate:,.{0 if rate >= 100 else 1}f}" if rate else "does not fit",
+            "ms": "-" if seconds is None else f"{1e3 * seconds:.1f}",
+            "MiB": mib(row["bytes"]),
+        }
         if floor:
-            line += [two(ratio(row)), two(ratio(row, "floor in a loop")), share(row)]
-        table.append(line)
-    return markdown(table)
+            line |= {"/ floor": two(ratio(row))}
+            line |= {"/ floor in a loop": two(ratio(row, "floor in a loop"))}
+            line |= {"share of matrix rate": share(row)}
+        lines.append(line)
+    return table(lines)
 
 
 def _scales(rows: list[Row]) -> str:
-    table = [["scale", "batch", "ms", "ms of f", "ms of f with VJP", "/ floor", "MiB", "share"]]
-    for row in rows:
-        times = [f"{1e3 * row[name]:.2f}" for name in ("seconds", "f", "vjp")]
-        line = [row["scale"], str(row["batch"]), *times, two(ratio(row))]
-        table.append([*line, mib(row["bytes"]), share(row)])
-    return markdown(table)
+    line = lambda row: {
+        "scale": row["scale"],
+        "batch": row["batch"],
+        "ms": f"{1e3 * row['seconds']:.2f}",
+        "ms of f": f"{1e3 * row['f']:.2f}",
+        "ms of f with VJP": f"{1e3 * row['vjp']:.2f}",
+        "/ floor": two(ratio(row)),
+        "MiB": mib(row["bytes"]),
+        "share": share(row),
+    }
+    return table([line(row) for row in rows])
 
 
 def two(x: float | None) -> str:

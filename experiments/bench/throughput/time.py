@@ -13,18 +13,19 @@ from bench.blocks import Cell
 from bench.fidelity.memory import digits_per_word
 from bench.gradients import ADJOINTS, value_and_grad
 from bench.pieces import pieces
-from bench.report import Row
+from bench.rows import Row
 from bench.throughput.blocks import Images, Language, distinct, unrolled
 from bench.timing import Calls, compiled, interleaved, medians, temporary_bytes
 from bench.ways import DType, Variant, floor, needed_flop
 
 Case = tuple[Variant, int]  # and the number of evaluations
+Size = Language | Images
 
 LOOP = 8  # calls of a short piece in a row, as many as the paper's solve has
 
 
 def digit_bytes(cell: Cell, d: int, evaluations: int) -> int:
-    """What the exact state writes down."""
+    """Bytes that the exact state writes down."""
     return 4 * math.ceil(evaluations / digits_per_word(d)) * cell.z0.size
 
 
@@ -78,8 +79,8 @@ class Programs:
             )
 
     def seconds(self, rounds: int) -> dict[str, float]:
-        """Of one call, the median over the rounds."""
-        found = medians(interleaved(self.calls, rounds, {}))
+        """Seconds of one call, the median over the rounds."""
+        found = medians(interleaved(self.calls, rounds))
         return {name: seconds / self.times[name] for name, seconds in found.items()}
 
     def rate(self, seconds: dict[str, float]) -> float:
@@ -88,16 +89,10 @@ class Programs:
 
 
 def block_rows(
-    size: Language | Images,
-    batch: int,
-    dtype: DType,
-    cases: list[Case],
-    *,
-    looped: bool,
-    rounds: int,
-    key: PRNGKeyArray,
-) -> list[Row]:
-    """Value and gradient of the solves alone, one row a case and scale.
+    size: Size, batch: int, dtype: DType, cases: list[Case],
+    *, looped: bool, rounds: int, key: PRNGKeyArray,
+) -> list[Row]:  # fmt: skip
+    """Value and gradient of the solves alone, one row per case and scale.
 
     `looped`: with the floor in a loop too.
     """
@@ -117,57 +112,41 @@ def block_rows(
     seconds = programs.seconds(rounds)
     rows = []
     for cell, flop in zip(cells, size.flop(batch), strict=True):
-        f, vjp = (seconds[f"{cell.name}: {piece}"] for piece in ("f", "vjp"))
-        loops = [f"{cell.name}: {piece} in a loop" for piece in ("f", "vjp")]
+        once = [seconds[f"{cell.name}: {piece}"] for piece in ("f", "vjp")]
+        inside = [
+            seconds.get(f"{cell.name}: {piece} in a loop", 0) / LOOP for piece in ("f", "vjp")
+        ]
         for variant, n in cases:
             name = f"{cell.name}: {variant}, {n} evaluations"
-            inside = [seconds[loop] / LOOP for loop in loops] if looped else None
-            rows.append(
-                {
-                    "scale": cell.name,
-                    "variant": variant,
-                    "dtype": dtype,
-                    "batch": batch,
-                    "evaluations": n,
-                    "seconds": seconds.get(name),
-                    "floor": floor(variant, n, f, vjp),
-                    "floor in a loop": floor(variant, n, *inside) if inside else None,
-                    "bytes": programs.bytes[name],
-                    "digits": digit_bytes(cell, size.d, n) if variant == "exact" else 0,
-                    "flop": needed_flop(variant, n, flop),
-                    "rate": programs.rate(seconds),
-                    "f": f,
-                    "vjp": vjp,
-                }
-            )
+            about = {"scale": cell.name, "variant": variant, "dtype": dtype, "batch": batch}
+            measured = {
+                "evaluations": n,
+                "seconds": seconds.get(name),
+                "floor": floor(variant, n, *once),
+                "floor in a loop": floor(variant, n, *inside) if looped else None,
+                "bytes": programs.bytes[name],
+                "digits": digit_bytes(cell, size.d, n) if variant == "exact" else 0,
+                "flop": needed_flop(variant, n, flop),
+                "rate": programs.rate(seconds),
+            }
+            rows.append(about | measured | dict(zip(("f", "vjp"), once, strict=True)))
     return rows
 
 
 def model_rows(
-    size: Language | Images,
-    batch: int,
-    dtype: DType,
-    cases: list[Case],
-    *,
-    rounds: int,
-    key: PRNGKeyArray,
+    size: Size, batch: int, dtype: DType, cases: list[Case], *, rounds: int, key: PRNGKeyArray
 ) -> list[Row]:
     """Value and gradient of the whole model's loss, as in training."""
     programs = Programs(dtype)
     for variant, n in cases:
         programs.add(f"{variant}, {n}", *size.model(variant, n, batch, dtype, key))
     seconds = programs.seconds(rounds)
-    return [
-        {
-            "variant": variant,
-            "dtype": dtype,
-            "batch": batch,
-            "evaluations": n,
-            "seconds": seconds.get(f"{variant}, {n}"),
-            "bytes": programs.bytes[f"{variant}, {n}"],
-        }
-        for variant, n in cases
-    ]
+    rows = []
+    for variant, n in cases:
+        name = f"{variant}, {n}"
+        about = {"variant": variant, "dtype": dtype, "batch": batch, "evaluations": n}
+        rows.append(about | {"seconds": seconds.get(name), "bytes": programs.bytes[name]})
+    return rows
 
 
 def device_memory() -> int | None:
