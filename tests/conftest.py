@@ -9,38 +9,14 @@ os.environ["XLA_FLAGS"] = (
 import itertools
 
 import jax
-import jax._src.compiler as compiler
 import pytest
+import quick
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Most of the time goes into compilation; what is promised to the last bit is marked `optimised`.
 jax.config.update("jax_disable_most_optimizations", True)
-# XLA's older emitters of loops, where it still has them, take a third of the time to compile.
-_QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-
-
-def _known(option):
-    try:
-        return bool(jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile())
-    except jax.errors.JaxRuntimeError:
-        return False
-
-
-def _quick(get_compile_options):
-    """JAX has no setting for options of XLA that can be changed from test to test."""
-    options = [*filter(_known, _QUICK.items())]
-
-    def get(*args, **kwargs):
-        found = get_compile_options(*args, **kwargs)
-        if found.executable_build_options.debug_options.xla_backend_optimization_level == 0:
-            found.env_option_overrides += options
-        return found
-
-    return get
-
-
-compiler.get_compile_options = _quick(compiler.get_compile_options)
+quick.install()
 
 
 # Of programs that take so long to compile: most of the suite's take less than a second.

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from quick import FLAGS
+
 ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "tests" / "helpers" / "tiny_run.py"
 
@@ -19,7 +21,7 @@ def start(script, *options, devices=8, cwd=None, **variables):
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "experiments")]),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}" + FLAGS,
     }
     command = [sys.executable, str(script), *map(str, options)]
     pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -29,16 +31,16 @@ def start(script, *options, devices=8, cwd=None, **variables):
 def runner(script, cache):
     """`run(folder, *options, devices=1, **variables)` runs a script with --smoke to its end.
 
-    What is compiled is shared, through the folder `cache`: it is what takes most of the time."""
+    Compiled programs are shared, in the cache of pytest or else in the folder `cache`."""
     shared = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
     }
 
     def run(folder, *options, devices=1, **variables):
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}" + FLAGS}
         command = [sys.executable, str(script), "--smoke", *options]
         environment = os.environ | shared | flags | variables
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -52,7 +54,7 @@ def measured(script, folder, *options, **variables):
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": FLAGS,
     }
     command = [sys.executable, "-W", "error", str(script), "--smoke", "--out", "out", *options]
     environment |= variables

@@ -1,0 +1,35 @@
+"""Options of XLA with which most programs take a third of the time to compile.
+
+For tests in which it does not matter how loops are emitted: all that are not marked `optimised`.
+"""
+
+import jax
+import jax._src.compiler as compiler
+
+
+def _known(option):
+    try:
+        return bool(jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile())
+    except jax.errors.JaxRuntimeError:  # of an XLA that no longer has the older emitters
+        return False
+
+
+_WANTED = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+OPTIONS = [*filter(_known, _WANTED.items())]
+FLAGS = "".join(f" --{name}={str(value).lower()}" for name, value in OPTIONS)  # for a process
+
+
+def install():
+    """Compiles with them wherever `jax_disable_most_optimizations` is set.
+
+    JAX has no setting for options of XLA that can change from test to test.
+    """
+    usual = compiler.get_compile_options
+
+    def get_compile_options(*args, **kwargs):
+        found = usual(*args, **kwargs)
+        if found.executable_build_options.debug_options.xla_backend_optimization_level == 0:
+            found.env_option_overrides += OPTIONS
+        return found
+
+    compiler.get_compile_options = get_compile_options
