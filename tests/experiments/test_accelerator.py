@@ -21,6 +21,7 @@ PLATFORMS = ["cuda", "tpu", "rocm"]
 SECTIONS = ("exactness", "cost", "rules", "certificates", "training")
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path):
     run = measured(SCRIPT, tmp_path)
     log = (tmp_path / "out" / "log.txt").read_text()

@@ -49,7 +49,7 @@ def adjoints(tmp_path_factory):
 
 
 def bounds(results):
-    """Of each claim, which is checked to say what its numbers say."""
+    """The bound of each claim, which is checked to say what its numbers say."""
     for line in results["claims"]:
         known = None not in (line["bound"], line["measured"])
         assert line["holds"] is (line["measured"] <= line["bound"] if known else None), line

@@ -33,7 +33,7 @@ def checkpoints(folder, kind="checkpoints"):
 
 
 def flip_a_bit(checkpoint):
-    """Of an array, which Orbax would read as another number."""
+    """Changes one bit of an array, which Orbax would read as another number."""
     files = [x for x in (checkpoint / "default").rglob("d/*") if x.is_file()]
     file = max(files, key=lambda x: x.stat().st_size)
     content = bytearray(file.read_bytes())

@@ -12,6 +12,7 @@ from processes import measured
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path):
     run = measured(EXPERIMENTS / "kernels.py", tmp_path, XLA_FLAGS="")
     assert run.returncode == 0, run.stderr

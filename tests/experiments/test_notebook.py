@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[2] / "experiments" / "notebooks" / "first_deq.ipynb"
 
 
+@pytest.mark.slow
 def test_runs_from_start_to_end_and_draws_its_figures():
     # The cells assert what the prose says.
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -13,6 +13,7 @@ from processes import measured
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path):
     run = measured(EXPERIMENTS / "soundness.py", tmp_path)
     assert run.returncode == 0, run.stderr

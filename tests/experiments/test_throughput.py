@@ -12,6 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "throughput.py"
 VARIANTS = ("exact", "float", "checkpointed", "explicit", "explicit, checkpointed")
 
 
+@pytest.mark.slow
 def test_a_smoke_run_leaves_its_record(tmp_path):
     # Most of the time is compilation.
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
