@@ -84,9 +84,9 @@ def check_output(got: PyTree, z0: PyTree) -> None:
         map(same, jax.tree.leaves(got), jax.tree.leaves(like))
     ):
         raise ValueError(
-            f"fn is expected to return the structure, shapes and dtypes of z0, {show(like)}, got "
-            f"{show(got)}; cast or reshape its output, start from another z0, or pass has_aux=True "
-            f"if the output is a pair (z', aux)."
+            f"deqjax expects fn to return the structure, shapes and dtypes of z0, {show(like)}, "
+            f"got {show(got)}; cast or reshape its output, start from another z0, or pass "
+            f"has_aux=True if the output is a pair (z', aux)."
         )
 
 

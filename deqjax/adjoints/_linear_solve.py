@@ -43,7 +43,7 @@ class _Linear(AbstractSolver):
         return self.measure.error(z, fz)
 
     def seen(self, z: PyTree) -> PyTree:
-        """z as the method sees it."""
+        """Returns z in the units in which the method sees it."""
         return z if self.unit is None else jax.tree.map(jnp.divide, z, self.unit)
 
     def blank(self, z0):
@@ -107,7 +107,7 @@ def by_iteration(
 
 
 def _scaled(b: PyTree, rank: int) -> tuple[Inexact[Array, "..."], PyTree]:
-    """The size of b, and `b / size`, no square of which overflows."""
+    """The size of b, and `b / size`, whose squares do not overflow."""
     size = per_problem(max_abs, rank)(b)
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     return size, per_problem(_divided, rank)(jax.tree.map(widen, b), size)

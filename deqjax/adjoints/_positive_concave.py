@@ -83,7 +83,7 @@ class _Certificate(AbstractMeasure):
 
     @property
     def gap(self) -> Inexact[Array, ""]:
-        """At most `1 - c`; 0 or below if there is no bound."""
+        """The gap `1 - c`, or less; 0 or below if there is no bound."""
         return 1 - self.contraction.rate * (1 + self.rounding)
 
     @property

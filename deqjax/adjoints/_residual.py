@@ -32,7 +32,7 @@ class AbstractMeasure(eqx.Module):
 
     @abc.abstractmethod
     def error(self, y: PyTree, fy: PyTree) -> Inexact[Array, "..."]:
-        """Below 1 if y suffices, from `fy = b + (I - A) y`; NaN if fy is not finite."""
+        """The error, below 1 if y suffices, from `fy = b + (I - A) y`; NaN if fy is not finite."""
 
     @abc.abstractmethod
     def accepts(
@@ -149,7 +149,7 @@ def growth(y: PyTree, b: PyTree, coupled: Array | None) -> Inexact[Array, ""]:
 
 
 def units(y: PyTree, coupled: Array | None) -> PyTree:
-    """For each leaf a power of two near its size, in which steps are compared between leaves."""
+    """A power of two near the size of each leaf, in which steps are compared between leaves."""
     if coupled is None:
         return None
     size = _stack([max_abs(x) for x in jax.tree.leaves(y)])

@@ -115,7 +115,7 @@ class MonotoneLinear(eqx.Module):
 
     @property
     def margin(self) -> float:
-        """m."""
+        """The margin m."""
         return self.weight.margin  # pyright: ignore
 
     def lipschitz(self) -> Float[Array, ""]:

@@ -77,7 +77,7 @@ class SpectralNorm(paramax.AbstractUnwrappable[Array]):
         if w.ndim not in (2, 4) or not bound > 0:
             raise ValueError(
                 f"SpectralNorm expects a weight of shape (out, in) or (h, w, i, o) and a bound "
-                f"above 0, got shape {w.shape} and bound {bound}; reshape the weight, or use 0.95."
+                f"above 0, got shape {w.shape} and bound {bound}; reshape it, or leave bound out."
             )
         w = jax.lax.stop_gradient(_matrix(w))
         start = jax.random.normal(key, w.shape[:1], w.dtype)

@@ -176,7 +176,7 @@ class ForwardBackward(AbstractSplitting):
         self.operator = Forward(weight, _checked(step), margin)
 
     def __call__(self, z: Float[Array, " n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
-        """f of one example."""
+        """The splitting's f, of one example."""
         w, step = paramax.unwrap(self.operator)
         return jax.nn.relu((1 - step) * z + step * (w @ z + x))
 
@@ -221,7 +221,7 @@ class PeacemanRachford(AbstractSplitting):
         self.operator = Resolvent(weight, _checked(step))
 
     def __call__(self, u: Float[Array, " n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
-        """f of one example."""
+        """The splitting's f, of one example."""
         # Not jnp.abs: at u = 0 its derivative would not be that of the readout's relu.
         v = 2 * jax.nn.relu(u) - u
         inverse, step = paramax.unwrap(self.operator)

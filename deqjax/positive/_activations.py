@@ -34,7 +34,7 @@ def saturating(u: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _bounded(supremum: float) -> Properties:
-    """For a concave sigma, 0 at 0 with a finite slope: u sigma' <= sigma, with equality at 0."""
+    """A concave sigma, 0 at 0 with a finite slope, has u sigma' <= sigma, with equality at 0."""
     return Properties(True, 0.0, supremum, 1.0, True)
 
 

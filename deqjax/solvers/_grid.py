@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Inexact, Int, UInt
 from .._checks import is_int
 from .._tree import widen
 
-# Above it, neighbouring betas are closer than float32 can tell; up to it, a word holds two digits.
+# Above it, neighbouring betas are closer than float32 can tell; at it, a word holds two digits.
 _LARGEST_D = 2**16
 
 

@@ -22,7 +22,7 @@ class Rule(eqx.Module):
     """The definition of a secant method."""
 
     galerkin: bool = eqx.field(static=True)  # p = s instead of -y
-    mixing: Any = 1.0  # damping: z' = z + mixing g, and so on
+    mixing: Any = 1.0  # damping, if not 1: z' = z + mixing g, and so on
     ridge: Any = 0.0
     line_search: bool = eqx.field(static=True, default=False)
 
