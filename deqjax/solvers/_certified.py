@@ -123,7 +123,7 @@ class AbstractCertifiedSolver(AbstractSolver):
         return jnp.asarray(self.atol, z.dtype) + jnp.asarray(self.rtol, z.dtype) * z
 
     def error(self, z: PyTree, fz: PyTree, memory: Any = None) -> Float[Array, ""]:
-        """The error, below 1 only with a proof; NaN after a contradiction or limited by rounding."""
+        """The error, below 1 only with a proof; NaN after a contradiction, or if limited."""
         x, fx = flat(z, 0), flat(fz, 0)
         error = 1 + self.norm((fx - x) / jnp.where(fx == 0, 1, jnp.abs(fx)))
         if memory is None:
