@@ -1,16 +1,16 @@
-"""Bilinear operations as primitives, and a matrix product that stays one of two matrices.
+"""Bilinear operations as primitives, and a matrix product that stays a product of two matrices.
 
-`jax.custom_vjp` has no forward mode and, under `jax.vmap` with a shared weight, makes one cotangent
-of it per example; `jax.custom_derivatives.linear_call` cannot be batched. A primitive has both, and
-a lowering of its own on a CPU. The product is
+`jax.custom_vjp` has no forward mode, and under `jax.vmap` with a shared weight it makes one weight
+cotangent per example. `jax.custom_derivatives.linear_call` cannot be batched. A primitive has
+forward mode and batching, and its own lowering on a CPU. The product is
 
     y = x w,    dx = dy w^T,    dw = x^T dy
 
-`jax.vmap` of an ordinary product, or x of three axes, gives a weight cotangent that contracts two
-axes, batch and position; on a CPU the backward pass of an attention block then takes one and a half
-times as long. Here the leading axes are rows. The product is formed in the dtype of x, whatever
-that of w, and the cotangent of w in that of w: parameters in float32, products in bfloat16, the
-cotangents of many evaluations summed in float32.
+With an ordinary product under `jax.vmap`, or an x of three axes, the cotangent of the weight
+contracts two axes, batch and position; on a CPU the backward pass of an attention block then takes
+one and a half times as long. Here the leading axes become rows. The product is formed in the dtype
+of x, whatever the dtype of w, and the cotangent of w has the dtype of w: parameters in float32,
+products in bfloat16, the cotangents of many evaluations summed in float32.
 """
 
 import math
@@ -33,16 +33,17 @@ _STOCK = {}
 
 
 def primitive(name: str, ours: Callable, stock: Callable, shape: Callable) -> Primitive:
-    """`stock(a, b, **params)`, or `ours` on a CPU; `shape` tells the shape of the result.
+    """The primitive that computes `stock(a, b, **params)`, on a CPU by `ours`.
 
-    The dtype of the result is the parameter `out`, if there is one, or that of the operands.
+    The result has the shape `shape(a, b, **params)`, and the dtype of the parameter `out`, or of
+    the operands if there is no such parameter.
     """
     made = Primitive(name)
     bound = lambda a, b, **params: made.bind(a, b, **params)
     made.def_impl(jax.jit(bound, static_argnames=_STATIC))
 
     def abstract(a, b, **params):
-        # `update` keeps the mesh axes over which both vary, see `bind`.
+        # `update` keeps the mesh axes; in `bind` both operands vary over the same ones.
         to = shape(a, b, **params)
         sharding = a.sharding.update(spec=P(*[None] * len(to)))
         dtype = params.get("out", a.dtype)
@@ -56,8 +57,8 @@ def primitive(name: str, ours: Callable, stock: Callable, shape: Callable) -> Pr
 
 
 def bind(primitive: Primitive, a: Array, b: Array, **params: Any) -> Array:
-    """The operation of two arrays, inside a `jax.shard_map` too."""
-    # Shardings that are part of a type are for JAX's own rules to follow.
+    """Applies the primitive to two arrays, also inside `jax.shard_map`."""
+    # Shardings that are part of a type are left to JAX's own rules.
     if any(AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in (a, b)):
         return _STOCK[primitive](a, b, **params)
     axes = mesh_axes(a, b)
@@ -65,12 +66,12 @@ def bind(primitive: Primitive, a: Array, b: Array, **params: Any) -> Array:
 
 
 def default_precision() -> Any:
-    """That of matrix products as set now; lowering happens outside of the context that sets it."""
+    """The current matrix precision; lowering happens outside of the context that sets it."""
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def asks_highest(precision: Any) -> bool:
-    """Whether both operands of a product are taken as they are, on whatever platform."""
+    """Whether `precision` uses both operands of a product unrounded, on every platform."""
     both = precision if isinstance(precision, tuple) else (precision,)
     return all(str(p).lower().rpartition(".")[2] in ("highest", "float32") for p in both)
 
@@ -78,31 +79,31 @@ def asks_highest(precision: Any) -> bool:
 def dense(
     x: Float[Array, "... i"], w: Float[Array, "i o"], out: DTypeLike | None = None
 ) -> Float[Array, "... o"]:
-    """`x w` in the dtype of x, summed and returned in that of `out` (default: that of x).
+    """Computes `x w` in the dtype of x; sums and returns it in `out` (default: the dtype of x).
 
-    The cotangent is cast to the dtype of x first, in which its products are formed.
+    The cotangent is cast to the dtype of x before its products are formed.
     """
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
         raise ValueError(
             f"The product expected x of shape (..., {w.shape[0]}) for a weight of shape {w.shape}, "
-            f"got {x.shape}. The weight has (in, out)."
+            f"got {x.shape}; pass x as (..., in) and the weight as (in, out)."
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"The product expected x of a floating-point dtype, in which it is formed, got "
-            f"{x.dtype}. Cast x, for instance to {w.dtype}."
+            f"The product expects x of a floating-point dtype, got {x.dtype}; cast x, for instance "
+            f"to {w.dtype}."
         )
     out = jnp.dtype(x.dtype if out is None else out)
     return bind(dense_p, x, w, out=out, precision=default_precision())
 
 
 def replaced(eqn: Any) -> Any:
-    """A function that computes an equation of a jaxpr by `dense_p`; None: it is no such product."""
+    """A function that computes a jaxpr's equation by `dense_p`; None if it is no such product."""
     if eqn.primitive.name != "dot_general" or eqn.params.get("out_sharding") is not None:
         return None
     avals: Any = [v.aval for v in eqn.invars]
     (left, right), shared = eqn.params["dimension_numbers"]
-    # Where a product is summed in a wider dtype, so is its cotangent.
+    # A product with several dtypes is left alone: its cotangent is summed in the wider one.
     dtypes = {a.dtype for a in (*avals, eqn.outvars[0].aval)}
     floats = all(jnp.issubdtype(d, jnp.floating) for d in dtypes)
     plain = floats and len(dtypes) == 1 and not any(shared)

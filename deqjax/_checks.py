@@ -1,4 +1,4 @@
-"""Checks of numbers, choices and states that are given by hand."""
+"""Checks of numbers, choices and states that a user passes."""
 
 import inspect
 import math
@@ -13,19 +13,22 @@ from jaxtyping import PyTree
 
 
 def number(value: Any) -> float:
-    """A real number as a Python float, and NaN, which lies in no range, for anything else.
+    """A real number as a Python float; NaN, which lies in no range, for anything else.
 
-    A float, since a NumPy scalar has a dtype, and makes float32 or float64 of a bfloat16."""
+    A NumPy scalar would promote a bfloat16 to its own dtype, float32 or float64."""
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
 def is_int(value: Any, least: float = 1) -> bool:
-    """Whether `value` is an integer that is known, and at least so much."""
+    """Whether `value` is a known integer of at least `least`."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_int(owner: str, name: str, value: Any, instead: str, least: int = 1) -> int:
-    """`value` as an int of at least `least`, or `ValueError`; `instead` says what to do."""
+    """Returns `value` as an int of at least `least`, or raises `ValueError`.
+
+    `instead` says in the error what to do.
+    """
     if not is_int(value, least):
         raise ValueError(
             f"{owner} expects {name} to be an int of at least {least}, got {value!r}; {instead}"
@@ -44,12 +47,12 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
 
 def check_size(name: str, value: Any) -> None:
     """Raises `ValueError` unless `value` is the length of an axis."""
-    check_int("The layer", name, value, "pass the length of an axis that there is.")
+    check_int("The layer", name, value, "pass the length of an axis.")
 
 
 def renamed(old: str, new: str) -> None:
-    """Warns, where the user's code calls, that something has another name now."""
-    message = f"{old} is {new} now; the old name goes in the next release."
+    """Warns, at the line of the user's code that calls, that `old` is named `new` now."""
+    message = f"{old} is {new} now; the old name will be removed in the next release."
     frame, level = inspect.currentframe(), 1
     while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("deqjax", "equinox"):
         frame, level = frame.f_back, level + 1
@@ -61,17 +64,17 @@ def float_state(z: PyTree) -> PyTree:
     leaves = jax.tree.leaves(z)
     if not leaves:
         raise ValueError(
-            f"The state z0 is expected to hold at least one float array, got {z!r}; pass a number "
-            f"or an array."
+            f"deqjax expects z0 to hold at least one float array, got {z!r}; pass a number or an "
+            f"array."
         )
     for x in leaves:
         dtype = jnp.result_type(x) if eqx.is_array_like(x) else type(x).__name__
         if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.number):
             raise ValueError(
-                f"The state z0 is expected to be a pytree of floating-point arrays, real or "
-                f"complex, or of integers, which are promoted, got a leaf of type {dtype}; cast "
-                f"it, for instance with jnp.asarray(z0, float). (nn.DEQ starts from zeros like x "
-                f"if it is given no z0.)"
+                f"deqjax expects z0 to be a pytree of real or complex floating-point arrays, or "
+                f"of integers, which are promoted, got a leaf of type {dtype}; cast it, for "
+                f"instance with jnp.asarray(z0, float). (Without a z0, nn.DEQ starts from zeros "
+                f"like x.)"
             )
 
     def strong(x):

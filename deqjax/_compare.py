@@ -1,7 +1,7 @@
-"""A hashable form of a jaxpr, and of what is beside it, by which programs are compared.
+"""A hashable form of a jaxpr and of its static inputs, by which programs are compared.
 
-Every equation, parameter, literal and abstract value is in it. What cannot be compared, or would
-keep more alive than the user does, raises `Fleeting`.
+The form has every equation, parameter, literal and abstract value. An object that cannot be
+compared, or would keep more alive than the user does, raises `Fleeting`.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from jaxtyping import PyTree
 
 from ._tree import is_traced
 
-# Entries of an array inside the program above which it is not compared: a program would keep it.
+# An array inside the program with more entries is not compared: a program would keep it.
 _LARGEST = 1024
-# A derivative rule may call its own function; its rule is looked into so many times.
+# A derivative rule may call its own function; the same rule is traced so many times.
 _DEEPEST = 2
-# Whose functions, objects and modules read nothing that changes.
+# The libraries whose functions, objects and modules read nothing that changes.
 _LIBRARIES = frozenset(
     "builtins collections deqjax equinox jax jaxlib lineax math ml_dtypes numpy optimistix "
     "paramax".split()
@@ -33,11 +33,11 @@ _LIBRARIES = frozenset(
 
 
 class Fleeting(Exception):
-    """Raised for what cannot be compared, or may not be kept: no program with it is looked up."""
+    """Raised for an object that cannot be compared or may not be kept: no program is looked up."""
 
 
 def alone(jaxpr: Jaxpr, eqn: Any) -> Callable:
-    """One equation of `jaxpr` as a function of its inputs, of which literals are ignored."""
+    """One equation of `jaxpr` as a function of its inputs; inputs for literals are ignored."""
     names = [None if isinstance(v, Literal) else v for v in eqn.invars]
     unique: Any = list(dict.fromkeys(v for v in names if v is not None))
     one = jaxpr.replace(constvars=[], invars=unique, outvars=eqn.outvars, eqns=[eqn])
@@ -50,7 +50,7 @@ def alone(jaxpr: Jaxpr, eqn: Any) -> Callable:
 
 
 def jaxpr_key(jaxpr: Jaxpr, rules: tuple) -> Hashable:
-    """All of `jaxpr`, within the derivative `rules` of calls of which it is a part."""
+    """The compared form of `jaxpr`; `rules` are the derivative rules that it is a part of."""
     names = {v: i for i, v in enumerate((*jaxpr.constvars, *jaxpr.invars))}
 
     def name(v):
@@ -73,7 +73,7 @@ def jaxpr_key(jaxpr: Jaxpr, rules: tuple) -> Hashable:
 
 
 def _context(eqn: Any) -> Hashable:
-    """The settings under which an equation was traced, the mesh for instance."""
+    """The settings under which an equation was traced, for instance the mesh."""
     names = [s for s in getattr(type(eqn.ctx), "__slots__", ()) if not s.startswith("_")]
     return tuple(static_key(getattr(eqn.ctx, s, None)) for s in names) or static_key(eqn.ctx)
 
@@ -87,14 +87,14 @@ def _param(x: Any, rules: tuple) -> Hashable:
 
 
 def _rule(jaxpr: Jaxpr, eqn: Any, rules: tuple) -> Hashable:
-    """The effect of a call with a derivative rule: its parameters are functions, always new."""
+    """The compared form of a call with a derivative rule, whose parameters are new functions."""
     kept = {k: v for k, v in eqn.params.items() if isinstance(v, bool | int | ClosedJaxpr | Jaxpr)}
     this = _param(kept, rules)
-    # A rule may call its own function (that of `jax.nn.relu` does), which has the same rule.
+    # A rule may call its own function, which has the same rule; the one of `jax.nn.relu` does.
     if rules.count(this) == _DEEPEST:
         return "again", rules.index(this)
-    # Arrays of the function or of its rule would be kept by both; a rule that is told which
-    # tangents are zero is another one for each answer.
+    # A program would keep the arrays that the function or its rule closes over. A rule that sees
+    # which tangents are zero may differ for each set of zeros.
     closes = eqn.params.get("num_consts", 0) or eqn.params.get("symbolic_zeros", True)
     if closes or len(rules) > 2 * _DEEPEST:
         raise Fleeting
@@ -104,7 +104,7 @@ def _rule(jaxpr: Jaxpr, eqn: Any, rules: tuple) -> Hashable:
     like = lambda avals: [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
     try:
         derivative = jax.make_jaxpr(ft.partial(rule, f))(like(inputs), like(seeds))
-    except Exception as error:  # a rule that raises, of a function that may never be differentiated
+    except Exception as error:  # the rule raises; the function may never be differentiated
         raise Fleeting from error
     return this, jaxpr_key(derivative.jaxpr, (*rules, this)), tuple(map(_value, derivative.consts))
 
@@ -114,7 +114,7 @@ def _moves(x: Any) -> bool:
 
 
 def _seeded(xs: list, seeds: list) -> list:
-    """`seeds` for those of `xs` that have a tangent, and what stands for one for the others."""
+    """`seeds` for those of `xs` that have a tangent, float0 zeros for the others."""
     left = iter(seeds)
     return [next(left) if _moves(x) else np.zeros(x.shape, jax.dtypes.float0) for x in xs]
 
@@ -141,7 +141,7 @@ def _value(x: Any) -> Hashable:
 
 
 def static_key(x: Any, part: Callable | None = None) -> Hashable:
-    """The compared form of something that is no array of the inputs, `part` by part."""
+    """The compared form of an object that is not an array of the inputs, `part` by part."""
     part = part or static_key
     if isinstance(x, tuple | list):
         return type(x), *map(part, x)
@@ -153,20 +153,20 @@ def static_key(x: Any, part: Callable | None = None) -> Hashable:
         return _value(x)
     if isinstance(x, types.FunctionType):
         return _function(x, 0)
-    of_library = x if isinstance(x, type | types.ModuleType) else type(x)
-    if not isinstance(x, Hashable) or _changes(x) or not _of_library(of_library):
+    origin = x if isinstance(x, type | types.ModuleType) else type(x)
+    if not isinstance(x, Hashable) or _changes(x) or not _of_library(origin):
         raise Fleeting
     classes: Any = type(x).__mro__
     slots = [s for c in classes for s in getattr(c, "__slots__", ())]
     parts = (*getattr(x, "__dict__", {}).values(), *(getattr(x, s, None) for s in slots))
-    # A callback, for instance: it would be kept, and what it reads with it.
+    # A callback, for instance, would be kept, together with what it reads.
     if not isinstance(x, type) and any(map(_changes, parts)):
         raise Fleeting
     return type(x), x
 
 
 def static_fields(x: Any) -> Iterator[Any]:
-    """The static fields of all modules in a tree, which JAX compares by `==`."""
+    """Yields the static fields of all modules in a tree; JAX compares them by `==`."""
     if isinstance(x, eqx.Module):
         if callable(x) and not _of_library(type(x)):
             raise Fleeting
@@ -184,7 +184,7 @@ def static_fields(x: Any) -> Iterator[Any]:
 
 
 def _changes(x: Any) -> bool:
-    """Whether this may be called, and read what it did not read before."""
+    """Whether `x` may be called and then read something that has changed."""
     if isinstance(x, types.FunctionType):
         return not _of_library(x) or "<locals>" in x.__qualname__
     if isinstance(x, types.MethodType | ft.partial):
@@ -193,8 +193,8 @@ def _changes(x: Any) -> bool:
 
 
 def _of_library(x: Any) -> bool:
-    """Whether it is a library module, or a function or class in one."""
-    if isinstance(x, types.FunctionType):  # whose __module__ may be copied from another
+    """Whether `x` is a library's module, or a function or class in one."""
+    if isinstance(x, types.FunctionType):  # its __module__ may be copied from another function
         name = x.__globals__.get("__name__", "")
     else:
         name = x.__name__ if isinstance(x, types.ModuleType) else x.__module__
@@ -202,7 +202,7 @@ def _of_library(x: Any) -> bool:
 
 
 def _function(fn: types.FunctionType, depth: int) -> Hashable:
-    """The code of a function that reads nothing but its arguments, libraries, and its like."""
+    """The code of a function that reads only its arguments, libraries, and such functions."""
     if not _changes(fn):
         return fn
     if fn.__closure__ or depth > 4:

@@ -1,4 +1,4 @@
-"""The only loop: step after step; it counts, freezes and stops. And two ways of looping."""
+"""The only solver loop: it steps, counts, freezes and stops. Also two `while` loops for it."""
 
 import abc
 import math
@@ -20,7 +20,7 @@ Pair = tuple[PyTree, PyTree]  # two consecutive states; integers in the exact mo
 
 
 class AbstractTape(eqx.Module):
-    """How a forward loop records, and how its steps are undone from the record."""
+    """A record of a forward loop, from which its steps are undone."""
 
     @property
     @abc.abstractmethod
@@ -33,10 +33,10 @@ class AbstractTape(eqx.Module):
 
     @abc.abstractmethod
     def push(self, tape: PyTree, i: Int[Array, ""], go: Bool[Array, "..."], pair: Pair) -> PyTree:
-        """Records step i, from `pair`, of the problems that `go`."""
+        """Records step i, from `pair`, for the problems that `go`."""
 
     def words(self, tape: PyTree, rank: int) -> PyTree:
-        """The words that a sweep carries, like one row of a tape that is read digit by digit."""
+        """The words that a sweep carries, shaped like one row of a tape read digit by digit."""
         del tape, rank
 
     @abc.abstractmethod
@@ -47,12 +47,12 @@ class AbstractTape(eqx.Module):
         """Undoes step i from `pair = (s[i], s[i+1])` and `fy = f(s[i])`.
 
         `words` are carried from step to step and mean nothing in a problem's `first`. Returns
-        `s[i-1]`, the words, and how far what is computed lies from what is known.
+        `s[i-1]`, the words, and the distance between the computed and the known values.
         """
 
     @abc.abstractmethod
     def final_gap(self, pair: Pair, start: PyTree, rank: int) -> Float[Array, "..."]:
-        """How far the pair at the end of a sweep lies from `(z0, z0)`, unless `undo` has told."""
+        """The distance of the pair at a sweep's end from `(z0, z0)`, unless `undo` gave it."""
 
     @abc.abstractmethod
     def bound(self, z0: PyTree) -> float:
@@ -60,7 +60,7 @@ class AbstractTape(eqx.Module):
 
 
 class Memory(eqx.Module):
-    """The memory of the solver after the last step, where Optimistix keeps it too."""
+    """The memory of the solver after the last step, in the place where Optimistix has it."""
 
     memory: PyTree
     overflow: Bool[Array, "..."]
@@ -72,8 +72,8 @@ class LoopResult(NamedTuple):
     """The result of a loop beside z, in the places where Optimistix's own loop has it."""
 
     num_steps: Int[Array, "..."]
-    outcome: Any  # whether the tolerance was met; of Optimistix's loop its result code
-    state: Any  # a `Memory`; of Optimistix's loop the solver's state, which has a memory too
+    outcome: Any  # whether the tolerance was met; for Optimistix's loop, its result code
+    state: Any  # a `Memory`; for Optimistix's loop, the solver's state, which has a memory too
 
 
 class _Carry(NamedTuple):
@@ -82,23 +82,23 @@ class _Carry(NamedTuple):
     memory: PyTree
     tape: PyTree
     num_steps: Int[Array, "..."]
-    stopped: Bool[Array, "..."]  # met its tolerance, f(z) is beyond use, overflow, or out of steps
+    stopped: Bool[Array, "..."]  # met its tolerance, f(z) is unusable, overflow, or out of steps
     overflow: Bool[Array, "..."]
     error: Inexact[Array, "..."]  # at z, once measured
-    best: tuple[PyTree, Array] | None  # the iterate of the least error so far, and that error
+    best: tuple[PyTree, Array] | None  # the iterate with the least error so far, and that error
     out_of_steps: Bool[Array, "..."]
 
 
 def iterate(inputs: tuple) -> tuple[PyTree, LoopResult]:
-    """Iterates `solver` on `fn` from `z0`: `((fn, solver, z0, args, budget, while_loop))`.
+    """Iterates `solver` on `fn` from `z0`; `inputs = (fn, solver, z0, args, budget, while_loop)`.
 
-    Returns `z_n` and a `LoopResult`. A problem that has met its tolerance, or whose f(z)
-    is beyond use, keeps its state from then on, whatever its batch-mates do. A problem that runs
-    out of steps is measured once more, and its best iterate returned.
+    Returns `z_n` and a `LoopResult`. A problem keeps its state once it has met its tolerance or its
+    f(z) is unusable, whatever the rest of the batch does. A problem that runs out of steps is
+    measured once more, and its best iterate is returned.
     """
     fn, solver, z0, args, budget, while_loop = inputs
-    # Tests of a z0 that is constant would be folded, entry by entry: for 6 of 8 seconds of
-    # compilation at 256 x 64 x 48.
+    # XLA would fold tests of a constant z0 entry by entry: 6 of 8 seconds of compilation at
+    # 256 x 64 x 48.
     z0 = opaque(z0)
     axes = mesh_axes(fn, solver, z0, args, budget)
     tracks_best = solver.returns_best and budget.best and not budget.fixed
@@ -130,7 +130,7 @@ def _first(solver: Any, z0: PyTree, budget: Budget, tracks_best: bool) -> _Carry
     no = jnp.zeros(shape, bool)
     z, memory, status = per_problem(start, rank)(z0)
     record = None if tape is None else tape.blank(solver.pair(z, memory), budget.max_steps, rank)
-    # In the dtype of what is measured, which the solver's norm decides.
+    # The error has the dtype that the solver's norm returns.
     dtype = jax.eval_shape(lambda: measured(solver, z, z, rank)).dtype
     error = jnp.full(shape, jnp.inf, dtype)
     stopped = status.failed | (budget.limit < 0) if tracks_best else status.failed
@@ -142,14 +142,14 @@ def _first(solver: Any, z0: PyTree, budget: Budget, tracks_best: bool) -> _Carry
 def _after(c: _Carry, out: Step, solver: Any, budget: Budget) -> _Carry:
     """The carry after the step `out`."""
     within = c.num_steps < budget.limit
-    # A single problem that has stopped by a test has left the loop. At a fixed depth no test is
-    # made, and the compiler drops what is measured.
+    # A single problem that a test has stopped is no longer in the loop. At a fixed depth there is
+    # no test, and the compiler drops the measured error.
     stopped = c.stopped if budget.rank or budget.fixed else jnp.asarray(False)
     error = c.error if budget.fixed else jnp.where(stopped, c.error, out.error)
     active = ~stopped
     overflow = c.overflow | (out.overflow & active & within)
 
-    # Stop what has met its tolerance, or cannot go on.
+    # Stop problems that have met their tolerance or cannot continue.
     if not budget.fixed:
         stopped = stopped | (error < 1) | out.broken | out.overflow
 
@@ -157,11 +157,11 @@ def _after(c: _Carry, out: Step, solver: Any, budget: Budget) -> _Carry:
     best, out_of_steps = c.best, c.out_of_steps
     if best is not None:
         out_of_steps = out_of_steps | (~stopped & ~within)
-        # A measure that is infinite throughout, as with zero tolerances, keeps the last.
+        # If the error is always infinite, as with zero tolerances, this keeps the last iterate.
         best = select(error <= best[1], (c.z, error), best)
         stopped = stopped | out_of_steps
 
-    # Record and take the step of those that go on; freeze the others.
+    # Record and take the step of the problems that continue; freeze the others.
     moves = ~stopped & within
     tape, record = budget.tape, c.tape
     if tape is not None:
@@ -177,13 +177,13 @@ def _returned(c: _Carry, budget: Budget) -> tuple[PyTree, Inexact[Array, "..."]]
     """The last iterate, or the best one where the steps ran out, and the error measured there."""
     if c.best is None:
         return c.z, c.error
-    # What has diverged is not to look like a solve that was merely too short.
+    # A diverged problem keeps its last iterate: the best one would hide the divergence.
     short = c.out_of_steps & ~per_problem(too_large, budget.rank)(c.z)
     return select(short, c.best, (c.z, c.error))
 
 
 def unrolled(fn: Callable, solver: Any, z0: PyTree, xs: PyTree) -> tuple[PyTree, PyTree, Array]:
-    """As many steps from `z0` as `xs` has rows: step i evaluates `fn(z, xs[i]) -> (f(z), aux)`.
+    """Takes one step per row of `xs` from `z0`; step i evaluates `fn(z, xs[i]) -> (f(z), aux)`.
 
     Returns `z_n`, every aux, and whether a step left the range or f(z) was not finite.
     """
@@ -203,7 +203,7 @@ def unrolled(fn: Callable, solver: Any, z0: PyTree, xs: PyTree) -> tuple[PyTree,
 def lax_while(cond: Callable, body: Callable, init: Any, *, max_steps: int | None = None) -> Any:
     """`jax.lax.while_loop` with the signature of `equinox.internal.while_loop`.
 
-    Equinox's own raises a carry-type error inside `jax.shard_map`, whatever the carries.
+    Equinox's loop raises a carry-type error inside `jax.shard_map`, whatever the carries.
     """
     if max_steps is None:
         return jax.lax.while_loop(cond, body, init)
@@ -214,11 +214,11 @@ def lax_while(cond: Callable, body: Callable, init: Any, *, max_steps: int | Non
 def checkpointed_while(
     cond: Callable, body: Callable, init: Any, *, max_steps: int, checkpoints: int | None = None
 ) -> Any:
-    """`jax.lax.while_loop` as a checkpointed scan of stretches of checkpointed steps."""
+    """A `while` loop as a checkpointed scan of stretches, each a scan of checkpointed steps."""
     stretches = min(checkpoints or math.isqrt(max_steps - 1) + 1, max_steps)
     length = -(-max_steps // stretches)
-    # Devices of a shard_map that stop at different steps may not branch: the sums over devices in
-    # the transpose of a branch would wait for ever.
+    # Devices of a shard_map that stop at different steps may not branch: the transpose of a branch
+    # has sums over devices, which would wait for ever.
     axes = mesh_axes(init)
 
     def if_going(fn, carry):

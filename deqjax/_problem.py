@@ -1,4 +1,4 @@
-"""Validates a problem, once, when it is traced; refuses in sentences: expected, got, what to do."""
+"""Validates a problem once, when it is traced; an error says: expected, got, what to do."""
 
 import contextlib
 from collections.abc import Callable
@@ -24,28 +24,29 @@ OptimistixSolver = (
 
 
 class Budget(eqx.Module):
-    """How long to iterate, how many problems there are, and what is recorded on the way."""
+    """The limits on a solve's steps, the number of problem axes, and the tape of the loop."""
 
     max_steps: int = eqx.field(static=True)
-    # Mixes allowed, one number or one per problem, at most max_steps; -1: nor an evaluation.
+    # Steps allowed, one number or one per problem, at most max_steps; -1: no evaluation either.
     limit: Int[Array, "..."]
-    rank: int = eqx.field(static=True)  # that many leading axes of the state enumerate problems
+    rank: int = eqx.field(static=True)  # the number of leading state axes that enumerate problems
     fixed: bool = eqx.field(static=True)  # both tolerances are zero: take exactly `limit` steps
-    best: bool = eqx.field(static=True, default=True)  # a solver that can returns its best iterate
-    tape: Any = None  # of deqjax._iterate.AbstractTape
+    best: bool = eqx.field(static=True, default=True)  # return the best iterate, if the solver can
+    tape: Any = None  # a deqjax._iterate.AbstractTape
 
     @property
     def uniform(self) -> bool:
-        """Every problem takes every step of the loop: nothing to freeze."""
+        """Whether every problem takes every step of the loop, so that none is frozen."""
         return self.fixed and self.limit.ndim == 0
 
 
 def convert(
     fn: Callable, z0: PyTree, args: PyTree, *others: PyTree, has_aux: bool = False
 ) -> tuple[Traced, PyTree, list[Array], Axes]:
-    """`fn` as it reads now, as `(z, args) -> (z', aux)`, checked; z0; the arrays of args.
+    """Traces `fn` as `(z, args) -> (z', aux)` and checks its output.
 
-    All of them vary over the mesh axes of any of them, or of the `others`.
+    Returns the traced function, z0, the arrays of args, and the mesh axes over which any of these,
+    or of the `others`, varies. The first three then vary over all of them.
     """
 
     def call(z, args):
@@ -60,7 +61,7 @@ def convert(
 
     traced = trace(call, z0, args)
     axes = mesh_axes(traced, z0, args, *others)
-    if axes:  # Then only what f closes over may still be constant over a mesh axis.
+    if axes:  # After this, only arrays that f closes over may be constant over a mesh axis.
         fn, z0, args = vary((fn, z0, args), axes)
         traced = trace(call, z0, args)
     check_output(traced.out_struct[0], z0)
@@ -68,14 +69,14 @@ def convert(
 
 
 def precision_of(solver: Any) -> contextlib.AbstractContextManager:
-    """The context to trace f in: of the matrix precision that the solver asks for, if any."""
+    """The context in which f is traced: the solver's matrix precision, if it sets one."""
     if solver.precision is None:
         return contextlib.nullcontext()
     return jax.default_matmul_precision(solver.precision)
 
 
 def check_output(got: PyTree, z0: PyTree) -> None:
-    """Shapes and dtypes that fn returns are those of `z0`."""
+    """Raises `ValueError` unless `got` has the structure, shapes and dtypes of `z0`."""
     show = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
     like = jax.eval_shape(lambda: z0)
     same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
@@ -83,24 +84,24 @@ def check_output(got: PyTree, z0: PyTree) -> None:
         map(same, jax.tree.leaves(got), jax.tree.leaves(like))
     ):
         raise ValueError(
-            f"fn is expected to return the structure, shapes and dtypes of z0, {show(like)}, got "
-            f"{show(got)}; cast or reshape its output, start from another z0, or pass has_aux=True "
-            f"if that is a pair (z', aux)."
+            f"deqjax expects fn to return the structure, shapes and dtypes of z0, {show(like)}, "
+            f"got {show(got)}; cast or reshape its output, start from another z0, or pass "
+            f"has_aux=True if the output is a pair (z', aux)."
         )
 
 
 def check_batch(z0: PyTree) -> None:
-    """Axis 0 of every leaf is the batch."""
+    """Raises `ValueError` unless axis 0 of every leaf is a batch of the same length."""
     shapes = [x.shape for x in jax.tree.leaves(z0)]
     if any(len(s) == 0 for s in shapes) or len({s[0] for s in shapes}) > 1:
         raise ValueError(
-            f"With batched=True every leaf of z0 is expected to have a batch of the same length on "
-            f"axis 0, got the shapes {shapes}; add or align that axis, or use batched=False."
+            f"batched=True expects every leaf of z0 to have a batch of the same length on axis 0, "
+            f"got the shapes {shapes}; add or align that axis, or use batched=False."
         )
 
 
 def point(z: PyTree, batched: bool) -> PyTree:
-    """`z` as strongly typed float arrays, with a batch if there is to be one."""
+    """`z` as strongly typed float arrays; with `batched`, axis 0 of each is the batch."""
     z = float_state(z)
     if batched:
         check_batch(z)
@@ -108,11 +109,12 @@ def point(z: PyTree, batched: bool) -> PyTree:
 
 
 def point_like(z: PyTree, x: Array, batched: bool) -> Array:
-    """`z` as one array of the shape and dtype of x, the injected input of its cell."""
+    """`z` as one array with the shape and dtype of x, the injected input of the cell."""
     z = point(z, batched)
     if not isinstance(z, jax.Array) or (z.shape, z.dtype) != (x.shape, x.dtype):
         raise ValueError(
-            f"z is expected to be one array like the injected x, {x.dtype} of shape {x.shape}, got "
+            f"The layer expects z to be one array like the injected x, {x.dtype} of shape "
+            f"{x.shape}, got "
             f"{eqx.tree_pformat(jax.eval_shape(lambda: z), struct_as_array=True)}; pass sol.value "
             f"of a solve for this x, with batched=True if it is a batch."
         )
@@ -120,7 +122,7 @@ def point_like(z: PyTree, x: Array, batched: bool) -> Array:
 
 
 def check_state(z0: PyTree, batched: bool, max_steps: Any) -> tuple[PyTree, int]:
-    """`z0` as arrays, with a batch if there is to be one, and the ceiling on steps."""
+    """`z0` as arrays (with `batched`, axis 0 is the batch), and `max_steps` as an int."""
     z0 = point(z0, batched)
     instead = "pass a smaller, traced budget as steps=..."
     return z0, check_int("fixed_point", "max_steps", max_steps, instead)
@@ -134,7 +136,8 @@ def check_steps(steps: Any, max_steps: int, shape: tuple[int, ...]) -> Int[Array
         allowed = " or ".join(map(str, {(): None, shape: None}))
         raise ValueError(
             f"fixed_point expects steps to be an integer array of shape {allowed}, got "
-            f"{steps.dtype} of shape {steps.shape}; one budget per problem needs batched=True."
+            f"{steps.dtype} of shape {steps.shape}; pass one budget, or, with batched=True, one "
+            f"per problem."
         )
     if known and not np.all((steps >= 0) & (steps <= max_steps)):
         raise ValueError(
@@ -145,7 +148,7 @@ def check_steps(steps: Any, max_steps: int, shape: tuple[int, ...]) -> Int[Array
 
 
 def check_optimistix(solver: Any, batched: bool, steps: Any) -> None:
-    """An instance of an Optimistix solver, and nothing that only ours can do."""
+    """Raises `ValueError` for anything but an Optimistix solver, and for options that need ours."""
     if not isinstance(solver, OptimistixSolver):
         raise ValueError(
             f"fixed_point expects a deqjax or an Optimistix solver, got {solver!r}; "
@@ -154,13 +157,13 @@ def check_optimistix(solver: Any, batched: bool, steps: Any) -> None:
     name = type(solver).__name__
     if batched or steps is not None:
         raise ValueError(
-            f"batched=True and steps=... are expected with a deqjax solver, got the Optimistix "
-            f"solver {name}; use jax.vmap for a batch, and max_steps as the ceiling."
+            f"fixed_point with batched=True or steps=... expects a deqjax solver, got the "
+            f"Optimistix solver {name}; use jax.vmap for a batch, and max_steps as the ceiling."
         )
 
 
 def check_unmapped(solver: Any, *inputs: PyTree) -> None:
-    """Loops of Optimistix raise carry-type errors in `jax.shard_map`, whatever their inputs."""
+    """Raises `ValueError` in `jax.shard_map`, where Optimistix's loops have carry-type errors."""
     axes = mesh_axes(*inputs)
     if axes:
         raise ValueError(
@@ -171,7 +174,7 @@ def check_unmapped(solver: Any, *inputs: PyTree) -> None:
 
 
 def problems(z: PyTree, rank: int) -> tuple[int, ...]:
-    """The shape of an array with one entry per problem: the leading `rank` axes of `z`."""
+    """The shape of an array with one entry per problem: the first `rank` axes of `z`."""
     return jax.tree.leaves(z)[0].shape[:rank]
 
 
@@ -182,11 +185,11 @@ def prepare(
     max_steps: int,
     steps: int | Int[Array, "..."] | None,
 ) -> tuple[Any, Budget, Int[Array, "..."]]:
-    """The solver with its tolerances as arrays, its budget, and the steps that were asked for."""
+    """The solver with its tolerances as arrays, its budget, and the requested steps."""
     solver.check()
     known_zero = lambda x: not is_traced(x) and float(x) == 0
     fixed = known_zero(solver.rtol) and known_zero(solver.atol)
-    # As arrays, so that another tolerance or budget does not recompile.
+    # Tolerances are arrays, so that another value does not recompile.
     tolerances = [jnp.asarray(x, jnp.result_type(float)) for x in (solver.rtol, solver.atol)]
     solver = eqx.tree_at(lambda s: (s.rtol, s.atol), solver, tolerances)
     requested = check_steps(steps, max_steps, problems(z0, int(batched)))

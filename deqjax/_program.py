@@ -1,9 +1,9 @@
-"""Compiled programs of eager calls, found by what was traced.
+"""Compiled programs of eager calls, looked up by what was traced.
 
-`jax.jit` with the user's function as a static argument compares functions by `==`: a bound method
-or a function that reads a global is then run as it was at its first call, its arrays are kept for
-ever, and so is its program. Here a function is traced at each call, and `deqjax._traced.Traced`
-compares what it does.
+`jax.jit` with the user's function as a static argument compares functions by `==`: it runs a bound
+method, or a function that reads a global, as it was at its first call, and keeps its arrays and its
+program for ever. Here a function is traced at each call, and `deqjax._traced.Traced` compares what
+it does.
 """
 
 import threading
@@ -17,14 +17,14 @@ import jax
 from ._compare import Fleeting, static_fields, static_key
 from ._traced import Traced
 
-# A program holds some dozens of memory maps, of which Linux gives a process 65,530.
+# A program holds some dozens of memory maps; Linux gives a process 65,530.
 _MOST = 64
 _programs: OrderedDict[Hashable, Callable] = OrderedDict()
 _lock = threading.Lock()
 
 
 class _Rest:
-    """The result of a program beside arrays: one thing to JAX, which does not look into it."""
+    """The part of a program's result that is not arrays; JAX does not look into it."""
 
     def __init__(self, tree: Any):
         self.tree = tree
@@ -36,20 +36,20 @@ class _Out(eqx.Module):
 
 
 def run(engine: Callable, *inputs: Any) -> Any:
-    """`engine(*inputs)`, jitted: arrays are arguments of the program, all else is in its key.
+    """Runs `engine(*inputs)` jitted: arrays are arguments of the program, all else is in its key.
 
-    Functions have to come as `Traced`. Inside another program the same is found, which is then
-    traced and lowered once for all its uses.
+    Functions must be passed as `Traced`. Calls inside another program share programs too; JAX then
+    traces and lowers a shared one once.
     """
     leaves, treedef = jax.tree.flatten(inputs)
     dynamic = [x for x in leaves if eqx.is_array(x)]
     static = [None if eqx.is_array(x) else x for x in leaves]
     program = _program(engine, inputs, static, treedef)
     try:
-        # A list of arrays and nothing else: JAX's caches keep the structure of what they have seen.
+        # Only a list of arrays is passed: JAX's caches keep the structure of every argument.
         out = program(dynamic)
     except jax.errors.JaxRuntimeError as error:
-        # What `eqx.error_if` says is raised as `eqx.filter_jit` raises it.
+        # Raise a message of `eqx.error_if` as `eqx.filter_jit` does.
         _, found, message = str(error).partition("_EquinoxRuntimeError: ")
         if not found:
             raise
@@ -63,7 +63,7 @@ def _program(engine: Callable, inputs: tuple, static: list, treedef: Any) -> Cal
         return _compiled(engine, static, treedef)
     with _lock:
         program = _programs.pop(key, None) or _compiled(engine, static, treedef)
-        _programs[key] = program  # the last one used is the last to go
+        _programs[key] = program  # as the most recently used, which is removed last
         if len(_programs) > _MOST:
             _programs.popitem(last=False)
     return program
@@ -77,7 +77,7 @@ def _compiled(engine: Callable, static: list, treedef: Any) -> Callable:
         arrays, rest = eqx.partition(out, eqx.is_array)
         return _Out(arrays, _Rest(rest))
 
-    call.__name__ = engine.__name__.lstrip("_")  # which a profile shows
+    call.__name__ = engine.__name__.lstrip("_")  # shown in a profile
     return jax.jit(call)
 
 

@@ -15,7 +15,7 @@ from ._tree import as_real, is_traced, max_abs, per_problem, quotient, two_norm,
 RESULTS = optimistix.RESULTS
 
 
-# Those of `deqjax.fixed_point`; Optimistix and Lineax have more.
+# The codes of `deqjax.fixed_point`; Optimistix and Lineax have more.
 _CODES = ("successful", "nonlinear_max_steps_reached", "nonfinite", "nonlinear_divergence")
 
 
@@ -36,7 +36,7 @@ class Solution(optimistix.Solution):
 
 
 def span(x: Array) -> str:
-    """The number, or the least and the largest of several."""
+    """The number as text, or the least and the largest of several."""
     ends = [f"{end:.3g}" for end in (np.min(x), np.max(x))] if x.size else ["none"]
     return " to ".join(dict.fromkeys(ends))
 
@@ -56,7 +56,7 @@ def result_code(
     complete: Bool[Array, ""],
     in_range: Bool[Array, ""],
 ) -> RESULTS:
-    """The result code of one problem; `complete` is what it is without a numerical failure."""
+    """The result code of one problem; without a numerical failure, `complete` decides."""
     # The last finite iterate of a divergent sequence may have no finite f.
     finite = jnp.isfinite(max_abs((z, fz))) | (too_large(z) & jnp.isfinite(max_abs(z)))
     diverged = too_large((z, fz)) | ~in_range
@@ -74,7 +74,7 @@ def raise_unsuccessful(sol: Solution) -> Solution:
 
 
 def relative_residual(z: PyTree, fz: PyTree) -> Array:
-    """`||f(z) - z||_2 / ||f(z)||_2` of one problem, in float32 or wider; 0 where it is 0 / 0."""
+    """`||f(z) - z||_2 / ||f(z)||_2` of one problem, in float32 or wider; 0 for 0 / 0."""
     z, fz = as_real((z, fz))
     scale = jax.lax.stop_gradient(max_abs(fz))
     # Squares of numbers below 1e-19 vanish in float32; the ratio does not depend on the scale.
@@ -88,12 +88,12 @@ def relative_residual(z: PyTree, fz: PyTree) -> Array:
 def completed(
     solver: Any, z: PyTree, fz: PyTree, loop: Any, budget: Any, requested: Array
 ) -> Bool[Array, "..."]:
-    """Whether each problem met its tolerance, or took the steps that were asked for.
+    """Whether each problem met its tolerance, or took the requested steps.
 
     `loop` is a `LoopResult`, `budget` a `Budget`.
     """
     small = loop.outcome | (measured(solver, z, fz, budget.rank) < 1)
-    # Zero tolerances, traced or not, ask for a number of steps.
+    # Zero tolerances, traced or not, mean a fixed number of steps.
     untested = (solver.rtol == 0) & (solver.atol == 0)
     return jnp.where(untested, loop.num_steps == requested, small)
 

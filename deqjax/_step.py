@@ -19,9 +19,9 @@ class AbstractMemory(eqx.Module):
 
     @abc.abstractmethod
     def kept(self, moves: Bool[Array, "..."], active: Bool[Array, "..."], old: Self) -> Self:
-        """The memory after a pass of the loop, which `moves` some problems.
+        """The memory after a pass of the loop; `moves` marks the problems that take the step.
 
-        `active` are those that had not stopped before the pass, `old` is the memory at that time.
+        `active` marks the problems that had not stopped before the pass; `old` is the memory then.
         """
 
 
@@ -29,7 +29,7 @@ class Step(NamedTuple):
     """The result of one evaluation of `f` at `z`; the flags have one entry per problem."""
 
     z: PyTree  # the next iterate
-    memory: PyTree  # what the solver wants to see at the next step
+    memory: PyTree  # the solver's memory for the next step
     aux: PyTree  # the auxiliary output of f(z)
     error: Inexact[Array, "..."]  # the solver's measure of f(z) - z; its tolerance is met below 1
     broken: Bool[Array, "..."]  # f(z) is not finite
@@ -52,8 +52,8 @@ def residual(z: PyTree, _: Any, inputs: tuple) -> PyTree:
 def scaled_error(solver: Any, z: PyTree, fz: PyTree) -> Inexact[Array, ""]:
     """`norm((f(z) - z) / (atol + rtol |f(z)|))`; infinite with both tolerances zero.
 
-    Of complex entries the norm sees the moduli. NaN if and only if f(z) - z is not finite: one pass
-    over the state tells both.
+    For complex entries the norm gets the moduli. The error is NaN if and only if f(z) - z is not
+    finite, so that one pass over the state gives both.
     """
     rtol, atol = jnp.asarray(solver.rtol), jnp.asarray(solver.atol)
 
@@ -71,12 +71,12 @@ def scaled_error(solver: Any, z: PyTree, fz: PyTree) -> Inexact[Array, ""]:
 def measured(
     solver: Any, z: PyTree, fz: PyTree, rank: int, memory: PyTree = None
 ) -> Inexact[Array, "..."]:
-    """The solver's own measure of `f(z) - z`, of each problem."""
+    """The solver's own measure of `f(z) - z`, for each problem."""
     return per_problem(lambda solver, *at: solver.error(*at), rank)(solver, z, fz, memory)
 
 
 def step(fn: Fn, solver: Any, z: PyTree, args: PyTree, memory: PyTree, *, rank: int = 0) -> Step:
-    """One evaluation of `fn` at `z`, its verdict, and the solver's next iterate."""
+    """Evaluates `fn` at `z`, measures the error, and takes the solver's step."""
     fz, aux = evaluate(fn, z, args)
     error = measured(solver, z, fz, rank, memory)
 
@@ -93,24 +93,26 @@ def step(fn: Fn, solver: Any, z: PyTree, args: PyTree, memory: PyTree, *, rank: 
 def freeze(
     moves: Bool[Array, "..."], active: Bool[Array, "..."], new: PyTree, old: PyTree
 ) -> PyTree:
-    """`new` of the problems that a pass `moves`, `old` of the others; an `AbstractMemory` decides
-    for itself."""
+    """`new` for the problems in `moves`, `old` for the others.
+
+    An `AbstractMemory` decides for itself.
+    """
     own = lambda x: isinstance(x, AbstractMemory)
     leaf = lambda new, old: new.kept(moves, active, old) if own(new) else select(moves, new, old)
     return jax.tree.map(leaf, new, old, is_leaf=own)
 
 
 def isolate(fn: Fn, i: Int[Array, ""]) -> Fn:
-    """`fn` alone in a loop of one trip: the same bits in whatever program it is evaluated.
+    """Puts `fn` alone into a loop of one trip, so that it gives the same bits in every program.
 
-    XLA fuses f with what surrounds it, and rewrites it by what else is computed there: not to the
-    same rounding before and after differentiation. The body of a loop is compiled by itself. Its
-    bound has to be one that XLA cannot fold: `min(i + 1, 1)` of the counter of the outer loop,
-    behind a barrier, since a loop that is known to have one trip is no loop, and its counter 0.
+    XLA fuses f with the code around it and rewrites it accordingly: the rounding before and after
+    differentiation differs. The body of a loop is compiled by itself. But XLA removes a loop that
+    it knows to have one trip, and makes its counter 0. So XLA must not be able to fold the bound:
+    `min(i + 1, 1)`, with the counter i of the outer loop, behind a barrier.
 
-    What f makes of `args` alone XLA takes out of the loop and merges with what the derivative makes
-    of them, or folds while it compiles if they are constants, as those of a pullback are that is
-    compiled by itself. So f sees them through a barrier.
+    XLA takes what f computes from `args` alone out of the loop, and merges it with the derivative's
+    computations. If `args` are constants, as in a pullback that is compiled by itself, XLA folds it
+    while it compiles. So f gets `args` through a barrier.
     """
 
     def alone(z, args):

@@ -1,7 +1,7 @@
-"""A function of arrays as it reads now: traced, with every array that it reads as an argument.
+"""A function of arrays, traced as it is now, with every array that it reads as an argument.
 
-Two of them are equal if and only if every equation, parameter, literal and abstract value is. What
-cannot be compared is equal to itself alone.
+Two traced functions are equal if and only if all their equations, parameters, literals and abstract
+values are. A function that cannot be compared is equal only to itself.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from ._compare import Fleeting, alone, jaxpr_key, static_fields, static_key
 
 
 class Body:
-    """The jaxpr of a function of a list of arrays, and the form of what it returns."""
+    """The jaxpr of a function of a list of arrays, and the structure of its output."""
 
     def __init__(self, jaxpr: Jaxpr, out_tree: Any, out_static: PyTree):
         self.jaxpr, self.out_tree, self.out_static = jaxpr, out_tree, out_static
 
     @ft.cached_property
     def key(self) -> Hashable:
-        """The value that equality compares; None for a body that is equal to itself alone."""
+        """The value that equality compares; None for a body that is equal only to itself."""
         static, treedef = jax.tree.flatten(self.out_static)
         try:
             static = tuple(map(static_key, (*static, *static_fields(self.out_static))))
@@ -42,13 +42,13 @@ class Body:
 
     @ft.cached_property
     def multiplies(self) -> bool:
-        """Whether it has products of which `_bilinear.py` knows a better form, outside of loops."""
+        """Whether it has products, outside of loops, for which `_bilinear.py` has a better form."""
         return _multiplies(self.jaxpr)
 
     @ft.cached_property
     def replaced(self) -> Callable[[Any], Any]:
-        """The other form of an equation that multiplies; None: there is none."""
-        # One for each function that is called, so that JAX lowers once what is called often.
+        """Maps an equation that multiplies to its better form, or to None if there is none."""
+        # One form per called function, so that JAX lowers a function once even if called often.
         calls = {}
 
         def form(eqn):
@@ -73,7 +73,7 @@ class Body:
 
 
 class Traced(eqx.Module):
-    """A function as it read when it was traced: what is static in its inputs counts no more."""
+    """A function as it was when traced; a call ignores the static parts of its inputs."""
 
     consts: list[Array]
     body: Body = eqx.field(static=True)
@@ -89,14 +89,14 @@ class Traced(eqx.Module):
 
     @property
     def out_struct(self) -> PyTree:
-        """Shapes and dtypes of what it returns."""
+        """The structure, shapes and dtypes of the output."""
         avals: list[Any] = [v.aval for v in self.body.jaxpr.outvars]
         structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
         return eqx.combine(jax.tree.unflatten(self.body.out_tree, structs), self.body.out_static)
 
 
 def trace(fn: Callable, *inputs: PyTree) -> Traced:
-    """`fn` as it reads now, for inputs like these."""
+    """Traces `fn` as it is now, for inputs like `inputs`."""
     arrays, static = eqx.partition(inputs, eqx.is_array)
     leaves, treedef = jax.tree.flatten(arrays)
     form = []
@@ -116,7 +116,7 @@ def trace(fn: Callable, *inputs: PyTree) -> Traced:
 
 
 def _nested(eqn: Any) -> ClosedJaxpr | None:
-    """The function that a nested `jax.jit` calls; None: it is none, or places arrays on devices."""
+    """The function that a nested `jax.jit` calls; None for another equation, or with shardings."""
     if eqn.primitive.name not in ("jit", "pjit"):
         return None
     places = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
@@ -128,12 +128,12 @@ def _bodies(jaxpr: Jaxpr) -> list[ClosedJaxpr]:
 
 
 def _holds(jaxpr: Jaxpr) -> bool:
-    """Whether a nested `jax.jit` has arrays of its own, which a program of it would keep."""
+    """Whether a nested `jax.jit` closes over arrays, which its program would keep."""
     return any(body.consts or _holds(body.jaxpr) for body in _bodies(jaxpr))
 
 
 def _opened(eqn: Any) -> Callable | None:
-    """The function that an equation calls with arrays of its own; None: it is no such call."""
+    """The inlined form of a nested `jax.jit` that closes over arrays; None for another equation."""
     body = _nested(eqn)
     if body is None or not (body.consts or _holds(body.jaxpr)):
         return None
@@ -141,12 +141,12 @@ def _opened(eqn: Any) -> Callable | None:
 
 
 def _multiplies(jaxpr: Jaxpr) -> bool:
-    """Whether it, or a nested `jax.jit`, has products to be replaced."""
+    """Whether `jaxpr`, or a nested `jax.jit` in it, has products to replace."""
     return any(map(replaced, jaxpr.eqns)) or any(_multiplies(b.jaxpr) for b in _bodies(jaxpr))
 
 
 def _in_place(eqn: Any, product: Callable | None) -> Callable | None:
-    """`product` under the name and in the memory that the equation has."""
+    """`product` with the equation's name and context, for instance its memory."""
     if product is None:
         return None
 
@@ -161,7 +161,7 @@ def _in_place(eqn: Any, product: Callable | None) -> Callable | None:
 def _evaluated(
     jaxpr: Jaxpr, consts: Any, inputs: Any, other: Callable[[Any], Callable | None]
 ) -> list[Array]:
-    """The values of `jaxpr`, of equations that have an `other` form by that."""
+    """Evaluates `jaxpr`, using the `other` form of each equation that has one."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
     read = lambda v: v.val if isinstance(v, Literal) else values[v]
     for eqn in jaxpr.eqns:

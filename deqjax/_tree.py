@@ -34,26 +34,28 @@ def as_real(tree: PyTree) -> PyTree:
     """`tree` as a vector over the reals: each complex leaf as the pair of its parts.
 
     An f that takes a conjugate, a modulus or a real part is linear over the reals alone, and so is
-    its derivative. What combines or solves works on this view, with real coefficients, and is then
-    right for every f; a tree of real leaves is its own view.
+    its derivative. Code that combines or solves works on this view, with real coefficients, and is
+    then right for every f; a tree of real leaves stays as it is.
     """
     return jax.tree.map(lambda x: (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else x, tree)
 
 
 def from_real(tree: PyTree, like: PyTree) -> PyTree:
-    """The inverse of `as_real`; `like` tells which leaves are complex."""
+    """The inverse of `as_real`; the complex leaves are those of `like`."""
     leaf = lambda like, x: jax.lax.complex(*x) if jnp.iscomplexobj(like) else x
     return jax.tree.map(leaf, like, tree)
 
 
 def conjugate(tree: PyTree) -> PyTree:
-    """The complex conjugate; of a cotangent g in JAX's sense, which pairs with a tangent t as
-    `Re(g t)`, the vector whose inner product with t that is."""
+    """The complex conjugate.
+
+    JAX pairs a cotangent g with a tangent t as `Re(g t)`: the inner product of conj(g) with t.
+    """
     return jax.tree.map(jnp.conj, tree)
 
 
 def dot(x: PyTree, y: PyTree) -> Inexact[Array, ""]:
-    """The inner product over the reals, of complex leaves `Re <x, y>`, in float32 or wider."""
+    """The inner product over the reals in float32 or wider; for complex leaves `Re <x, y>`."""
     terms = jax.tree.map(lambda x, y: jnp.sum(widen(x) * widen(y)), as_real(x), as_real(y))
     return _join(jnp.sum, jax.tree.leaves(terms))
 
@@ -78,13 +80,13 @@ def cast(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def unify(tree: PyTree) -> PyTree:
-    """All leaves in the widest of their dtypes, which JAX's strict promotion leaves to us."""
+    """All leaves in the widest of their dtypes; JAX's strict promotion does not do this."""
     dtype = np.result_type(*(x.dtype for x in jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 def flat(tree: PyTree, rank: int) -> Float[Array, "*b n"]:
-    """All entries of each problem in one axis, float32 or wider."""
+    """All entries of each problem on one axis, in float32 or wider."""
     leaves = unify([widen(x) for x in jax.tree.leaves(tree)])
     return jnp.concatenate([x.reshape(*x.shape[:rank], -1) for x in leaves], -1)
 
@@ -117,13 +119,13 @@ def two_norm(tree: PyTree) -> Inexact[Array, ""]:
 
 def quotient(a: Inexact[Array, "*s"], b: Inexact[Array, "*s"]) -> Inexact[Array, "*s"]:
     """`a / b` that never divides by 0: 0 where a is 0 too, infinite where b alone is."""
-    # A branch that is thrown away divides as well, and debuggers report that.
+    # The unused branch of `where` divides as well, and debuggers report a division by 0.
     divided = a / jnp.where(b == 0, 1, b)
     return jnp.where((b == 0) & (a != 0), jnp.inf, divided)
 
 
 def per_problem(fn: Callable, rank: int) -> Callable:
-    """`fn` of one problem, mapped over `rank` leading axes of every array but scalars."""
+    """Maps `fn` of one problem over `rank` leading axes of every array, except of scalars."""
     for _ in range(rank):
         fn = eqx.filter_vmap(fn, in_axes=lambda x: 0 if eqx.is_array(x) and x.ndim else None)
     return fn
@@ -135,20 +137,20 @@ def is_traced(x: Any) -> bool:
 
 
 def opaque(tree: PyTree) -> PyTree:
-    """`tree`, the values of whose arrays XLA does not know while it compiles, even of constants."""
-    # Each by itself: one barrier would give all of them tangents, and asks for the same mesh axes.
+    """Hides the values of the arrays in `tree` from XLA's compiler, even those of constants."""
+    # One barrier per array: a common one gives all of them tangents, and needs equal mesh axes.
     hide = lambda x: jax.lax.optimization_barrier(x) if eqx.is_array(x) else x
     return jax.tree.map(hide, tree)
 
 
 def mesh_axes(*trees: PyTree) -> Axes:
-    """Names of the `jax.shard_map` mesh axes over which some leaf varies; empty outside one."""
+    """The `jax.shard_map` mesh axes over which some leaf varies; empty outside `jax.shard_map`."""
     avals = [jax.typeof(x) for x in jax.tree.leaves(eqx.filter(trees, eqx.is_array))]
     return frozenset().union(*(x.mat.varying if hasattr(x, "mat") else x.vma for x in avals))
 
 
 def vary(tree: PyTree, axes: Axes) -> PyTree:
-    """Mark every array of `tree` as varying over `axes`.
+    """Marks every array of `tree` as varying over `axes`.
 
     Loop carries must have one type throughout: inside `jax.shard_map` a constant initial value is
     "invariant" while f's output varies. Differentiating this cast gives the sum over devices.

@@ -1,4 +1,4 @@
-"""One way of differentiating a solve a file."""
+"""The adjoints, one way of differentiating a solve per file."""
 
 from .._checks import renamed as _renamed
 from . import _implicit

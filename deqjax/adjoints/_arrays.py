@@ -11,9 +11,9 @@ from .._traced import Traced, trace
 
 
 class Own(NamedTuple):
-    """A function, the arrays that it holds, and those of its arguments: each in one list.
+    """A function, the arrays that it holds, and the arrays of its arguments, each in one list.
 
-    One of own and hidden arrays is empty: it could not be said whose a cotangent is.
+    Either the own or the hidden arrays are empty, so that it is clear where a cotangent belongs.
     """
 
     call: Traced  # call(own, z, args), a pytree of the hidden arrays, which fn closes over
@@ -22,7 +22,7 @@ class Own(NamedTuple):
 
 
 def arrays_of(name: str, fn: Callable, z: PyTree, args: PyTree) -> tuple[Own, Callable]:
-    """The arrays that `fn` has, and what puts their cotangents in the form of `fn` and `args`."""
+    """The arrays of `fn`, and a function that puts cotangents in the form of `fn` and `args`."""
     own, static = eqx.partition(fn, eqx.is_inexact_array)
     whole = lambda own, z, args: eqx.combine(own, static)(z, args)
     call = trace(whole, own, z, args)

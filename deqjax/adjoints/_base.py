@@ -1,8 +1,8 @@
 """The base of every adjoint.
 
-`apply` is the one seam between a solve and its derivative. Both front doors call it as Optimistix
-does, `adjoint.apply(primal_fn, rewrite_fn, inputs, tags)`: `primal_fn(inputs + (while_loop,))`
-runs the loop, `rewrite_fn(z, None, inputs)` is `f(z) - z`.
+`apply` is the only connection between a solve and its derivative. deqjax and Optimistix both call
+`adjoint.apply(primal_fn, rewrite_fn, inputs, tags)`: `primal_fn(inputs + (while_loop,))` runs the
+loop, `rewrite_fn(z, None, inputs)` is `f(z) - z`.
 """
 
 import abc
@@ -35,17 +35,17 @@ class Problem(NamedTuple):
     args: PyTree
     max_steps: int | None
     rank: int
-    budget: Budget | None  # None: through Optimistix's front door
+    budget: Budget | None  # None: called by Optimistix
     rest: tuple  # the other inputs, in their places
 
     @property
     def ceiling(self) -> int:
-        """Steps of the backward solve, which a warm start of the forward one does not shorten."""
+        """The ceiling of the backward solve; a warm start shortens only the forward solve."""
         return max(self.max_steps or 0, 256)
 
 
 def unpack(inputs: tuple) -> Problem:
-    """Reads the positional inputs of either front door; Optimistix's layout is private."""
+    """Reads the positional inputs of deqjax or of Optimistix, whose layout is private."""
     fn, solver, z0, args, *rest = inputs
     match rest:
         case [Budget() as budget]:
@@ -54,19 +54,19 @@ def unpack(inputs: tuple) -> Problem:
         case [_options, most, _f_struct, _aux_struct, _tags]:
             return Problem(fn, solver, z0, args, most, 0, None, tuple(rest))
     raise ValueError(
-        f"Expected the inputs of deqjax or of Optimistix 0.1, got {len(inputs)} others; install "
-        f"optimistix>=0.1,<0.2."
+        f"The adjoint expects the inputs of deqjax or of Optimistix 0.1, got {len(inputs)} others; "
+        f"install optimistix>=0.1,<0.2."
     )
 
 
 def no_gradient(tree: PyTree) -> PyTree:
-    """`tree`, raising if a loss ever differentiates it: better than a silently dropped term."""
+    """`tree`, which raises if a loss differentiates it, instead of silently dropping a term."""
     return jax.tree.map(eqxi.nondifferentiable_backward, tree)
 
 
 @eqx.filter_custom_jvp
 def attach(out: PyTree, inputs: PyTree, tangent: Callable[[PyTree, PyTree, PyTree], PyTree]):
-    """`out = (z, extras)` itself, z with the derivative `tangent(out, inputs, their tangents)`."""
+    """`out = (z, extras)`, where z has the derivative `tangent(out, inputs, their tangents)`."""
     del inputs, tangent
     return out
 
@@ -76,17 +76,17 @@ def _attach_jvp(primals, tangents):
     _, inputs, tangent = primals
     z, extras = attach(*primals)  # so that z has a derivative here too
     t_z = tangent((z, extras), inputs, tangents[1])
-    # Zero, but made of tangents: so that `no_gradient` notices a loss of the extras.
+    # Zero, but computed from tangents, so that `no_gradient` notices a loss of the extras.
     zero = dot(t_z, scale(0, t_z))
     like = lambda x: vary(jnp.broadcast_to(zero.astype(x.dtype), x.shape), mesh_axes(x))
     return (z, extras), (t_z, jax.tree.map(like, eqx.filter(extras, eqx.is_inexact_array)))
 
 
 class AbstractFixedPointAdjoint(AbstractAdjoint):
-    """Differentiates the fixed point, and not the steps: an adjoint that is a linear map.
+    """Differentiates the fixed point, not the steps, by a linear map.
 
-    A subclass says how the tangent of z follows from those of all that f depends on; what it does
-    with them is linear, so that JAX transposes it into the backward pass.
+    A subclass computes the tangent of z from the tangents of everything that f depends on. The map
+    is linear, so that JAX transposes it into the backward pass.
     """
 
     @abc.abstractmethod
@@ -94,7 +94,7 @@ class AbstractFixedPointAdjoint(AbstractAdjoint):
         """The tangent of z."""
 
     def check_solver(self, solver: Any) -> None:
-        """Raises `ValueError` for a solver with which the adjoint does not go."""
+        """Raises `ValueError` for a solver that the adjoint does not support."""
         del solver
 
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
@@ -114,7 +114,7 @@ class Linearisation(NamedTuple):
     tangents: PyTree
 
     def vary(self, *used: PyTree) -> PyTree:
-        """z, marked as varying over the mesh axes of `used` too: the first carry of a loop."""
+        """z, marked as varying over the mesh axes of `used` too, for the first carry of a loop."""
         return vary(self.z, mesh_axes(self.z, *used))
 
     def right_side(self) -> PyTree:
@@ -125,8 +125,8 @@ class Linearisation(NamedTuple):
 
     def equation(self) -> tuple[LinearMap, PyTree]:
         """`(matvec, b)` of the equation `(I - J) dz = b` of the implicit function theorem."""
-        # Linearised once, outside the loop: and then no product needs f again, nor, inside
-        # shard_map, a cast of its constants whose transpose would sum over devices.
+        # Linearised once, outside the loop: no product then evaluates f again or, inside shard_map,
+        # casts its constants (the transpose of a cast would sum over devices).
         _, product = jax.linearize(lambda z: self.residual(z, self.moving), self.z)
         return lambda v: scale(-1, product(v)), self.right_side()
 
@@ -134,10 +134,10 @@ class Linearisation(NamedTuple):
 def solved(
     matvec: LinearMap, b: PyTree, solve: LinearSolve, transpose_solve: LinearSolve
 ) -> PyTree:
-    """The solution of `matvec(y) = b`, by `solve(matvec, b)`, which sees real leaves alone."""
+    """The solution of `matvec(y) = b`, by `solve(matvec, b)`, which sees only real leaves."""
     over_reals = lambda y: as_real(matvec(from_real(y, b)))
-    # custom_linear_solve expects of the leaves of b that all have a tangent or none. In a
-    # second derivative some have: a barrier gives the others zeros, forwards and transposed.
+    # custom_linear_solve expects that all leaves of b have a tangent, or none. In a second
+    # derivative only some have one: a barrier gives the others zeros, forwards and transposed.
     whole = jax.lax.optimization_barrier
     right = whole(as_real(b))
     y = jax.lax.custom_linear_solve(over_reals, right, solve, transpose_solve)
@@ -145,11 +145,11 @@ def solved(
 
 
 class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
-    """Solves the equation of the implicit function theorem, and can tell how that went."""
+    """Solves the equation of the implicit function theorem, and reports the outcome."""
 
     @abc.abstractmethod
     def known(self, matvec: LinearMap, z: PyTree, rank: int) -> PyTree:
-        """The knowledge of `matvec = I - J` that `solve` needs beforehand, at the fixed point z."""
+        """The facts about `matvec = I - J` at the fixed point z that `solve` needs beforehand."""
 
     @abc.abstractmethod
     def solve(
@@ -177,7 +177,7 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
 
 
 def _implicit(adjoint: Any, rewrite_fn: Callable, out: PyTree, inputs: tuple, t_inputs: PyTree):
-    """The tangent of z by the residual of the inputs, as `attach` wants it."""
+    """The tangent of z by the residual of the inputs, in the form that `attach` expects."""
     z, extras = out
     is_none = lambda x: x is None
     moved = jax.tree.map(lambda t: t is not None, t_inputs, is_leaf=is_none)
@@ -193,9 +193,9 @@ def _implicit(adjoint: Any, rewrite_fn: Callable, out: PyTree, inputs: tuple, t_
 def check_damped(adjoint: Any) -> None:
     """Raises `ValueError` unless the fields of a phantom gradient are right."""
     name, steps, damp = type(adjoint).__name__, adjoint.steps, adjoint.damp
-    check_int(name, "steps", steps, "one undamped step is deqjax.JacobianFreeAdjoint().")
+    check_int(name, "steps", steps, "use deqjax.JacobianFreeAdjoint() for one undamped step.")
     if not 0 <= damp < 1:
-        raise ValueError(f"{name} expects damp in [0, 1), got {damp}; 0 is a plain step of f.")
+        raise ValueError(f"{name} expects damp in [0, 1), got {damp}; pass 0 for a plain step.")
 
 
 def check_linear(adjoint: Any) -> None:
@@ -205,14 +205,14 @@ def check_linear(adjoint: Any) -> None:
     check_choice(name, "on_failure", how, ("nan", "keep", "raise"))
     if tol is not None and not (isinstance(tol, float) and tol > 0):
         raise ValueError(
-            f"{name} expects a float tolerance above 0, got tol={tol}; it is relative to y."
+            f"{name} expects a float tolerance above 0, got tol={tol}; pass one, relative to y."
         )
     if steps is not None:
-        check_int(name, "max_steps", steps, "None is the ceiling of the solve.")
+        check_int(name, "max_steps", steps, "pass None for the ceiling of the solve.")
 
 
 def check_ceiling(name: str, max_steps: int | None, room: str = "") -> int:
-    """`max_steps`, or `ValueError` for a loop of any length, as Optimistix's front door has."""
+    """Returns `max_steps`, or raises `ValueError` for None, which Optimistix allows."""
     if max_steps is None:
         raise ValueError(
             f"{name} expects a number as max_steps, got None; choose a ceiling on the number of "
@@ -226,5 +226,5 @@ def check_cotangent(name: str, z: PyTree, cotangent: PyTree) -> None:
     if jax.eval_shape(lambda: z) != jax.eval_shape(lambda: cotangent):
         raise ValueError(
             f"{name} expects a cotangent of the structure, shapes and dtypes of z, "
-            f"{eqx.tree_pformat(z)}, got {eqx.tree_pformat(cotangent)}."
+            f"{eqx.tree_pformat(z)}, got {eqx.tree_pformat(cotangent)}; pass one like z."
         )

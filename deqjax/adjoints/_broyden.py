@@ -19,24 +19,24 @@ from ._linear_solve import LinearMap, by_iteration, judged
 
 
 class BroydenAdjoint(AbstractFixedPointAdjoint):
-    """The implicit gradient by the inverse that Broyden's method has built on the way (SHINE).
+    """The implicit gradient by the inverse that Broyden's method has built in the solve (SHINE).
 
         dz* := -B^-1 (df/dtheta) dtheta,    B ~ J - I
 
-    Where this leaves a relative residual above `tol` in `(I - J^T) y = g`, y is improved by the
-    Neumann series, and Anderson's method, as `deqjax.ImplicitAdjoint` has them, until it does not.
+    If the relative residual of this y in `(I - J^T) y = g` is above `tol`, the Neumann series and
+    Anderson's method improve y, as in `deqjax.ImplicitAdjoint`, until it is not.
 
     **Arguments:**
 
-    - `tol`: a float above 0, the relative residual `||g + J^T y - y||_2 / ||g + J^T y||_2`, of
-        every leaf by itself.
+    - `tol`: a float above 0, the relative residual `||g + J^T y - y||_2 / ||g + J^T y||_2`, for
+        each leaf by itself.
     - `max_steps`, `on_failure`: as in `deqjax.ImplicitAdjoint`.
 
-    **Cost:** one evaluation of `f` with its linearisation, two VJPs, one of which is the check; the
-    solver's `2 memory` copies of z live until the backward pass.
+    **Cost:** one evaluation of `f` with its linearisation, two VJPs, one of them for the check; the
+    solver's `2 depth` copies of z are kept until the backward pass.
 
-    **When not to use it:** where the gradient has to be right to more than a digit; B is accurate
-    along the steps that the solve has taken, which need not be where g points.
+    **When not to use it:** if the gradient has to be right to more than one digit: B is accurate
+    along the steps of the solve, but g may point elsewhere.
 
     **Raises:** `ValueError` with a solver other than `deqjax.Broyden`, or as
     `deqjax.ImplicitAdjoint`.

@@ -1,4 +1,4 @@
-"""How wrong the solution of a linear equation may be: Hager and Higham's estimator, without A."""
+"""Error estimates for the solution of a linear equation: Hager and Higham's, by solves alone."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,13 +25,13 @@ LinearMap = Callable[[PyTree], PyTree]
 # `(b, transpose) -> (y, stats)` with A y = b, or A^T y = b.
 Solve = Callable[[PyTree, bool], tuple[PyTree, dict[str, Any]]]
 
-# Columns looked at, after two vectors that are none; Higham's own limit is 5, and 2 the rule.
+# The columns tried after two vectors that are none; Higham's own limit is 5, usually 2 suffice.
 _COLUMNS = 4
-# With a larger residual a solve tells nothing; below that, what it tells is measured.
+# A solve with a larger residual says nothing; the value of any other solve is measured.
 _USABLE = 0.1
-# What a solve leaves out may be the very direction that is amplified, by up to the condition.
+# The part that a solve misses may be the direction that is amplified, by up to the condition.
 _TELLING = 1e-3
-# Three samples, of |J^T| |y| by products with signs that look random, and of what it leads to.
+# Three samples of |J^T| |y|, by products with pseudo-random signs, and three of its effect.
 _SEEDS = (1009, 2003, 3001)
 
 
@@ -47,7 +47,7 @@ def one_norm_of_inverse(
 ) -> Inexact[Array, "..."]:
     """`||A^-1||_1` of each problem: the largest `||u||_1 / ||A u||_1` over the u that are tried.
 
-    Hager's walk from column to column of A^-1, by solves with A and its transpose. Infinite where a
+    Hager's walk from column to column of A^-1, by solves with A and its transpose. Infinite if a
     solve fails.
     """
     norm = per_problem(lambda x: jnp.sum(jnp.abs(flat(x, 0))), rank)
@@ -60,7 +60,7 @@ def one_norm_of_inverse(
         slope, _ = solve(jax.tree.map(lambda u: jnp.where(u < 0, -1, 1).astype(u.dtype), u), True)
         column = per_problem(_largest, rank)(slope)
         x = select(jnp.broadcast_to(c.i > 0, value.shape), column, _even(like))
-        # The first two vectors are fixed; after them, no growth is the end.
+        # The first two vectors are fixed; after them, stop when the norm does not grow.
         better = value > c.best
         best = jnp.where(better & ~c.done, value, c.best)
         done = c.done | ((c.i > 1) & ~better) | ~(value < jnp.inf)
@@ -76,12 +76,14 @@ def one_norm_of_inverse(
 def error_estimate(
     solve: Solve, transposed: LinearMap, y: PyTree, g: PyTree, rank: int
 ) -> Inexact[Array, "..."]:
-    """How wrong y is, `A^T y = g`, of each problem: the worst leaf's `max |y - y*| / max |y*|`.
+    """The error of y in `A^T y = g`, per problem: the worst leaf's `max |y - y*| / max |y*|`.
 
-    With the residual `r = g - A^T y`, y misses the solution by `A^-T r`; and r is known but for
-    rounding, about `u (|y| + |g| + |J^T| |y|)` with random signs, u half of eps. So one solve for
-    what is seen of r and some for what is not; infinite where one fails, or y may be all error.
+    With the residual `r = g - A^T y`, y misses the solution by `A^-T r`. Here, r is known up to
+    rounding, about `u (|y| + |g| + |J^T| |y|)` with random signs, u half of eps. So one solve is
+    for the computed r, and others are for its rounding. The estimate is infinite if a solve fails,
+    or if y may be all error.
     """
+    # The computed residual, and samples of its rounding.
     unit = [float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(y)]
     unit = jax.tree.unflatten(jax.tree.structure(y), unit)
     residual = jax.tree.map(lambda g, a: widen(g) - widen(a), g, transposed(y))
@@ -102,17 +104,18 @@ def error_estimate(
         usable = (stats["residual"] <= _TELLING)[..., None]
         return jnp.where(jnp.broadcast_to(usable, size.shape), size, jnp.inf)
 
+    # The errors that these cause, against the least size of the solution.
     missed = jax.lax.map(one, sides)
     missed = missed[0] + jnp.max(missed[1:], 0)
     size = per_problem(sizes, rank)(y)
-    true = size - missed  # no more than the solution has
+    true = size - missed  # at most the size of the solution
     ratio = jnp.where(true > 0, missed / jnp.where(true > 0, true, 1), jnp.inf)
     ratio = jnp.where(missed == 0, 0, ratio)
     return jnp.max(jnp.where(jnp.isnan(size), jnp.nan, ratio), -1)
 
 
 def _signs(x: Array, seed: int) -> Array:
-    """1 and -1, as if at random."""
+    """Pseudo-random signs 1 and -1."""
     bits = (jnp.arange(x.size, dtype=jnp.uint32) + jnp.uint32(seed)) * jnp.uint32(2654435761)
     bits = (bits ^ (bits >> 15)) * jnp.uint32(2246822519)
     return jnp.where(bits >> 16 & 1, 1, -1).astype(x.dtype).reshape(x.shape)
@@ -134,7 +137,7 @@ def _even(tree: PyTree) -> PyTree:
 
 
 def _alternating(tree: PyTree) -> PyTree:
-    """Higham's vector, for an A whose columns cancel in the sum: 1, ..., 2 with signs in turn."""
+    """Higham's vector, for an A whose columns cancel in a sum: 1, ..., 2 with alternating signs."""
     n = sum(x.size for x in jax.tree.leaves(tree))
     k = jnp.arange(n)
     return unflat(jnp.where(k % 2 == 0, 1, -1) * (1 + k / max(n - 1, 1)), _wide(tree))

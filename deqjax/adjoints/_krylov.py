@@ -1,4 +1,4 @@
-"""The default method for a linear equation: a series where it is fast, GMRES where it is slow."""
+"""The default method for a linear equation: a series while it is fast, then GMRES."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from .._tree import dot, lincomb, quotient, select, two_norm
 from ..solvers._base import AbstractSolver, Number
 from ..solvers._secant import combine, products
 
-# Above this rate the method needs fewer products than the series, by a half and more.
+# Above this rate GMRES needs fewer products than the series, by a half and more.
 _SLOW = 0.7
-# Two copies of y a row: the products of sixteen steps at rho = 0.999 are worth them.
+# A row takes two copies of y; the products that sixteen rows save at rho = 0.999 are worth them.
 _DEPTH = 16
-# The ridge of `deqjax.Anderson`, of a matrix with a diagonal of ones; eps where that is more.
+# The ridge of `deqjax.Anderson`, for a matrix with a diagonal of ones; eps if that is more.
 _RIDGE = 1e-8
 
 
@@ -27,27 +27,28 @@ class Window(AbstractMemory):
     """The memory of one problem."""
 
     z: PyTree  # the last iterate
-    f: PyTree  # f of it
+    f: PyTree  # f at that iterate
     y: PyTree  # differences of g = f(z) - z, in rows of unit length; 0 where there is none
     v: PyTree  # differences of f(z), in the same unit
     gram: Inexact[Array, "m m"]  # <y_i, y_j>
-    turn: Int[Array, ""]  # steps taken, of all problems of a batch alike: where the next row goes
+    turn: Int[Array, ""]  # steps taken, the same for all problems of a batch: sets the next row
     rows: Int[Array, ""]  # rows written
     size: Inexact[Array, ""]  # ||g|| / ||f(z)|| at the last iterate
-    slow: Bool[Array, ""]  # whether the series has been given up
+    slow: Bool[Array, ""]  # whether GMRES has replaced the series
 
     def kept(self, moves, active, old):
-        """The window as it is, in which nothing is written at the same z: no copy."""
-        # What has stopped shrinks no more, which is no reason to give up a series.
+        """The new window without a copy, as nothing is written at the same z."""
+        # A stopped problem no longer shrinks, which is no reason to leave the series.
         size, slow = select(moves, (self.size, self.slow), (old.size, old.slow))
         return dataclasses.replace(self, size=size, slow=slow)
 
 
 class Krylov(AbstractSolver):
-    """Picard steps until they shrink what is left too little; from there Anderson's, 16 deep.
+    """Picard steps until they shrink the residual too little; then Anderson's method, 16 deep.
 
-    As `deqjax.Anderson`, without what a nonlinear f asks for: on a linear one, a step that has made
-    the residual worse tells as much as any other. This is GMRES, truncated to the last steps.
+    As `deqjax.Anderson`, without the safeguards for a nonlinear f: on a linear f, a step that has
+    made the residual worse is as informative as any other. This is GMRES, truncated to the last
+    steps.
     """
 
     rtol: Number = 0.0
@@ -82,10 +83,10 @@ def _put(k, rows: PyTree, row: PyTree) -> PyTree:
 
 @custom_vmap
 def _advanced(k, z, fz, m: Window):
-    """The next iterate; and the rows with number k renewed, their Gram matrix and number.
+    """The next iterate; and the rows with row k replaced, their Gram matrix and number.
 
-    The window is not touched before it is of use, which would cost more than a cheap f; nor handed
-    through a branch, which would copy it.
+    The window is not used before GMRES starts, since its products would cost more than a cheap f.
+    The window does not pass through a branch either, which would copy it.
     """
     ahead, row, gram, rows = jax.lax.cond(m.slow, _accelerated, _plain, k, z, fz, m)
     return ahead, _put(k, (m.y, m.v), row), gram, rows
@@ -95,7 +96,7 @@ def _advanced(k, z, fz, m: Window):
 def _(size, batched, *args):
     spread = lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape))
     k, z, fz, m = jax.tree.map(spread, args, tuple(batched))
-    # One k for all, so that no row is gathered or scattered.
+    # One k for all problems, so that no row is gathered or scattered.
     over = lambda fn: jax.vmap(fn, (None, 0, 0, 0))
     branches = over(_accelerated), over(_plain)
     ahead, row, gram, rows = jax.lax.cond(jnp.any(m.slow), *branches, k[0], z, fz, m)
@@ -112,7 +113,7 @@ def _accelerated(k, z, fz, m: Window):
     g, v = lincomb(1, fz, -1, z), lincomb(1, fz, -1, m.f)
     y = lincomb(1, v, -1, lincomb(1, z, -1, m.z))
     norm = two_norm(y)
-    # A problem that has stopped meets the same iterate again.
+    # A problem that has stopped meets the same iterate again: no new row.
     new = m.slow & (norm > 0) & jnp.isfinite(norm)
     length = jnp.where(new, norm, 1)
     unit = jax.tree.map(lambda x: x / length.astype(x.dtype), (y, v))
@@ -128,7 +129,7 @@ def _accelerated(k, z, fz, m: Window):
 
 
 def inverse_bound(m: Window) -> Inexact[Array, ""]:
-    """A lower bound of the norm of A's inverse, of which the window shows `A s = -y`.
+    """A lower bound on the norm of A's inverse, from the pairs `A s = -y` in the window.
 
     The largest `||s|| / ||y||` over its span, up to a factor of 4 and to what the ridge hides.
     """
@@ -141,7 +142,7 @@ def inverse_bound(m: Window) -> Inexact[Array, ""]:
 def _eliminated(
     gram: Inexact[Array, "m m"], rows: Int[Array, ""], b: Inexact[Array, "m k"]
 ) -> Inexact[Array, "m k"]:
-    """`(gram + ridge) c = b`; no pivot is below the ridge, and LAPACK compiles for longer."""
+    """Solves `(gram + ridge) c = b`; no pivot is below the ridge, and LAPACK compiles slowly."""
     eps = max(float(jnp.finfo(gram.dtype).eps), _RIDGE)
     ridge = eps * jnp.clip(rows, 1, _DEPTH).astype(gram.dtype)
     eye = jnp.eye(_DEPTH, dtype=gram.dtype)

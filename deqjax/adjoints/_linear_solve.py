@@ -1,4 +1,4 @@
-"""`A y = b` by products with `A = I - J` or its transpose alone: an implicit gradient."""
+"""Solves `A y = b` for an implicit gradient, only by products with `A = I - J` or its transpose."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,11 +29,11 @@ LinearMap = Callable[[PyTree], PyTree]
 
 
 class _Linear(AbstractSolver):
-    """A fixed-point method on `y = b + (I - A) y`, which is held to a measure of its own."""
+    """A fixed-point method on `y = b + (I - A) y`, with a stopping measure of its own."""
 
     inner: AbstractSolver
     measure: AbstractMeasure
-    unit: PyTree  # of each leaf, in which the method sees it; None: 1
+    unit: PyTree  # the unit of each leaf in which the method sees it; None: 1
     rtol: float | Inexact[Array, ""] = 0.0
     atol: float | Inexact[Array, ""] = 0.0
     norm: Callable[[PyTree], Any] = optimistix.max_norm
@@ -43,7 +43,7 @@ class _Linear(AbstractSolver):
         return self.measure.error(z, fz)
 
     def seen(self, z: PyTree) -> PyTree:
-        """z as the method sees it."""
+        """Returns z in the units in which the method sees it."""
         return z if self.unit is None else jax.tree.map(jnp.divide, z, self.unit)
 
     def blank(self, z0):
@@ -70,19 +70,20 @@ def by_iteration(
 ) -> tuple[PyTree, dict[str, Any]]:
     """Iterates `y <- b + (I - A) y`, each problem of a batch until its own tolerance.
 
-    `solver=None` sums the Neumann series, and goes on with a Krylov method where that stalls.
-    `sharper` makes a measure that can tell more than the relative residual from that one.
+    `solver=None` sums the Neumann series, and continues with a Krylov method if the series stalls.
+    `sharper` turns the relative residual into a measure that says more.
     """
     size, unit = _scaled(b, rank)
     start = unit if y0 is None else _warm(y0, b, size, unit, rank)
 
-    # What y is held to, and the units in which its leaves are compared.
+    # The measure that y has to meet, and the units in which its leaves are compared.
     if tol is None and solver is not None:
         tol = solver.rtol
     coupled = coupling(matvec, b, rank)
     measure = sharper(residual_of(b, tol, coupled))
     seen = None if coupled is None else per_problem(units, rank)(start, coupled)
 
+    # Iterate on `b / size`.
     def fn(y, unit):
         product = matvec(cast(y, b))
         return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, product, unit), None
@@ -92,7 +93,7 @@ def by_iteration(
     y, (num_steps, _, state) = iterate((fn, method, start, unit, budget, lax_while))
     inverse = _inverse_norm(state, rank if solver is None else None)
 
-    # The verdict on each problem, and its y in the size that it has.
+    # Judge each problem, and give its y the size that was taken out.
     def outcome(measure, error, y, b, coupled, inverse):
         good = measure.accepts(error, growth(y, b, coupled), inverse)
         code = RESULTS.where(good, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
@@ -106,7 +107,7 @@ def by_iteration(
 
 
 def _scaled(b: PyTree, rank: int) -> tuple[Inexact[Array, "..."], PyTree]:
-    """The size of b, which is taken out so that no square overflows, and `b / size`."""
+    """The size of b, and `b / size`, whose squares do not overflow."""
     size = per_problem(max_abs, rank)(b)
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     return size, per_problem(_divided, rank)(jax.tree.map(widen, b), size)
@@ -117,14 +118,14 @@ def _divided(x: PyTree, size: Inexact[Array, ""]) -> PyTree:
 
 
 def _warm(y0: PyTree, b: PyTree, size: Inexact[Array, "..."], unit: PyTree, rank: int) -> PyTree:
-    """`y0 / size` where that is a start; where b is 0 so is y, to which no residual leads."""
+    """`y0 / size`; the default start instead where y0 is not finite, or b, and hence y, is 0."""
     warm = per_problem(_divided, rank)(cast(y0, unit), size)
     usable = per_problem(lambda b, y: (max_abs(b) > 0) & jnp.isfinite(max_abs(y)), rank)
     return select(usable(b, y0), warm, unit)
 
 
 def _inverse_norm(state: Any, rank: int | None) -> Inexact[Array, "..."]:
-    """A lower bound of the norm of A's inverse, by the window of `Krylov`; 1 of other methods."""
+    """A lower bound on the norm of A's inverse from the window of `Krylov`; 1 for other methods."""
     one = vary(jnp.ones_like(state.error), mesh_axes(state.error))
     if rank is None:
         return one
@@ -141,31 +142,33 @@ def by_lineax(
     *,
     rank: int,
 ) -> tuple[PyTree, dict[str, Any]]:
-    """Hands the equation to Lineax, a batch as one system, and judges each problem of it."""
+    """Passes the equation to Lineax, a batch as one system, and judges each problem."""
     axes = mesh_axes(b)
     if axes:
         raise ValueError(
             f"A Lineax solver expects to run outside jax.shard_map, got a system that varies "
             f"over the mesh axes {sorted(map(str, axes))}; use ImplicitAdjoint() there."
         )
+    # Solve.
     product = lambda y: unify(matvec(cast(y, b)))
     operator = lineax.FunctionLinearOperator(product, jax.eval_shape(lambda: unify(b)))
     options = {} if y0 is None else {"y0": cast(y0, unify(b))}
     sol = lineax.linear_solve(operator, unify(b), linear_solver, options=options, throw=False)
     y = cast(sol.value, b)
     coupled = coupling(matvec, b, rank)
-    # What was asked of Lineax, and no less than products can reach.
+
+    # Judge by the tolerance that Lineax was given, but by no less than products can reach.
     asked = getattr(linear_solver, "rtol", None) if tol is None else tol
     measure = residual_of(b, asked, coupled, finest=False)
-    said = RESULTS.promote(sol.result)
+    failure = RESULTS.promote(sol.result)
     singular: Any = RESULTS.singular
-    said = RESULTS.where(said == RESULTS.successful, singular, said)
+    failure = RESULTS.where(failure == RESULTS.successful, singular, failure)
 
     def outcome(measure, y, left, b, coupled):
         y, left, b = (jax.tree.map(widen, x) for x in (y, left, b))
         error = measure.error(y, add(y, lincomb(1, b, -1, left)))
         good = measure.accepts(error, growth(y, b, coupled), jnp.ones_like(error))
-        return measure.report(error) | {"result": RESULTS.where(good, RESULTS.successful, said)}
+        return measure.report(error) | {"result": RESULTS.where(good, RESULTS.successful, failure)}
 
     stats = per_problem(outcome, rank)(measure, y, matvec(y), b, coupled)
     steps = jnp.asarray(sol.stats.get("num_steps", 1), jnp.int32)
@@ -173,16 +176,16 @@ def by_lineax(
 
 
 def judged(y: PyTree, stats: dict[str, Any], on_failure: str) -> PyTree:
-    """`y`, or what `on_failure` says of the problems whose solve has failed."""
+    """`y`, treated as `on_failure` says for the problems whose solve has failed."""
     failed = stats["result"] != RESULTS.successful
     if on_failure == "nan":
         return select(failed, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), y), y)
     if on_failure == "raise":
         message = (
             "The linear solve of the implicit function theorem failed: I - J is singular or nearly "
-            "so, or the steps did not suffice. Where f conserves a quantity (J has columns that "
-            "sum to 1: probabilities, mass), normalise z inside f; elsewhere raise max_steps, or "
-            "see what deqjax.implicit_vjp reports."
+            "so, or the steps did not suffice. If f conserves a quantity (J has columns that sum "
+            "to 1: probabilities, mass), normalise z inside f; otherwise raise max_steps, or look "
+            "at the report of deqjax.implicit_vjp."
         )
         return eqx.error_if(y, jnp.any(failed), message)
     return y

@@ -12,19 +12,19 @@ class PhantomAdjoint(AbstractFixedPointAdjoint):
 
         z[0] = z*,    z[k+1] = damp z[k] + (1 - damp) f(z[k]),    dz* := dz[steps]  with z[0] held
 
-    The value is `z*` itself. At a fixed point it is `(1 - damp) sum_k B^k (df/dtheta)` over
-    k < steps, with `B = damp I + (1 - damp) J`, and so misses the implicit gradient by about
-    `rho(B)^steps` of it.
+    The value is `z*` itself. At a fixed point the derivative is `(1 - damp) sum_k B^k (df/dtheta)`
+    over k < steps, with `B = damp I + (1 - damp) J`. Its relative error to the implicit gradient is
+    about `rho(B)^steps`.
 
     **Arguments:**
 
     - `steps`: an int of at least 1.
     - `damp`: in [0, 1).
 
-    **Cost:** `steps` evaluations of `f` and VJPs; what they keep for their VJPs, `steps` times.
+    **Cost:** `steps` evaluations of `f` and VJPs; `steps` times the memory that a VJP needs.
 
-    **When not to use it:** where the gradient has to be right (`deqjax.ImplicitAdjoint`); where
-    memory counts (`deqjax.NeumannPhantomAdjoint` gives the same at a fixed point).
+    **When not to use it:** if the gradient has to be right (use `deqjax.ImplicitAdjoint`); if
+    memory is short (`deqjax.NeumannPhantomAdjoint` gives the same at a fixed point).
 
     **Raises:** `ValueError` for `steps < 1` or `damp` outside [0, 1).
 
@@ -52,14 +52,14 @@ class NeumannPhantomAdjoint(AbstractFixedPointAdjoint):
 
         dz* := (1 - damp) sum_{k < steps} B^k (df/dtheta) dtheta,    B = damp I + (1 - damp) J
 
-    with J the Jacobian of `f` with respect to z at the solution. It misses the implicit gradient by
-    about `rho(B)^steps` of it.
+    with J the Jacobian of `f` with respect to z at the solution. The relative error to the implicit
+    gradient is about `rho(B)^steps`.
 
     **Arguments:** as for `deqjax.PhantomAdjoint`.
 
     **Cost:** one evaluation of `f` with its linearisation and `steps` VJPs; two copies of z.
 
-    **When not to use it:** where the gradient has to be right: `deqjax.ImplicitAdjoint`.
+    **When not to use it:** if the gradient has to be right (use `deqjax.ImplicitAdjoint`).
 
     **Raises:** `ValueError` for `steps < 1` or `damp` outside [0, 1).
 
@@ -86,13 +86,13 @@ class NeumannPhantomAdjoint(AbstractFixedPointAdjoint):
 class JacobianFreeAdjoint(AbstractFixedPointAdjoint):
     """The gradient of one application of f at the solution: `dz* := (df/dtheta) dtheta`.
 
-    The first term of the Neumann series. It is a descent direction of the loss where J is small
+    This is the first term of the Neumann series, and a descent direction of the loss if J is small
     (a contraction by less than 1/kappa, with kappa the condition number of df/dtheta).
 
     **Cost:** one evaluation of `f` with one VJP.
 
-    **When not to use it:** where the gradient has to be right: `deqjax.ImplicitAdjoint`. It misses
-    it by about `rho(J)` of it.
+    **When not to use it:** if the gradient has to be right (use `deqjax.ImplicitAdjoint`): the
+    relative error is about `rho(J)`.
 
     Reference: Fung, Heaton, Li, McKenzie, Osher, Yin, JFB: Jacobian-free backpropagation for
     implicit networks, AAAI 2022, equation 13.

@@ -14,33 +14,33 @@ from ._base import AbstractImplicitAdjoint, check_linear
 from ._linear_solve import LinearMap, by_iteration, judged
 from ._residual import AbstractMeasure, Residual, slack
 
-# JVPs for the weight. The first step takes most of what z has beside the leading eigenvector of J.
+# JVPs for the weight. The first removes most of what z has beside the leading eigenvector of J.
 _JVPS = 3
-# Keeps w positive where a row of J is zero; the rates of the other units hardly notice.
+# Keeps w positive where a row of J is zero; this hardly changes the rates of the other units.
 _FLOOR = 0.1
-# No bound if the rate is closer to 1 than so many roundings: they would be a twentieth of it.
+# No bound if the rate is closer to 1 than so many roundings: one would be a twentieth of the gap.
 _ROUNDINGS = 20
-# The rounding of a product, in eps. Sums of nonnegative terms have none but that of their length,
-# which grows as sqrt(n) (Ipsen and Zhou, Probabilistic error analysis for inner products, 2020),
-# and was measured to be below 1 for n up to 300. Saturated units cost more, since their slopes
-# `1 - tanh(u)^2` are lost in rounding: up to 31 eps in float32, with g at such a unit alone.
+# The rounding of a product, in eps. For sums of nonnegative terms it depends only on their length,
+# grows as sqrt(n) (Ipsen and Zhou, Probabilistic error analysis for inner products, 2020), and was
+# measured to be below 1 for n up to 300. Saturated units cost more, since their slopes
+# `1 - tanh(u)^2` are lost in rounding: up to 31 eps in float32, if g is only at such a unit.
 _SUM, _SLOPE = 0.25, 32
 
 
 class Contraction(NamedTuple):
-    """`0 <= J w <= rate w`, w > 0; the rate is infinite if z offers no such w."""
+    """`0 <= J w <= rate w`, w > 0; the rate is infinite if no such w was found from z."""
 
     w: PyTree  # float32 or wider
     rate: Inexact[Array, "..."]
 
 
 def _total(combine: Callable, fn: Callable, *trees: PyTree) -> Inexact[Array, ""]:
-    """`combine` of the scalars that `fn` makes of the leaves."""
+    """`combine` of the scalars that `fn` computes from the leaves."""
     return combine(jnp.stack(jax.tree.leaves(unify(jax.tree.map(fn, *trees)))))
 
 
 def _rate(image: PyTree, w: PyTree) -> Inexact[Array, ""]:
-    """`max J w / w`, and infinity unless w > 0 and J w >= 0, but for rounding."""
+    """`max J w / w`, or infinity unless w > 0 and, up to rounding, J w >= 0."""
     r = _rounding(w, 0)
     ratio = jax.tree.map(lambda i, w: quotient(widen(i), widen(w)), image, w)
     low = _total(jnp.min, lambda x: jnp.min(x, initial=jnp.inf), ratio)
@@ -57,7 +57,7 @@ def _rounding(tree: PyTree, rank: int) -> float:
 
 
 class _Certificate(AbstractMeasure):
-    """The bound on the relative error where there is one, the relative residual elsewhere.
+    """The bound on the relative error if there is one, otherwise the relative residual.
 
     With `J >= 0` and `J w <= c w`, the transpose contracts `||y|| = sum w |y|` by c, since
     `sum_j w_j |J^T y|_j <= sum_i |y_i| (J w)_i`; and J contracts `||y|| = max |y| / w`, since
@@ -74,7 +74,7 @@ class _Certificate(AbstractMeasure):
     transpose: bool = eqx.field(static=True)
 
     def norm(self, y: PyTree) -> Inexact[Array, ""]:
-        """That in which `J^T`, or J, contracts."""
+        """The norm in which `J^T`, or J, contracts."""
         w = self.contraction.w
         if self.transpose:
             return _total(jnp.sum, lambda y, w: jnp.sum(w * jnp.abs(widen(y))), y, w)
@@ -83,7 +83,7 @@ class _Certificate(AbstractMeasure):
 
     @property
     def gap(self) -> Inexact[Array, ""]:
-        """`1 - c`, no more than that; 0 or below where there is no bound."""
+        """The gap `1 - c`, or less; 0 or below if there is no bound."""
         return 1 - self.contraction.rate * (1 + self.rounding)
 
     @property
@@ -93,7 +93,7 @@ class _Certificate(AbstractMeasure):
 
     @property
     def target(self):
-        """The tolerance, or where the residual is half a rounding if that is more."""
+        """The tolerance, or the bound at a residual of half a rounding if that is more."""
         least = 1.5 * self.rounding / jnp.where(self.holds, self.gap, 1)
         return jnp.maximum(least / (1 - least), self.tol)
 
@@ -119,51 +119,53 @@ class _Certificate(AbstractMeasure):
 
 
 class PositiveConcaveAdjoint(AbstractImplicitAdjoint):
-    """The implicit gradient at a fixed point of a positive concave `f`, with a bound of its error.
+    """The implicit gradient at a fixed point of a positive concave `f`, with a bound on its error.
 
     Every component of such an f is concave and positive on z >= 0; f is then monotone, J = df/dz is
     nonnegative, and `J z* <= f(z*) - f(0) < z*`. With any `w > 0` and `J w <= c w`, c < 1,
 
         y = g + J^T y,    ||y_k - y||_w <= ||g + J^T y_k - y_k||_w / (1 - c),    ||y||_w = sum w |y|
 
-    for whatever y_k; in forward mode the same holds of J and `max |y| / w`. The weight w is z*
-    itself or, if their c is less, one of two power steps from there. Each problem of a batch stops
-    when this bound, relative to y, is below `tol`. Terms of the Neumann series are taken while
-    they shrink the residual by 0.3 or more; then Anderson's method, 16 deep, which on a linear
-    equation is GMRES, here of each problem by itself.
+    for any y_k; in forward mode the same holds for J and `max |y| / w`. The weight w is z* itself
+    or the result of one or two power steps from z*, whichever has the least c. Each problem of a
+    batch stops when this bound, relative to y, is below `tol`. The Neumann series is summed while
+    its terms shrink the residual by 0.3 or more; then follows Anderson's method, 16 deep, which on
+    a linear equation is GMRES, for each problem by itself.
 
     **Arguments:**
 
-    - `tol`: a float, the relative error in the norm above at which to stop. It is that of the
-        linear solve: the default is a solver's default `rtol`, since J is no nearer to J at z* than
-        z is to z*. Nothing below 1.5 roundings of a product divided by `1 - c` is asked for, a
-        rounding being `32 + sqrt(n) / 4` eps with n entries of z; `None` asks for just that.
+    - `tol`: a float, the relative error in the norm above at which the linear solve stops. The
+        default is a solver's default `rtol`, since J at z is no nearer to J at z* than z is to z*.
+        The tolerance is at least 1.5 roundings of a product divided by `1 - c`, with a rounding of
+        `32 + sqrt(n) / 4` eps for n entries of z; `None` asks for just that.
     - `max_steps`: as in `deqjax.ImplicitAdjoint`.
-    - `on_failure`: what a solve that fails gives: `"nan"`, `"keep"` its best value, `"raise"` a
-        run-time error. It has failed if its best bound is above 10 times `tol` (no more than 0.1,
-        unless `tol` is).
+    - `on_failure`: the result of a failed solve: `"nan"`, `"keep"` its best value, `"raise"` a
+        run-time error. A solve has failed if its best bound is above 10 times `tol` (no more than
+        0.1, unless `tol` is).
 
-    There is no bound if no such w is found, as where `c >= 1` up to 20 roundings, f is not positive
-    concave, or z is far from its fixed point; nor in half precision. `error_bound` is then
-    infinite, and the solve is held to the relative residual of `ImplicitAdjoint()`.
+    There is no bound if no such w is found, for instance if `c >= 1` up to 20 roundings, f is not
+    positive concave, or z is far from its fixed point; nor is there one in half precision.
+    `error_bound` is then infinite, and the solve is held to the relative residual of
+    `ImplicitAdjoint()`.
 
-    `deqjax.implicit_vjp` reports `"error_bound"`: at least `||y_k - y||_w / ||y||_w`, with the
-    rounding of products included. It is the error for J at z, and what z misses of the fixed point
-    is not in it; nor, in float64, all of the rounding of slopes that are nearly 0 (some 65 eps).
+    `deqjax.implicit_vjp` reports `"error_bound"`: at least `||y_k - y||_w / ||y||_w`, including the
+    rounding of products. The bound is for J at z. It does not include the distance of z from the
+    fixed point nor, in float64, all of the rounding of slopes that are nearly 0 (some 65 eps).
 
-    **Cost:** one evaluation of `f` with its linearisation, three JVPs, one Jacobian product a step
-    and, for the stats, another; 52 copies of `z`. With
-    `W >= 0` dense and random, 7 products at rho(J) = 0.996 where the series takes 944.
+    **Cost:** one evaluation of `f` with its linearisation, three JVPs, one Jacobian product per
+    step and another for the stats; 52 copies of `z`. With `W >= 0` dense and random, 7 products at
+    rho(J) = 0.996, where the series takes 944.
 
-    **When not to use it:** with an f that is not positive concave. A J with negative entries can
-    pass for a nonnegative one (only `0 <= J w <= c w` is tested), and the bound is then none. Nor
-    under matrix products of less than the precision of their dtype (TF32), which the bound does
-    not know of: set `jax_default_matmul_precision` to `"highest"`.
+    **When not to use it:** for an f that is not positive concave. A J with negative entries can
+    pass as a nonnegative one (only `0 <= J w <= c w` is tested), and the bound is then not valid.
+    Also not with matrix products below the precision of their dtype (TF32), which the bound does
+    not include: set `jax_default_matmul_precision` to `"highest"`.
 
-    Forward mode, higher derivatives and `jax.shard_map` hold as for `deqjax.ImplicitAdjoint`; an
-    `f` that holds a `jax.custom_vjp` function raises JAX's `TypeError`.
+    Forward mode, higher derivatives and `jax.shard_map` are supported as by
+    `deqjax.ImplicitAdjoint`; an `f` that holds a `jax.custom_vjp` function raises JAX's
+    `TypeError`.
 
-    **Raises:** `ValueError` for an `on_failure` that is none of the above, a `tol` that is no
+    **Raises:** `ValueError` for an `on_failure` that is none of the above, a `tol` that is not a
     positive float, or `max_steps < 1`.
 
     Reference: Gabor, Piotrowski and Cavalcante, Positive concave deep equilibrium models, ICML
@@ -211,7 +213,7 @@ class PositiveConcaveAdjoint(AbstractImplicitAdjoint):
         y, stats = by_iteration(
             None, matvec, b, None, None, max_steps=steps, rank=rank, sharper=certificate
         )
-        # Compiled away where only the gradient is asked for.
+        # Compiled away if only the gradient is used.
         fy = add(b, lincomb(1, y, -1, matvec(y)))
         stats["residual"] = per_problem(relative_residual, rank)(y, fy)
         return judged(y, stats, self.on_failure), stats

@@ -19,19 +19,19 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
 
     **Arguments:**
 
-    - `checkpoints`: how many stretches `max_steps` is divided into, the state being kept at the
-        start of each; `None` is `sqrt(max_steps)`, which needs the least memory.
+    - `checkpoints`: the number of stretches into which `max_steps` is divided; the state is stored
+        at the start of each. `None` is `sqrt(max_steps)`, which needs the least memory.
 
-    **Cost:** three evaluations of `f` and one VJP a step: once forwards, once to recompute its
+    **Cost:** three evaluations of `f` and one VJP per step: once forwards, once to recompute its
     stretch, once for its VJP. `checkpoints + max_steps / checkpoints` copies of the state, and
-    about four of the parameters. Steps beyond a stop are skipped, except under `jax.vmap` and in
-    `jax.shard_map`, where each call costs `max_steps` of them.
+    about four of the parameters. Steps after a stop are skipped, except under `jax.vmap` and in
+    `jax.shard_map`, where each call costs `max_steps` steps.
 
-    **When not to use it:** at a converged fixed point `deqjax.ImplicitAdjoint` gives its derivative
-    at O(1) memory; of the steps of `deqjax.Reversible`, `deqjax.ReversibleAdjoint` gives the same
-    gradient with two states kept and one evaluation of f fewer a step. The derivative of the steps
-    of `deqjax.Anderson` and `deqjax.Broyden` lags the value, far more than that of Picard steps: in
-    float64 it was 5.9e-3 off where the value was right to 1e-6.
+    **When not to use it:** at a converged fixed point, where `deqjax.ImplicitAdjoint` gives the
+    derivative with O(1) memory; for `deqjax.Reversible`, where `deqjax.ReversibleAdjoint` gives the
+    same gradient with two stored states and one evaluation of f fewer per step. The derivative of
+    the steps of `deqjax.Anderson` and `deqjax.Broyden` lags behind the value, far more than that of
+    Picard steps: in float64 its error was 5.9e-3 where the value was right to 1e-6.
 
     **Raises:** `ValueError` for `checkpoints < 1`, with no `max_steps` (Optimistix allows
     `None`), or with `deqjax.Anderson` or `deqjax.Broyden` and a state narrower than float64, in
@@ -47,7 +47,7 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
         if self.checkpoints is not None and self.checkpoints < 1:
             raise ValueError(
                 f"RecursiveCheckpointAdjoint expects at least 1 checkpoint, got "
-                f"{self.checkpoints}; None chooses their number."
+                f"{self.checkpoints}; pass None for the default number."
             )
 
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
@@ -57,9 +57,10 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
         if isinstance(p.solver, Anderson | Broyden) and narrow:
             raise ValueError(
                 f"RecursiveCheckpointAdjoint expects a float64 state with "
-                f"{type(p.solver).__name__}, got {eqx.tree_pformat(p.z0)}: near a fixed point the "
-                f"coefficients of its steps are quotients of roundings, and their derivatives "
-                f"noise. Use deqjax.ImplicitAdjoint(), or differentiate deqjax.FixedPointIteration."
+                f"{type(p.solver).__name__}, got {eqx.tree_pformat(p.z0)}; use "
+                f"deqjax.ImplicitAdjoint(), or differentiate deqjax.FixedPointIteration: near a "
+                f"fixed point the coefficients of these steps are quotients of roundings, and "
+                f"their derivatives are noise."
             )
         check_ceiling("RecursiveCheckpointAdjoint", p.max_steps)
         loop = ft.partial(checkpointed_while, checkpoints=self.checkpoints)

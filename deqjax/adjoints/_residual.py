@@ -1,8 +1,8 @@
 """The residual of a linear equation, leaf by leaf: each is held to its own size and precision.
 
-A leaf whose y is small because g is small there is as right as any other. One whose y is small
-because large terms cancel is not to be had to more than the rounding of these terms, which is what
-the coupling of leaves is measured for.
+A leaf whose y is small because g is small there is as accurate as any other. If y is small because
+large terms cancel, the leaf cannot be more accurate than the rounding of these terms. The coupling
+of leaves is measured to know it.
 """
 
 import abc
@@ -18,41 +18,41 @@ from jaxtyping import Array, Bool, Inexact, PyTree
 from .._solution import relative_residual
 from .._tree import lincomb, max_abs, mesh_axes, two_norm, unify, vary, widen
 
-# The ratio of y to b above which a tenth of b in the residual is too much: 1 / (1 - rho) at 0.9999.
+# Above this ratio of y to b, a tenth of b in the residual is too much: 1 / (1 - rho) at 0.9999.
 _SINGULAR = 1e4
-# The part of y that may be rounding. At rho = 0.9999 it is at most 1e-2 in float32 where J is
-# normal; 3.7e-2 was the least of 30 y that were nothing else, of triangular J.
+# The part of y that may be rounding. At rho = 0.9999 it is at most 1e-2 in float32 if J is normal;
+# for 30 triangular J whose y was nothing but rounding, the least was 3.7e-2.
 _ROUNDING = 0.03
-# Below this part of what its neighbours send to it, a leaf is no unit to measure steps in.
+# Below this part of its neighbours' contributions, a leaf is no unit in which to measure steps.
 _PART = 0.1
 
 
 class AbstractMeasure(eqx.Module):
-    """A demand on a `y` of one problem; its arrays may hold one value per problem."""
+    """A measure of the `y` of one problem; its arrays may hold one value per problem."""
 
     @abc.abstractmethod
     def error(self, y: PyTree, fy: PyTree) -> Inexact[Array, "..."]:
-        """Below 1 where y will do, by `fy = b + (I - A) y`; NaN where that is not finite."""
+        """The error, below 1 if y suffices, from `fy = b + (I - A) y`; NaN if fy is not finite."""
 
     @abc.abstractmethod
     def accepts(
         self, error: Inexact[Array, ""], growth: Inexact[Array, ""], inverse: Inexact[Array, ""]
     ) -> Bool[Array, ""]:
-        """Whether the best y is a success, though perhaps not all that was asked for.
+        """Whether the best y is a success, even if it misses the tolerance that was asked for.
 
-        `growth` is its size relative to b, `inverse` a lower bound of the norm of A's inverse.
+        `growth` is the size of y relative to b, `inverse` a lower bound on the norm of A's inverse.
         """
 
     @abc.abstractmethod
     def report(self, error: Inexact[Array, ""]) -> dict[str, Any]:
-        """The error as the stats name it."""
+        """The error, under its name in the stats."""
 
 
 class Residual(AbstractMeasure):
     """The relative residual of each leaf, held to its `tol`."""
 
     tol: tuple[Any, ...]
-    # `[i, j]`: the rounding of leaf i that leaf j makes, relative to its size; None: one leaf.
+    # `[i, j]`: the rounding in leaf i due to leaf j, relative to the size of j; None: one leaf.
     rounding: Inexact[Array, "... l l"] | None
     eps: float = eqx.field(static=True)
 
@@ -76,7 +76,7 @@ class Residual(AbstractMeasure):
         tol = self.limits(error.dtype)
         good = error <= jnp.min(slack(tol) / tol)
         left = jnp.maximum(error * jnp.max(tol), self.eps)
-        # A singular system has no solution, and yet a small residual beside a y large enough.
+        # A singular system has no solution, but a small residual relative to a large enough y.
         good = good & ((growth < _SINGULAR) | (left * growth < 0.1))
         return good & (jnp.minimum(left, 10 * self.eps) * inverse < _ROUNDING)
 
@@ -89,7 +89,8 @@ class Residual(AbstractMeasure):
 def residual_of(b: PyTree, tol: Any, coupled: Array | None, *, finest: bool = True) -> Residual:
     """The measure of the equation with right side `b`; `tol=None` is what products can reach.
 
-    Nothing below 2 eps of the leaf's dtype is asked for; nor, unless `finest`, below that.
+    The tolerance is at least 2 eps of the leaf's dtype or, unless `finest`, what products can
+    reach.
     """
     leaves = jax.tree.leaves(b)
     usual = [_unit(x) for x in leaves]
@@ -104,17 +105,17 @@ def residual_of(b: PyTree, tol: Any, coupled: Array | None, *, finest: bool = Tr
 
 
 def slack(tolerance: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
-    """The residual that is accepted instead of `tolerance`; ten times a loose one is no answer."""
+    """The residual that is accepted instead of `tolerance`; a loose one is not enlarged tenfold."""
     return jnp.maximum(tolerance, jnp.minimum(10 * tolerance, 0.1))
 
 
 def coupling(
     matvec: Callable[[PyTree], PyTree], b: PyTree, rank: int
 ) -> Inexact[Array, "... l l"] | None:
-    """How large leaf j of y makes leaf i of `y - matvec(y)`, whatever cancels; 0 for i = j.
+    """The size that leaf j of y gives to leaf i of `y - matvec(y)`, whatever cancels; 0 for i = j.
 
-    By one product per leaf, with signs that look random: its norm is then about that of the block
-    of `I - matvec`, entry by entry. None where there is one leaf.
+    Takes one product per leaf, with pseudo-random signs: its norm is then about that of the block
+    of `I - matvec`, entry by entry. None if there is one leaf.
     """
     leaves, treedef = jax.tree.flatten(b)
     if len(leaves) == 1:
@@ -138,7 +139,7 @@ def coupling(
 
 
 def growth(y: PyTree, b: PyTree, coupled: Array | None) -> Inexact[Array, ""]:
-    """The size of `y` relative to what makes it: of the worst leaf, if their coupling is known."""
+    """The size of `y` relative to its causes, for the worst leaf if the coupling is known."""
     if coupled is None:
         size, cause = two_norm(y), two_norm(b)
     else:
@@ -148,7 +149,7 @@ def growth(y: PyTree, b: PyTree, coupled: Array | None) -> Inexact[Array, ""]:
 
 
 def units(y: PyTree, coupled: Array | None) -> PyTree:
-    """For each leaf a power of two near its size, in which steps are compared between leaves."""
+    """A power of two near the size of each leaf, in which steps are compared between leaves."""
     if coupled is None:
         return None
     size = _stack([max_abs(x) for x in jax.tree.leaves(y)])

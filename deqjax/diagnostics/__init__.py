@@ -1,4 +1,4 @@
-"""Looks at a solve: iterates on the way, and the Jacobian where it ends."""
+"""Diagnostics of a solve: intermediate iterates, and the Jacobian at the solution."""
 
 from ._jacobian import (
     SpectralRadius as SpectralRadius,

@@ -25,7 +25,7 @@ from .._tree import (
     widen,
 )
 
-_NUMBER = "it is a Python number, not a traced one."
+_NUMBER = "pass a Python number, not a traced one."
 
 
 class SpectralRadius(NamedTuple):
@@ -48,7 +48,7 @@ def jacobian_frobenius(
 
         ||J||_F^2 = tr(J J^T) = E ||v^T J||_2^2,     v of independent random signs
 
-    It bounds the squared spectral radius. At the solution of a solve,
+    This norm bounds the squared spectral radius. At the solution of a solve,
 
         sol = deqjax.fixed_point(fn, solver, z0, args)
         penalty = deqjax.jacobian_frobenius(fn, sol.value, args, key=key) / sol.value.size
@@ -56,23 +56,23 @@ def jacobian_frobenius(
 
     **Arguments:**
 
-    - `fn`, `args`, `batched`: as in `deqjax.fixed_point`; problems do not see each other.
-    - `z`: where, a pytree of float arrays; `jax.lax.stop_gradient` of it if the penalty is not to
-        move the solution. If some are complex, J is that of real and imaginary parts: of a
-        holomorphic f it has twice the squared norm of the complex one.
-    - `key`: for v; another one each training step. Problem i of a batch draws from
-        `jax.random.fold_in(key, i)`, whatever the size of the batch.
-    - `samples`: how many v to average over. The variance falls as 1 / samples; over a batch and
-        over training steps one is enough.
+    - `fn`, `args`, `batched`: as in `deqjax.fixed_point`; the problems must be independent.
+    - `z`: the point, a pytree of float arrays. Pass `jax.lax.stop_gradient(z)` if the penalty must
+        not move the solution. If some arrays are complex, J is that of real and imaginary parts:
+        for a holomorphic f it has twice the squared norm of the complex J.
+    - `key`: for v; use another one in each training step. Problem i of a batch draws from
+        `jax.random.fold_in(key, i)`, for any batch size.
+    - `samples`: the number of v to average over. The variance falls as 1 / samples; over a batch
+        and over training steps one is enough.
 
     **Returns:** an array, float32 or wider, of shape `()` or, batched, `(batch,)`. Differentiable
     in the arrays of fn, in args and in z.
 
     **Cost:** one evaluation of f and `samples` VJPs at once; about twice that again for the
-    gradient. By VJPs alone, so that an f with a `jax.custom_vjp` will do.
+    gradient. Only VJPs are used, so that an f with a `jax.custom_vjp` works.
 
-    **When not to use it:** as a test of convergence, it bounds the rate from above by a factor of
-    up to sqrt(n): `deqjax.spectral_radius`.
+    **When not to use it:** as a test of convergence: the norm bounds the rate from above by a
+    factor of up to sqrt(n). Use `deqjax.spectral_radius`.
 
     **Raises:** `ValueError` when traced, as `deqjax.fixed_point` for fn and z, and for
     `samples < 1`.
@@ -92,7 +92,7 @@ def _frobenius(fn, z, args, key, samples: int, rank: int, axes: Axes):
 
     def sample(key):
         # Signs, not normals: with A = J J^T the variance of v^T A v is 2 (||A||_F^2 - sum A_ii^2),
-        # for normals 2 ||A||_F^2, the largest of the two; and signs are exact in half precision.
+        # for normals 2 ||A||_F^2, the larger of the two; and signs are exact in half precision.
         v = _draw(jax.random.rademacher, key, z, rank)
         (product,) = vjp(vary(v, axes))
         return per_problem(lambda x: dot(x, x), rank)(product)
@@ -111,29 +111,29 @@ def spectral_radius(
 ) -> SpectralRadius:
     """The largest modulus of an eigenvalue of `J = df/dz`: Picard's factor per step near z*.
 
-    Power iteration, then a two-term recurrence fitted to the last three vectors, which a dominant
-    complex pair, or a pair of opposite signs, satisfies where a ratio of two would wander:
+    Power iteration, then a two-term recurrence fitted to the last three vectors. A dominant complex
+    pair, or a pair of opposite signs, satisfies the recurrence; a ratio of two would not settle:
 
         J^2 v ~ a J v + b v  (least squares),      value = max |root of l^2 - a l - b|
 
     **Arguments:**
 
-    - `fn`, `args`, `batched`: as in `deqjax.fixed_point`; problems do not see each other.
-    - `z`: where, a pytree of float arrays, real or complex: J is that of their parts.
+    - `fn`, `args`, `batched`: as in `deqjax.fixed_point`; the problems must be independent.
+    - `z`: the point, a pytree of float arrays, real or complex: J is that of their parts.
     - `key`: for the first v; drawn as in `deqjax.jacobian_frobenius`.
     - `max_steps`: products with J, an int of at least 2.
 
     **Returns:** `SpectralRadius(value, residual)`, float32 or wider, of shape `()` or, batched,
     `(batch,)`. `residual` is `||J^2 v - a J v - b v|| / ||J^2 v||`, a backward error: the value
-    belongs to a J changed by about that fraction. 0.1 or more says that more than two eigenvalues
-    still compete, and the value is no better than that; an ill-conditioned eigenvalue, a double one
-    for instance, is further off than its residual. `J = 0` gives 0 and 0; a J that is not finite,
-    NaN. Neither is differentiated: their gradients are zero.
+    belongs to a J changed by about this fraction. A residual of 0.1 or more says that more than two
+    eigenvalues still compete, and the value is no better than that. An ill-conditioned eigenvalue,
+    for instance a double one, has a larger error than its residual. `J = 0` gives 0 and 0; a J that
+    is not finite gives NaN. Neither is differentiated: their gradients are zero.
 
-    **Cost:** one linearisation of f, and `max_steps` JVPs of which one at a time is in memory.
-    With eigenvalues l1, l2, l3, ... by falling modulus the error falls as |l3 / l1|^max_steps.
+    **Cost:** one linearisation of f, and `max_steps` JVPs, one at a time in memory. With
+    eigenvalues l1, l2, l3, ... by falling modulus the error falls as |l3 / l1|^max_steps.
 
-    **When not to use it:** in a loss: `deqjax.jacobian_frobenius`. For an f that has a
+    **When not to use it:** in a loss (use `deqjax.jacobian_frobenius`); for an f that has a
     `jax.custom_vjp` and hence no JVP.
 
     **Raises:** `ValueError` when traced, as `deqjax.fixed_point` for fn and z, and for
@@ -161,17 +161,17 @@ def _radius(fn, z, args, key, max_steps: int, rank: int, axes: Axes):
 
 
 def _over_reals(fn: Callable, z: PyTree, args: PyTree) -> tuple[Callable, PyTree]:
-    """f as a function of real numbers, the parts of what is complex."""
+    """f as a function of real numbers: of real and imaginary parts, for complex leaves."""
     return lambda x: as_real(evaluate(fn, from_real(x, z), args)[0]), as_real(z)
 
 
 def _fit(v: PyTree, u: PyTree, w: PyTree, s: Array, t: Array) -> SpectralRadius:
-    """The recurrence of `J v = s u` and `J u = t w`, for unit vectors or zero."""
+    """Fits the recurrence to `J v = s u` and `J u = t w`, for unit vectors or zero."""
     # In the orthogonal directions u and q = v - g u:  w ~ alpha u + beta q.
     g, alpha = _ratio(dot(u, v), dot(u, u)), _ratio(dot(u, w), dot(u, u))
     q = jax.tree.map(lambda v, u: widen(v) - g.astype(widen(v).dtype) * widen(u), v, u)
-    # Once v is an eigenvector, q is rounding and so is beta. At ||q|| = sqrt(eps) the errors of
-    # leaving it out, ||q||, and of keeping it, eps / ||q||, are alike.
+    # Once v is an eigenvector, q and beta are rounding. At ||q|| = sqrt(eps) the errors of leaving
+    # q out, ||q||, and of keeping q, eps / ||q||, are equal.
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(v))
     beta = jnp.where(dot(q, q) > eps, _ratio(dot(q, w), dot(q, q)), 0)
     # With the roots l = t mu, so that no square of a small l is lost:  mu^2 = a mu + b.
@@ -201,7 +201,7 @@ def _unit(x: PyTree) -> tuple[PyTree, Array]:
 
 
 def _draw(sampler: Callable, key: PRNGKeyArray, z: PyTree, rank: int) -> PyTree:
-    """Random entries like `z`; those of one problem do not depend on how many others there are."""
+    """Random entries like `z`; those of a problem do not depend on the number of others."""
     leaves, treedef = jax.tree.flatten(z)
 
     def one(key):

@@ -1,4 +1,4 @@
-"""A solve that also returns iterates on the way, so that a loss can ask for progress."""
+"""A solve that also returns intermediate iterates, for a loss on the path."""
 
 import itertools
 import math
@@ -29,13 +29,13 @@ def fixed_point_path(
     adjoint: AbstractAdjoint = ImplicitAdjoint(),
     path_adjoint: AbstractAdjoint = RecursiveCheckpointAdjoint(),
 ) -> tuple[Solution, ...]:
-    """Solves `z = f(z, args)` and returns the solutions on the way too: fixed-point correction.
+    """Solves `z = f(z, args)` and also returns intermediate solutions: fixed-point correction.
 
-    One `deqjax.fixed_point` a segment, each from where the last one ended:
+    One `deqjax.fixed_point` per segment, each from the end of the last one:
 
         z[0] -> z[i1] -> z[i2] -> ... -> z[max_steps]
 
-    A loss on each of them makes the iteration approach the answer early:
+    A loss on each solution makes the iteration approach the answer early:
 
         sols = deqjax.fixed_point_path(fn, solver, z0, args, indices=(4, 8), max_steps=30)
         weights = (0.25, 0.5, 1.0)
@@ -45,27 +45,28 @@ def fixed_point_path(
 
     - `fn`, `solver`, `z0`, `args`, `has_aux`, `batched`, `max_steps`, `steps`: as in
         `deqjax.fixed_point`; `max_steps` and `steps` count all segments together.
-    - `indices`: after how many steps, increasing ints from 1 to `max_steps - 1`.
-    - `adjoint`: how the last segment is differentiated.
-    - `path_adjoint`: how the others are. `deqjax.ImplicitAdjoint` does not suit them: they are not
-        at a fixed point.
+    - `indices`: the steps after which a solution is returned, increasing ints from 1 to
+        `max_steps - 1`.
+    - `adjoint`: the adjoint of the last segment.
+    - `path_adjoint`: the adjoint of the others. `deqjax.ImplicitAdjoint` does not suit them: they
+        do not end at a fixed point.
 
-    **Returns:** one `Solution` an index, and the final one. Each is that of its segment:
+    **Returns:** one `Solution` per index, and the final one. Each is that of its segment:
     `"num_steps"` counts the segment's own steps, and `result` says whether the tolerance was met
-    by its end, `nonlinear_max_steps_reached` on the way being no failure. A segment that starts
-    where the tolerance is met takes no step.
+    by its end; before the last segment, `nonlinear_max_steps_reached` is no failure. A segment that
+    starts where the tolerance is met takes no step.
 
-    **The gradient** is that of the composition of the segments, each as its adjoint has it; nothing
-    is cut between them. An adjoint of the steps taken hands the cotangent of a segment on to the
-    segments before it, through z0, so that with such adjoints throughout the gradient is that of
-    one unrolled solve. `deqjax.ImplicitAdjoint` hands on none: by the defaults the final solution
-    gets the gradient of the fixed point, and z0 that of the path's losses alone.
+    **The gradient** is that of the composition of the segments, each differentiated by its adjoint;
+    nothing is cut between them. An adjoint of the steps taken passes the cotangent of a segment
+    through z0 to the segments before it: with only such adjoints the gradient is that of one
+    unrolled solve. `deqjax.ImplicitAdjoint` passes none: with the defaults the final solution has
+    the gradient of the fixed point, and z0 only that of the path's losses.
 
-    **Cost:** that of `deqjax.fixed_point` a segment; together their steps, and one evaluation of f
-    more for each whose residual, result or aux is used. Each segment is a loop to compile.
+    **Cost:** that of `deqjax.fixed_point` per segment: all steps, and one more evaluation of f for
+    each segment whose residual, result or aux is used. Each segment is a loop to compile.
 
     **When not to use it:** with a solver that remembers earlier iterates (`deqjax.Reversible`) if
-    the iterates of the undivided solve are wanted: the memory starts anew in each segment.
+    you need the iterates of the undivided solve: the memory starts anew in each segment.
 
     **Raises:** `ValueError` when traced, as `deqjax.fixed_point`, and for indices that are not
     increasing ints from 1 to `max_steps - 1`.
@@ -80,7 +81,7 @@ def fixed_point_path(
     sols = []
     for start, end in itertools.pairwise(ends):
         last = end == max_steps
-        # What a traced budget asks beyond the ceiling stays with the last segment, which says so.
+        # The last segment gets what a traced budget asks beyond the ceiling, and reports it.
         left = None if steps is None else jnp.clip(steps - start, 0, None if last else end - start)
         sol = solve(
             fn,
@@ -92,7 +93,7 @@ def fixed_point_path(
             max_steps=end - start,
             steps=left,
             adjoint=adjoint if last else path_adjoint,
-            best=last,  # on the way the iteration is to go on where it is
+            best=last,  # other segments end at the last iterate, from which the next continues
         )
         sols.append(sol)
         z = sol.value
@@ -103,11 +104,11 @@ def _check_indices(indices: Any, max_steps: int) -> tuple[int, ...]:
     if not isinstance(indices, Sequence) or not all(is_int(i, -math.inf) for i in indices):
         raise ValueError(
             f"fixed_point_path expects indices to be a sequence of ints, got {indices!r}; "
-            f"for instance indices=(4, 8)."
+            f"pass for instance indices=(4, 8)."
         )
     if any(a >= b for a, b in itertools.pairwise((0, *indices, max_steps))):
         raise ValueError(
             f"fixed_point_path expects increasing indices from 1 to max_steps - 1 = "
-            f"{max_steps - 1}, got {tuple(indices)}; the solution at max_steps comes by itself."
+            f"{max_steps - 1}, got {tuple(indices)}; leave out max_steps, which comes by itself."
         )
     return tuple(map(int, indices))

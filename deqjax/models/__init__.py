@@ -1,4 +1,4 @@
-"""Whole networks from the papers: composition only."""
+"""Whole networks from the papers, composed of layers."""
 
 from ._base import Classified as Classified, Predicted as Predicted, Solve as Solve
 from ._implicit_resnet import ImplicitResNet as ImplicitResNet

@@ -45,18 +45,18 @@ def check_image_shape(image_shape: ImageShape) -> None:
     """Raises `ValueError` unless this is (height, width, channels)."""
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(
-            f"Expected image_shape=(height, width, channels), all at least 1, got {image_shape}; "
-            "a grey image has one channel, (28, 28, 1)."
+            f"The model expects image_shape=(height, width, channels), all at least 1, got "
+            f"{image_shape}; pass for instance (28, 28, 1), as a grey image has one channel."
         )
 
 
 def check_images(images: Float[Array, "b h w c"], image_shape: ImageShape) -> None:
-    """Raises `ValueError` unless this is a batch of floating-point images of that shape."""
+    """Raises `ValueError` unless `images` is a batch of floating-point images of that shape."""
     if images.shape[1:] != tuple(image_shape) or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
-            f"Expected a batch of floating-point images of shape (batch, "
-            f"{', '.join(map(str, image_shape))}), channels last; got {images.shape} of "
-            f"{images.dtype}. Add the batch axis, scale integers to [0, 1], or build the model for "
+            f"The model expects a batch of floating-point images of shape (batch, "
+            f"{', '.join(map(str, image_shape))}), channels last, got {images.shape} of "
+            f"{images.dtype}; add the batch axis, scale integers to [0, 1], or build the model for "
             "this image_shape."
         )
 
@@ -69,11 +69,11 @@ def make_batch_norm(channels: int, dtype: DTypeLike | None) -> eqx.nn.BatchNorm:
 def batch_norm(
     norm: eqx.nn.BatchNorm, x: Float[Array, "b ... c"], state: eqx.nn.State
 ) -> tuple[Float[Array, "b ... c"], eqx.nn.State]:
-    """Normalise a channels-last batch.
+    """Normalises a channels-last batch.
 
-    Only ever outside a solve: inside, it would couple the examples of a batch.
+    Used only outside a solve: inside, it would couple the examples of a batch.
     """
-    # Equinox has one example's channels first.
+    # Equinox expects the channels of one example first.
     normalise = jax.vmap(norm, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
     y, state = normalise(jnp.moveaxis(x, -1, 1), state)
     return jnp.moveaxis(y, 1, -1), state
@@ -81,7 +81,7 @@ def batch_norm(
 
 def convolution(dtype: DTypeLike | None, compute_dtype: DTypeLike | None) -> Callable[..., Conv2d]:
     """`nn.Conv2d` without a bias."""
-    # As in the references: a norm with a shift of its own follows each convolution.
+    # As in the references: a norm with its own shift follows each convolution.
     return partial(Conv2d, use_bias=False, dtype=dtype, compute_dtype=compute_dtype)
 
 
@@ -104,7 +104,7 @@ class Stem(eqx.Module):
         self.norm = make_batch_norm(after, dtype)
 
     def __call__(self, x: Float[Array, "b h w i"], state: eqx.nn.State) -> Lifted:
-        """Lift a batch of images."""
+        """Lifts a batch of images."""
         x, state = batch_norm(self.norm, jax.vmap(self.conv)(x), state)
         return jax.nn.relu(x), state
 
@@ -141,7 +141,7 @@ class Downsample(eqx.Module):
         self.shortcut = conv(before, after, 1, 2, key=keys[2])
 
     def __call__(self, x: Float[Array, "b h w i"], state: eqx.nn.State) -> Lifted:
-        """Downsample a batch."""
+        """Downsamples a batch."""
         x, state = batch_norm(self.norm1, x, state)
         x = jax.nn.relu(x)
         y, state = batch_norm(self.norm2, jax.vmap(self.conv1)(x), state)
@@ -151,7 +151,7 @@ class Downsample(eqx.Module):
 def max_pool(x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
     """The maximum over 3 x 3 neighbourhoods, cut off at the border."""
     # Not lax.reduce_window: on a CPU its derivative, a select-and-scatter, takes ten times as long,
-    # as long as a whole solve. Where two entries tie, each gets half of the cotangent.
+    # as long as a whole solve. If two entries tie, each gets half of the cotangent.
     for axis in (0, 1):
         n = x.shape[axis]
         width = [(1, 1) if i == axis else (0, 0) for i in range(3)]
@@ -176,7 +176,7 @@ def adaptive_average_pool(x: Float[Array, "h w c"], size: int) -> Float[Array, "
 
 
 def _bins(n: int, size: int) -> np.ndarray:
-    # PyTorch's windows: from floor(i n / size) to ceil((i + 1) n / size), which overlap if n is not
+    # PyTorch's windows, from floor(i n / size) to ceil((i + 1) n / size). They overlap if n is not
     # a multiple of size.
     i, pixel = np.arange(size)[:, None], np.arange(n)[None]
     inside = (pixel >= i * n // size) & (pixel < -(-(i + 1) * n // size))

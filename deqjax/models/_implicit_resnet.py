@@ -25,7 +25,7 @@ from ._base import (
 )
 
 _FIXED_DEPTH = Reversible(beta=0.8, rtol=0.0, atol=0.0)
-_POOLED = 4  # pixels a side that the head sees
+_POOLED = 4  # pixels per side that the head sees
 
 
 class ResidualCell(eqx.Module):
@@ -37,7 +37,7 @@ class ResidualCell(eqx.Module):
     - `width`: the inner convolution has `width * channels` channels.
     - `groups`: of the group norms; divides `channels`.
     - `dtype`: of the parameters; default: JAX's default float.
-    - `compute_dtype`: of the convolutions, see `nn.Conv2d`; norms and sums have the dtype of z.
+    - `compute_dtype`: of the convolutions, as in `nn.Conv2d`; norms and sums have the dtype of z.
     - `key`: for the initial kernels.
 
     **Call:** `cell(z, x)`, both of shape (H, W, channels); returns the same shape, of size at most
@@ -45,7 +45,7 @@ class ResidualCell(eqx.Module):
 
     **Cost:** two convolutions.
 
-    **When not to use it:** where the fixed point itself matters: nothing makes this cell contract.
+    **When not to use it:** if the fixed point itself matters: nothing makes this cell contract.
 
     **Raises:** `ValueError` if `groups` does not divide `channels`.
     """
@@ -76,13 +76,13 @@ class ResidualCell(eqx.Module):
         self.norm3 = GroupNorm(groups, channels, dtype=dtype)
 
     def __call__(self, z: Float[Array, "h w c"], x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        """Evaluate the cell on one example."""
+        """Evaluates the cell on one example."""
         inner = jax.nn.relu(self.norm1(self.conv1(z)))
         return self.norm3(jax.nn.relu(z + self.norm2(x + self.conv2(inner))))
 
 
 class Stage(eqx.Module):
-    """One scale: x is `lift` of what came before, and `x + DEQ(x)` goes on."""
+    """One scale: x is `lift` of the previous output, and `x + DEQ(x)` is the next."""
 
     lift: Stem | Downsample
     deq: DEQ
@@ -99,19 +99,19 @@ class ImplicitResNet(eqx.Module):
     single-scale model, 24,682 parameters on 32 x 32 x 3 images of 10 classes;
     `ImplicitResNet.multi` has the defaults of its four scales, 10,338,954 parameters.
 
-    **Arguments**, of both:
+    **Arguments** of both:
 
     - `image_shape`: (height, width, channels) of one image.
     - `num_classes`: length of the logits.
-    - `channels`, `width`: see `ResidualCell`; one number for one scale, or one for each scale. One
-        width may serve several scales.
-    - `groups`: see `ResidualCell`; the same at all scales.
+    - `channels`, `width`: as in `ResidualCell`; one number for one scale, or one for each scale.
+        One width may serve several scales.
+    - `groups`: as in `ResidualCell`; the same at all scales.
     - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`, for every scale. By default a
         solve takes `max_steps` steps, two reversible pairs or in `multi` four, whatever the
-        residual; the paper's stops at 1e-6, which so few steps do not reach. The integers of the
-        solver's exact mode have room for the state: it ends in a norm, see `ResidualCell`.
+        residual. The paper stops at 1e-6, which so few steps do not reach. The state fits the
+        integers of the solver's exact mode, because the cell ends in a norm (see `ResidualCell`).
     - `dtype`: of parameters and images, and of the state of a solve; default: JAX's default float.
-    - `compute_dtype`: of the convolutions alone, see `nn.Conv2d`; default: `dtype`.
+    - `compute_dtype`: of the convolutions only, as in `nn.Conv2d`; default: `dtype`.
     - `key`: for the initial parameters.
 
     Make it with its batch-norm state: `eqx.nn.make_with_state(ImplicitResNet)(...)`.
@@ -120,10 +120,10 @@ class ImplicitResNet(eqx.Module):
     shape (B, num_classes); solves has one `(x, sol)` for each layer of `model.deqs`, in order, and
     `layer.batch(x)` repeats the solve.
 
-    **Cost:** one batched solve a scale; four evaluations of the cell, in `multi` eight of each.
+    **Cost:** one batched solve per scale; four evaluations of the cell, in `multi` eight of each.
 
-    **When not to use it:** on one example at a time without `equinox.nn.inference_mode`: batch norm
-    needs a batch. For a guaranteed fixed point: `PositiveConcaveNet`.
+    **When not to use it:** on one example at a time without `equinox.nn.inference_mode`, as batch
+    norm needs a batch; for a guaranteed fixed point (use `PositiveConcaveNet`).
 
     **Raises:** `ValueError` for another number of widths than of channels, or images of another
     shape or of integers.
@@ -157,7 +157,7 @@ class ImplicitResNet(eqx.Module):
         if len(widths) != len(channels) or not channels:
             raise ValueError(
                 f"ImplicitResNet expected one width for each of its scales, got channels={channels}"
-                f" and width={width}. Give as many of both, or one width for all."
+                f" and width={width}; give as many of both, or one width for all."
             )
         types = {"dtype": dtype, "compute_dtype": compute_dtype}
         *keys, head_key = jax.random.split(key, 2 * len(channels) + 1)
@@ -211,7 +211,7 @@ class ImplicitResNet(eqx.Module):
         return tuple(stage.deq for stage in self.stages)
 
     def __call__(self, images: Float[Array, "b h w c"], state: eqx.nn.State) -> Classified:
-        """Classify a batch."""
+        """Classifies a batch."""
         check_images(images, self.image_shape)
         y, solves = images, []
         for stage in self.stages:

@@ -1,4 +1,4 @@
-"""Parts of every language model: both of its ends, and how it goes on from a prefix."""
+"""Parts of every language model: its two ends, and the continuation of a prompt."""
 
 import abc
 import math
@@ -23,7 +23,7 @@ class Vocabulary(eqx.Module):
     **Arguments:**
 
     - `size`, `width`: of the table; normal, of standard deviation 1 / sqrt(width).
-    - `length`: of the learned positions, of standard deviation 1; `None`: there are none.
+    - `length`: the number of learned positions, of standard deviation 1; `None`: there are none.
     - `tied`: whether the head is the transposed table.
     - `compute_dtype`: of the head's product, which is summed in float32 or wider.
     - `dtype`: of the parameters; default: JAX's default float.
@@ -62,9 +62,9 @@ class Vocabulary(eqx.Module):
         self.compute_dtype = compute_dtype
 
     def embed(self, tokens: Int[Array, "*b t"], start: Any = 0) -> Float[Array, "*b t width"]:
-        """Vectors of tokens at positions start, start + 1, ...; NaN for what is no token."""
+        """Vectors of tokens at positions start, start + 1, ...; NaN for an invalid token."""
         size, width = self.table.shape
-        tokens = jnp.where(tokens < 0, size, tokens)  # which would count from the end
+        tokens = jnp.where(tokens < 0, size, tokens)  # negative ones would count from the end
         x = math.sqrt(width) * self.table.at[tokens].get(mode="fill", fill_value=jnp.nan)
         if self.positions is None:
             return x
@@ -82,13 +82,13 @@ class Vocabulary(eqx.Module):
 
 
 class AbstractLanguageModel(eqx.Module):
-    """A causal model of token sequences that can go on from a cached prefix."""
+    """A causal model of token sequences that can continue from a cached prefix."""
 
     vocabulary: AbstractVar[Vocabulary]
 
     @abc.abstractmethod
     def caches(self, length: int) -> PyTree:
-        """Room for what is kept of `length` positions."""
+        """Empty caches for `length` positions."""
 
     @abc.abstractmethod
     def extend(
@@ -96,7 +96,7 @@ class AbstractLanguageModel(eqx.Module):
     ) -> tuple[Float[Array, "t width"], PyTree]:
         """The last hidden vectors at positions start, start + 1, ..., after those in `caches`.
 
-        There has to be room for them: beyond it, earlier positions would be overwritten."""
+        The caches need room for them: beyond it, earlier positions would be overwritten."""
 
     def generate(
         self,
@@ -106,47 +106,48 @@ class AbstractLanguageModel(eqx.Module):
         temperature: float = 0.0,
         key: PRNGKeyArray | None = None,
     ) -> Int[Array, " length"]:
-        """Go on with a prompt, one token after the other.
+        """Continues a prompt, one token after the other.
 
         The keys and values that each evaluation of a block computed for earlier positions are kept
-        and never computed again: causal attention cannot change them.
+        and never computed again, because causal attention cannot change them.
 
         **Arguments:**
 
         - `prompt`: at least one token.
-        - `length`: how many tokens to add.
-        - `temperature`: 0 takes the likeliest token each time; otherwise logits are divided by it
-            and a token is drawn.
+        - `length`: the number of tokens to add.
+        - `temperature`: 0 takes the likeliest token each time; otherwise logits are divided by the
+            temperature, and a token is drawn.
         - `key`: for drawing; needed if the temperature is not 0.
 
-        **When not to use it:** beyond the length that rotary positions were trained for, where they
-        are computed but mean little.
+        **When not to use it:** beyond the length for which rotary positions were trained: they are
+        computed there, but mean little.
 
-        **Returns:** the new tokens; -1 from where a solve left the range of its integers, or its
-        numbers were not finite.
+        **Returns:** the new tokens; -1 from the token at which a solve left the range of its
+        integers, or its numbers were not finite.
 
-        **Cost:** a token costs as many evaluations of its blocks, on one position each, as a
-        position does in training; copies of keys and values for each of these evaluations.
+        **Cost:** per token as many evaluations of its blocks, on one position each, as a position
+        costs in training; copies of keys and values for each of these evaluations.
 
         **Raises:** `ValueError` for a prompt that is not integers of shape (t,), t at least 1;
             beyond the learned positions; for a negative temperature or a missing key; with an
-            equilibrium layer that stops on a tolerance, whose earlier positions later ones would
-            change, or mixes iterates of all positions.
+            equilibrium layer that stops on a tolerance (later positions would then change earlier
+            ones), or that mixes iterates of all positions.
         """
+        # Check the arguments.
         integers = jnp.issubdtype(prompt.dtype, jnp.integer)
         if prompt.ndim != 1 or prompt.shape[0] < 1 or not integers:
             raise ValueError(
-                f"generate expected a prompt of integers of shape (t,), at least one token, got "
-                f"{prompt.shape} of {prompt.dtype}. For a batch of prompts use jax.vmap."
+                f"generate expects a prompt of integers of shape (t,), at least one token, got "
+                f"{prompt.shape} of {prompt.dtype}; for a batch of prompts use jax.vmap."
             )
         temperature = number(temperature)
         if length < 1 or not temperature >= 0:
             raise ValueError(
-                f"generate expected a length of at least 1 and a temperature that is a number of "
-                f"at least 0, not traced; got {length} and {temperature}. 0 takes the likeliest."
+                f"generate expects a length of at least 1 and a temperature that is a number of "
+                f"at least 0, not traced, got {length} and {temperature}; pass 0 for the likeliest."
             )
         positions, total = self.vocabulary.positions, prompt.shape[0] + length
-        # Below, the quotients would overflow; the likeliest token is what they tend to.
+        # With a smaller temperature the quotients would overflow; the limit is the likeliest token.
         temperature = temperature if temperature > 1e-30 else 0.0
         if temperature > 0 and key is None:
             raise ValueError(
@@ -155,9 +156,11 @@ class AbstractLanguageModel(eqx.Module):
             )
         if positions is not None and total > positions.shape[0]:
             raise ValueError(
-                f"generate expected at most {positions.shape[0]} positions, the learned ones, got "
-                f"{total} with the prompt. Shorten it, or build the model with rotary=True."
+                f"generate expects at most {positions.shape[0]} positions, the learned ones, got "
+                f"{total} with the prompt; shorten it, or build the model with rotary=True."
             )
+
+        # Generate; without a temperature the keys are not used.
         keys = jax.random.split(jax.random.key(0) if key is None else key, length)
         return _generate(self, prompt, keys, temperature)
 

@@ -32,7 +32,7 @@ Nonnegative = Callable[[Array], Array] | None
 
 
 class Stage(eqx.Module):
-    """Lift, batch norm, equilibrium, `after` of each example, batch norm."""
+    """One layer: lift, batch norm, equilibrium, `after` of each example, batch norm."""
 
     lift: Callable[[Array], Array]
     norm_before: eqx.nn.BatchNorm
@@ -43,7 +43,7 @@ class Stage(eqx.Module):
     def __call__(
         self, y: Float[Array, "b ..."], state: eqx.nn.State
     ) -> tuple[Float[Array, "b ..."], eqx.nn.State, Solve]:
-        """Apply the stage to a batch; the last value is the solve, `(x, sol)`."""
+        """Applies the stage to a batch; the last value is the solve, `(x, sol)`."""
         x, state = batch_norm(self.norm_before, jax.vmap(self.lift)(y), state)
         z, sol = self.deq.batch(x)
         y, state = batch_norm(self.norm_after, jax.vmap(self.after)(z), state)
@@ -59,14 +59,14 @@ class PositiveConcaveNet(eqx.Module):
                  stride 2; global average pool, linear
 
     with the cells `nn.PositiveConcaveLinear` or, 3 x 3, `nn.PositiveConcaveConv2d`. A pooling
-    window is cut to the image if that is smaller. With the defaults, 28 x 28 x 1 images and 10
-    classes, these have 70,330, 69,054 and 41,194 parameters: the reference's less its weight-norm
-    gains, one per unit or channel.
+    window is cut to the image if the image is smaller. With the defaults, 28 x 28 x 1 images and 10
+    classes, the three have 70,330, 69,054 and 41,194 parameters: those of the reference less its
+    weight-norm gains, one per unit or channel.
 
     Make one with its batch-norm state, for instance
     `eqx.nn.make_with_state(PositiveConcaveNet.single)((28, 28, 1), 10, key=key)`.
 
-    **Arguments**, of `PositiveConcaveNet.linear`, `.single` and `.multi`:
+    **Arguments** of `PositiveConcaveNet.linear`, `.single` and `.multi`:
 
     - `image_shape`: (height, width, channels) of one image.
     - `num_classes`: length of the logits.
@@ -80,11 +80,11 @@ class PositiveConcaveNet(eqx.Module):
     shape (B, num_classes); solves has one `(x, sol)` for each layer of `model.deqs`, in order, and
     `layer.batch(x)` repeats the solve.
 
-    **Cost:** one batched solve a layer: about 8 evaluations with sigmoid; more with the others as
-    the spectral radius at the fixed point grows.
+    **Cost:** one batched solve per layer: about 8 evaluations with sigmoid; more with other
+    activations as the spectral radius at the fixed point grows.
 
-    **When not to use it:** on one example at a time without `equinox.nn.inference_mode`: batch norm
-    needs a batch.
+    **When not to use it:** on one example at a time without `equinox.nn.inference_mode`, as batch
+    norm needs a batch.
 
     **Raises:** `ValueError` for an activation that does not qualify, or images of another shape or
     of integers.
@@ -166,7 +166,7 @@ class PositiveConcaveNet(eqx.Module):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ) -> "PositiveConcaveNet":
-        """Convolutional equilibrium layers, each at half the resolution of the one before."""
+        """Convolutional equilibrium layers, each at half the resolution of the previous one."""
         layer = partial(DEQ, solver=solver, adjoint=adjoint, max_steps=max_steps)
         cell = partial(PositiveConcaveConv2d, activation=activation, nonnegative=nonnegative)
         make = partial(cls._convolutional, image_shape, num_classes, channels, cell, layer)
@@ -189,6 +189,7 @@ class PositiveConcaveNet(eqx.Module):
         check_image_shape(image_shape)
         head_key, *keys = jax.random.split(key, 2 * len(channels) + 1)
         height, width, depth = image_shape
+        # The stages, each after the first at half the resolution.
         stages = []
         for i, (before, here) in enumerate(pairwise((depth, *channels))):
             stride = 1 if i == 0 else 2
@@ -202,11 +203,12 @@ class PositiveConcaveNet(eqx.Module):
                 norm_after=make_batch_norm(here, dtype),
             )
             stages.append(stage)
+        # The pooling and the head.
         window = max(height, width) if window is None else window
         rows, columns = (n // min(window, n) for n in (height, width))
         features = rows * columns * channels[-1]
         head = eqx.nn.Linear(features, num_classes, dtype=dtype, key=head_key)
-        # Not functools.partial, which compares by identity: each new model would compile anew.
+        # Not functools.partial, which compares by identity: each new model would compile again.
         pool = eqx.Partial(average_pool, window=window)
         return cls(tuple(stages), pool, head, image_shape)
 
@@ -216,7 +218,7 @@ class PositiveConcaveNet(eqx.Module):
         return tuple(stage.deq for stage in self.stages)
 
     def __call__(self, images: Float[Array, "b h w c"], state: eqx.nn.State) -> Classified:
-        """Classify a batch."""
+        """Classifies a batch."""
         check_images(images, self.image_shape)
         y, solves = images, []
         for stage in self.stages:

@@ -1,4 +1,4 @@
-"""Language models: the transformer of the reversible DEQ paper, and its explicit twin."""
+"""Language models: the transformer of the reversible DEQ paper, and its explicit counterpart."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ _FIXED_DEPTH = Reversible(beta=0.5, rtol=0.0, atol=0.0, fraction_bits=20)
 
 
 class ReversibleTransformer(AbstractLanguageModel):
-    """A language model of one equilibrium layer, whose cell is a transformer block.
+    """A language model with one equilibrium layer, whose cell is a transformer block.
 
         x = sqrt(width) table[tokens] + positions;    logits = head(LN(DEQ(x)))
 
@@ -29,9 +29,9 @@ class ReversibleTransformer(AbstractLanguageModel):
     **Arguments:**
 
     - `size`: of the vocabulary.
-    - `length`: the longest sequence; of the learned positions.
-    - `width`, `heads`, `hidden`, `scale`: see `nn.TransformerCell`.
-    - `rotary`: turn queries and keys by their positions, instead of adding a learned vector.
+    - `length`: that of the longest sequence, and the number of learned positions.
+    - `width`, `heads`, `hidden`, `scale`: as in `nn.TransformerCell`.
+    - `rotary`: rotate queries and keys by their positions, instead of adding a learned vector.
     - `tied`: whether the head is the transposed table.
     - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`. The default takes four
         reversible pairs, that is eight steps, whatever the residual, with 20 fraction bits: a
@@ -46,10 +46,10 @@ class ReversibleTransformer(AbstractLanguageModel):
     budget of n steps, which may be traced. `model.generate` continues a prompt.
 
     **Cost:** one batched solve; eight evaluations of the cell with the defaults, and one more if
-    `sol.result` or the residual is looked at.
+    `sol.result` or the residual is used.
 
-    **When not to use it:** where the state would leave the range: the cell adds to z without
-    normalising it. `jnp.max(jnp.abs(sol.value))` tells, and `sol.result` if it did.
+    **When not to use it:** if the state would leave the range: the cell adds to z without
+    normalising it. `jnp.max(jnp.abs(sol.value))` shows this, and `sol.result` if it happened.
 
     **Raises:** `ValueError` for tokens that are not integers (B, L) with L at most `length`, and as
     `nn.CausalAttention`. A token outside the vocabulary gives NaN.
@@ -93,11 +93,11 @@ class ReversibleTransformer(AbstractLanguageModel):
         compute_dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ) -> "ReversibleTransformer":
-        """The paper's: width 768, 12 heads, MLP 768-3072-3072-768, 448 positions, an untied head.
+        """The paper's model: width 768, 12 heads, MLP 768-3072-3072-768, 448 positions, untied.
 
-        94.1 M parameters. The authors count 96.1 M: their queries, keys and values are projected a
-        second time (1.8 M, which adds nothing: the product of two matrices is a matrix), and their
-        causal mask is counted."""
+        It has 94.1 M parameters. The authors count 96.1 M: they project queries, keys and values a
+        second time (1.8 M, which adds nothing, as the product of two matrices is a matrix), and
+        count their causal mask."""
         options = {"width": 768, "heads": 12, "hidden": (3072, 3072)}
         return cls(size, 448, solver=solver, compute_dtype=compute_dtype, key=key, **options)
 
@@ -129,14 +129,14 @@ class ReversibleTransformer(AbstractLanguageModel):
             zero(solver.rtol) and zero(solver.atol)
         ):
             raise ValueError(
-                f"generate expected a fixed number of steps of Reversible or FixedPointIteration, "
-                f"rtol=0 and atol=0, got {solver}. Otherwise later positions change earlier ones: "
+                f"generate expects a fixed number of steps of Reversible or FixedPointIteration, "
+                f"rtol=0 and atol=0, got {solver}; otherwise later positions change earlier ones: "
                 f"evaluate the model on the whole sequence for each token."
             )
         if self.deq.predictor is not None:
             raise ValueError(
-                "generate expected a layer that starts from zero, got one with a predictor. "
-                "Evaluate the model on the whole sequence for each token."
+                "generate expects a layer that starts from zero, got one with a predictor; "
+                "evaluate the model on the whole sequence for each token."
             )
         cell: Any = paramax.unwrap(self.deq.cell)
         x = self.vocabulary.embed(tokens, start)
@@ -146,23 +146,23 @@ class ReversibleTransformer(AbstractLanguageModel):
 
 
 class Transformer(AbstractLanguageModel):
-    """The explicit twin: the same blocks, each with its own parameters and evaluated once.
+    """The explicit counterpart: the same blocks, each with its own parameters, evaluated once.
 
         h[0] = x;    h[i+1] = block[i](h[i], 0);    logits = head(LN(h[n]))
 
-    With one block it has as many parameters as `ReversibleTransformer`, with `max_steps` of them
-    the same evaluations.
+    With one block it has as many parameters as `ReversibleTransformer`; with `max_steps` blocks it
+    makes as many evaluations.
 
-    **Arguments:** those of `ReversibleTransformer` but for the solve, and
+    **Arguments:** those of `ReversibleTransformer`, except for the solve, and
 
-    - `blocks`: how many.
+    - `blocks`: the number of blocks.
     - `checkpoint`: whether the backward pass evaluates each block again instead of storing it.
 
     **Call:** as `ReversibleTransformer`; solves is empty.
 
     **Cost:** `blocks` evaluations; memory in proportion to them.
 
-    **When not to use it:** where memory is short: `ReversibleTransformer` takes that of one block.
+    **When not to use it:** if memory is short: `ReversibleTransformer` takes that of one block.
 
     **Raises:** as `ReversibleTransformer`, and for `blocks` below 1.
 
@@ -192,7 +192,7 @@ class Transformer(AbstractLanguageModel):
         key: PRNGKeyArray,
     ):
         if blocks < 1:
-            raise ValueError(f"Transformer expected at least one block, got {blocks}.")
+            raise ValueError(f"Transformer expects at least one block, got {blocks}; pass 1.")
         sizes, dtypes = (size, length, width, heads, hidden), (compute_dtype, dtype)
         self.vocabulary, self.blocks = _parts(blocks, sizes, rotary, scale, tied, dtypes, key)
         self.length = length
@@ -241,7 +241,7 @@ def _check_tokens(tokens: Int[Array, "b l"], length: int) -> None:
     integers = jnp.issubdtype(tokens.dtype, jnp.integer)
     if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= length or not integers:
         raise ValueError(
-            f"Expected integer tokens of shape (batch, at most {length}), at least one token, got "
-            f"{tokens.shape} of {tokens.dtype}. Add the batch axis, cut the sequences, or build "
-            f"the model for this length."
+            f"The model expects integer tokens of shape (batch, at most {length}), at least one "
+            f"token, got {tokens.shape} of {tokens.dtype}; add the batch axis, cut the sequences, "
+            f"or build the model for this length."
         )

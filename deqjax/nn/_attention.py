@@ -28,8 +28,8 @@ class CausalAttention(eqx.Module):
     **Arguments:**
 
     - `width`: length of the last axis; `heads` divides it.
-    - `rotary`: whether queries and keys are turned by angles proportional to their position, pairs
-        of entries d/2 apart with frequencies 10,000^(-2i/d); d = width / heads is then even.
+    - `rotary`: whether queries and keys are rotated by angles proportional to their position, in
+        pairs of entries d/2 apart, with frequencies 10,000^(-2i/d); d = width / heads is then even.
     - `scale`: of the initial output weights.
     - `dtype`: of the parameters; default: JAX's default float.
     - `key`: for the initial weights.
@@ -66,9 +66,9 @@ class CausalAttention(eqx.Module):
     ):
         if heads < 1 or width % heads or (rotary and width // heads % 2):
             raise ValueError(
-                f"CausalAttention expected heads to divide width, with an even quotient for rotary "
-                f"positions; got width={width}, heads={heads}, rotary={rotary}. Choose "
-                f"heads = width / 64, for instance."
+                f"CausalAttention expects heads to divide width, with an even quotient for rotary "
+                f"positions, got width={width}, heads={heads}, rotary={rotary}; choose for "
+                f"instance heads = width / 64."
             )
         qkv_key, out_key = jax.random.split(key)
         self.qkv = Linear(width, 3 * width, use_bias=False, dtype=dtype, key=qkv_key)
@@ -85,16 +85,16 @@ class CausalAttention(eqx.Module):
         return q, k, v
 
     def __call__(self, x: Float[Array, "l width"]) -> Float[Array, "l width"]:
-        """Attend within one sequence."""
+        """Attends within one sequence."""
         q, k, v = self._project(x, 0)
         return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
 
     def extend(
         self, x: Float[Array, "t width"], cache: AttentionCache, start: Int[Array, ""]
     ) -> tuple[Float[Array, "t width"], AttentionCache]:
-        """Attend from positions `start`, `start + 1`, ... to those and all before them.
+        """Attends from positions `start`, `start + 1`, ... to these and all earlier ones.
 
-        The cache has to have room for them: beyond it, earlier positions would be overwritten."""
+        The cache needs room for these positions: beyond it, earlier ones would be overwritten."""
         q, k, v = self._project(x, start)
         write = lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (start, 0, 0))
         cache = AttentionCache(write(cache.keys, k), write(cache.values, v))
@@ -109,14 +109,13 @@ class TransformerCell(eqx.Module):
 
         h = z + attention(LN(z + x));    f(z, x) = h + MLP(LN(h))
 
-    z and x are sums of residuals, kept as they come; norms are taken in float32 and what follows
-    them, attention and MLP, in `compute_dtype`. With x = 0 it is the explicit block. z is added
-    without being normalised: it grows with the number of steps, see `deqjax.Reversible` on
-    `fraction_bits`.
+    z and x are sums of residuals and keep their dtype. Norms are computed in float32, attention and
+    MLP in `compute_dtype`. With x = 0 the cell is the explicit block. z is added without being
+    normalised, and grows with the number of steps: see `fraction_bits` of `deqjax.Reversible`.
 
     **Arguments:**
 
-    - `width`, `heads`, `rotary`: see `nn.CausalAttention`.
+    - `width`, `heads`, `rotary`: as for `nn.CausalAttention`.
     - `hidden`: widths of the MLP's inner layers, each with a GELU.
     - `scale`: of the initial weights that add to the residual sum.
     - `compute_dtype`: of products and attention; default: that of z.
@@ -128,7 +127,7 @@ class TransformerCell(eqx.Module):
 
     **Cost:** one attention and one MLP.
 
-    **When not to use it:** where the fixed point itself matters: nothing makes this cell contract.
+    **When not to use it:** if the fixed point itself matters: nothing makes this cell contract.
 
     **Raises:** as `nn.CausalAttention`.
 
@@ -176,19 +175,19 @@ class TransformerCell(eqx.Module):
         return h + self.mlp[-1](y).astype(h.dtype)
 
     def __call__(self, z: Float[Array, "l width"], x: Float[Array, "l width"]):
-        """Evaluate the cell on one sequence."""
+        """Evaluates the cell on one sequence."""
         h = z + self.attention(self._normalised(self.norm1, z + x)).astype(z.dtype)
         return self._feed_forward(h)
 
     def extend(
         self, z: Float[Array, "t width"], x: Float[Array, "t width"], cache: AttentionCache, start
     ):
-        """Evaluate it for positions `start`, `start + 1`, ... after a prefix in `cache`."""
+        """Evaluates the cell for positions `start`, `start + 1`, ... after a prefix in `cache`."""
         y, cache = self.attention.extend(self._normalised(self.norm1, z + x), cache, start)
         return self._feed_forward(z + y.astype(z.dtype)), cache
 
     def cache(self, length: int, dtype: DTypeLike) -> AttentionCache:
-        """Room for the keys and values of `length` positions, z being of `dtype`."""
+        """An empty cache for the keys and values of `length` positions, with z of `dtype`."""
         heads, width = self.attention.heads, self.attention.out.weight.shape[0]
         dtype = dtype if self.compute_dtype is None else self.compute_dtype
         empty = jnp.zeros((length, heads, width // heads), dtype)
@@ -196,7 +195,7 @@ class TransformerCell(eqx.Module):
 
 
 def _turned(x: Float[Array, "t heads d"], position: Int[Array, " t"]) -> Float[Array, "t heads d"]:
-    # In float32 whatever x is: a bfloat16 cannot hold a position above 256.
+    # In float32 for every x: a bfloat16 cannot hold a position above 256.
     half = x.shape[-1] // 2
     rate = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position.astype(jnp.float32)[:, None, None] * rate[None, None]

@@ -1,4 +1,4 @@
-"""Parts of several layers: masks drawn once per solve, and cells with a nonnegative weight."""
+"""Parts shared by layers: masks drawn once per solve, and cells with a nonnegative weight."""
 
 import abc
 import copy
@@ -32,16 +32,18 @@ Nonnegative = Callable[[Array], Array] | None
 
 
 class AbstractMask(eqx.Module):
-    """A module whose only array is a mask, which `nn.DEQ` draws once a solve."""
+    """A module whose only array is a mask, which `nn.DEQ` draws once per solve."""
 
     @abc.abstractmethod
     def draw(self, key: PRNGKeyArray) -> "AbstractMask":
-        """Itself with a new mask."""
+        """The module with a new mask."""
 
 
 def masks_of(tree: PyTree, key: PRNGKeyArray) -> PyTree:
-    """New masks for every `AbstractMask` in `tree`, for `eqx.combine(masks, tree)`: it has the
-    structure of `tree`, with `None` for everything else."""
+    """A new mask for every `AbstractMask` in `tree`, and `None` for everything else.
+
+    The result has the structure of `tree`, for `eqx.combine(masks, tree)`.
+    """
     count = itertools.count()
 
     def node(x):
@@ -56,7 +58,7 @@ class AbstractPositiveCell(AbstractNonnegative):
 
     weight: AbstractVar[Weight]
     activation: AbstractVar[Callable[[Array], Array]]
-    known: AbstractVar[Properties]  # the record of the activation, looked up once
+    known: AbstractVar[Properties]  # the properties of the activation, looked up once
     floor: AbstractVar[float]
     sharpness: AbstractVar[float]
 
@@ -66,12 +68,12 @@ class AbstractPositiveCell(AbstractNonnegative):
         return weight @ z if weight.ndim == 2 else conv2d(z[None], weight)[0]
 
     def __deepcopy__(self, memo: dict) -> "AbstractPositiveCell":
-        # Arrays alone: a copy of JAX's jitted functions is another function to every cache.
+        # Copies only arrays: to every cache, a copy of a jitted function is another function.
         copied = lambda x: copy.deepcopy(x, memo) if eqx.is_array_like(x) else x
         return jax.tree.map(copied, self)
 
     def inject(self, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """Make the input positive (`nn.DEQ` does it, once before the solve); see the class."""
+        """Makes the input positive, as the class says; `nn.DEQ` does this once before the solve."""
         if self.known.kind == 2:
             return jax.nn.relu(x)
         return StrictlyPositive(self.floor, self.sharpness)(x)
@@ -109,13 +111,12 @@ def certify_concave(
 def nonnegative_weight(
     shape: tuple[int, ...], dtype: DTypeLike | None, key: PRNGKeyArray, nonnegative: Nonnegative
 ) -> Weight:
-    """W0 ~ U(0, 1) sqrt(1e-4) / sqrt(out + in), as in the pcDEQ reference, however it is kept
-    nonnegative."""
+    """Draws W0 ~ U(0, 1) sqrt(1e-4) / sqrt(out + in), as the pcDEQ reference, in each form."""
     check_size("size or channels", shape[-1])
-    # Why a square by default: Adam moves v by the learning rate, whatever the gradient's size.
-    # W = 4e-4 is v = 0.02 there, so that a step of 1e-3 changes W by 10 %; it is v = -8 under
-    # softplus, where the step changes W by 0.1 %, and where weight decay, pulling v to 0, pulls W
-    # up to log 2. Why not a clamp and weight norm, as in the reference: a row of zeros gives 0/0.
+    # Why a square by default: Adam moves v by the learning rate, whatever the gradient's size. For
+    # a square, W = 4e-4 is v = 0.02, and a step of 1e-3 changes W by 10 %. For softplus it is
+    # v = -8: the step changes W by 0.1 %, and weight decay, which pulls v to 0, pulls W up to
+    # log 2. Why not a clamp and weight norm, as in the reference: a row of zeros gives 0/0.
     scale = math.sqrt(1e-4) / math.sqrt(shape[-2] + shape[-1])
     w = scale * jax.random.uniform(key, shape, dtype)
     if nonnegative is None:
@@ -123,13 +124,13 @@ def nonnegative_weight(
     if nonnegative is jnp.square:
         return paramax.Parameterize(nonnegative, jnp.sqrt(w))
     if nonnegative is jax.nn.softplus:
-        # Uniform numbers can be 0, and softplus(-inf) = 0 would stay there for good.
+        # Uniform numbers can be 0, and softplus(-inf) = 0 would stay there for ever.
         w = jnp.maximum(w, scale * float(jnp.finfo(w.dtype).eps))
         return paramax.Parameterize(nonnegative, jnp.log(jnp.expm1(w)))
     raise ValueError(
-        f"A cell with a nonnegative weight expected nonnegative=jnp.square, jax.nn.softplus or "
-        f"None (an array, for deqjax.positive.project after each update), got {nonnegative!r}. "
-        f"For another function, set cell.weight to paramax.Parameterize(function, v)."
+        f"A cell with a nonnegative weight expects nonnegative=jnp.square, jax.nn.softplus or "
+        f"None (an array, for deqjax.positive.project after each update), got {nonnegative!r}; "
+        f"for another function, set cell.weight to paramax.Parameterize(function, v)."
     )
 
 
@@ -137,6 +138,6 @@ def check_kernel_size(kernel_size: int) -> None:
     """Raises `ValueError` unless the kernel has a centre."""
     if not is_int(kernel_size) or kernel_size % 2 == 0:
         raise ValueError(
-            f"A convolution expected an odd kernel_size, got {kernel_size!r}: an even "
-            "one has no centre and shifts the image by half a pixel. Use the next odd size."
+            f"A convolution expects an odd kernel_size, got {kernel_size!r}; use the next odd "
+            "size: an even one has no centre and shifts the image by half a pixel."
         )

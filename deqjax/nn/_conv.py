@@ -17,7 +17,7 @@ class Conv2d(eqx.Module):
         y[i, j] = sum_ab x[s i + a - p, s j + b - p] kernel[a, b] + bias        p = kernel_size // 2
 
     x is zero out of bounds, so that stride 1 keeps the image's size; stride 2 halves it, rounding
-    up. Kernel and bias start uniform on +-1/sqrt(in_channels * kernel_size^2).
+    up. The initial kernel and bias are uniform on +-1/sqrt(in_channels * kernel_size^2).
 
     **Arguments:**
 
@@ -26,27 +26,27 @@ class Conv2d(eqx.Module):
     - `stride`: 1 or 2.
     - `use_bias`: whether to add a bias per output channel.
     - `dtype`: of the parameters; default: JAX's default float.
-    - `compute_dtype`: of the products. x and the kernel are cast to it at each call and the result
-        back, so that with float32 parameters and `jnp.bfloat16` the kernel cotangents of several
-        calls are summed in float32. Default: the parameters' dtype.
+    - `compute_dtype`: of the products. At each call x and the kernel are cast to it, and the result
+        is cast back, so that with float32 parameters and `jnp.bfloat16` the kernel cotangents of
+        several calls are summed in float32. Default: the parameters' dtype.
     - `key`: for the initial parameters.
 
     **Call:** `x` of shape (H, W, in_channels) and the parameters' dtype, one example. Returns
     (ceil(H / stride), ceil(W / stride), out_channels) in the same dtype. `jax.vmap` merges the
     examples into one convolution whose kernel cotangent is one sum, in float32 or wider.
 
-    **Cost:** on a CPU, 3 x 3 at stride 1 with at least 32 channels and 8 pixels a side is computed
-    by minimal filtering (Winograd), in 0.4 to 0.9 of the time of the direct sums, with ten more
-    copies of x; its rounding is relative to the largest entry of the result, and no larger than
-    theirs, but in the kernel's cotangent up to three times as large. Under
-    `jax.default_matmul_precision("highest")`, as in every certificate, the sums are formed as
-    written. Anything else costs what the stock convolution does forward; the image cotangent at
-    stride 2 is computed at the input's resolution: four times the necessary products. On
-    accelerators the stock rules are lowered.
+    **Cost:** on a CPU, 3 x 3 at stride 1 with at least 32 channels and 8 pixels per side is
+    computed by minimal filtering (Winograd), in 0.4 to 0.9 of the time of the direct sums, with ten
+    more copies of x. The rounding of minimal filtering is relative to the largest entry of the
+    result, and no larger than that of the direct sums; in the kernel's cotangent it is up to three
+    times as large. Under `jax.default_matmul_precision("highest")`, as in every certificate, the
+    direct sums are used. Any other convolution costs the same as the stock one forward; the image
+    cotangent at stride 2 is computed at the input's resolution: four times the necessary products.
+    On accelerators the stock rules are lowered.
 
-    **When not to use it:** for one kernel per example (right, but as slow as the stock grouped
-    convolution), channels first, dilation or groups: `equinox.nn.Conv2d`. The policies of
-    `jax.checkpoint` that save products do not know this one:
+    **When not to use it:** for one kernel per example (correct, but as slow as the stock grouped
+    convolution), for channels first, dilation or groups (use `equinox.nn.Conv2d`). The policies of
+    `jax.checkpoint` that save products do not know this one;
     `policy=lambda p, *_, **__: p.name.startswith("deqjax_")` does.
 
     **Raises:** `ValueError` for an even kernel, another stride, another layout or dtype of x.
@@ -71,7 +71,7 @@ class Conv2d(eqx.Module):
     ):
         check_kernel_size(kernel_size)
         if stride not in (1, 2):
-            raise ValueError(f"Conv2d expected stride 1 or 2, got {stride}. Compose two of them.")
+            raise ValueError(f"Conv2d expects stride 1 or 2, got {stride}; compose two of them.")
         bound = 1 / math.sqrt(in_channels * kernel_size**2)
         kernel_key, bias_key = jax.random.split(key)
         shape = (kernel_size, kernel_size, in_channels, out_channels)
@@ -82,7 +82,7 @@ class Conv2d(eqx.Module):
         self.compute_dtype = compute_dtype
 
     def __call__(self, x: Float[Array, "h w i"]) -> Float[Array, "h2 w2 o"]:
-        """Apply the convolution to one image."""
+        """Applies the convolution to one image."""
         kernel, images = self.kernel, x[None]
         check_images(images, kernel)
         if self.compute_dtype is not None:

@@ -2,20 +2,20 @@
 
     y[n, i, j] = sum_ab x[n, s i + a - p, s j + b - p] w[a, b]              p = k // 2, stride s
 
-It is linear in x and in w, and with an image g of the shape of y the three cotangents of
+y is linear in x and in w. With an image g of the shape of y, the cotangents of
 
     <g, y(x, w)>
 
-are y itself, that of x and that of w: three primitives, each of which has the two others as its
-transposes. On a CPU, XLA reaches its fast kernel only for a plain NHWC/HWIO convolution; inside a
-`while` the stock cotangents (swapped axes, dilated kernels) fall to a naive loop nest. There all
-three are written as something that the forward pass is good at:
+for g, x and w are y itself and two more linear maps. These are three primitives; each has the two
+others as its transposes. On a CPU, XLA reaches its fast kernel only for a plain NHWC/HWIO
+convolution; inside a `while` the stock cotangents (swapped axes, dilated kernels) fall to a naive
+loop nest. There all three are written as operations that are fast:
 
     dx         = the stride-1 convolution of zero-stuffed g with w flipped, its channels swapped
     dw[a, b]   = sum_nij x[n, s i + a - p, s j + b - p] g[n, i, j]^T        k * k matrix products
 
 or by minimal filtering (`_winograd.py`) where that is faster. On any other platform the stock rules
-are lowered; one cotangent of a kernel per example is k * k products everywhere.
+are lowered. A kernel cotangent per example takes k * k products on every platform.
 """
 
 import math
@@ -34,9 +34,9 @@ from .._bilinear import asks_highest, bind, default_precision, primitive
 from .._tree import mesh_axes, vary
 from . import _winograd
 
-# The time of minimal filtering over that of the direct sums, in a loop of 8 on two cores, of f and
-# of f with both cotangents (experiments/kernels.py; busy cores, free ones). Below 32 channels
-# moving tiles takes what products save (28 x 28, 24 channels: 0.78 to 1.2); on few pixels an odd
+# The time of minimal filtering over that of the direct sums, in a loop of 8 on two cores, for f and
+# for f with both cotangents (experiments/kernels.py; busy cores, free ones). Below 32 channels,
+# moving tiles costs what products save (28 x 28, 24 channels: 0.78 to 1.2); on few pixels, an odd
 # side does:
 #
 #     images, pixels, channels   f           VJP
@@ -53,9 +53,9 @@ _CHANNELS, _SIDE = 32, 8
 def conv2d(
     x: Float[Array, "n h w i"], kernel: Float[Array, "k k i o"], stride: int = 1
 ) -> Float[Array, "n h2 w2 o"]:
-    """Convolve a batch of channels-last images, zero padding `k // 2` on each side, `k` odd.
+    """Convolves a batch of channels-last images, zero padding `k // 2` on each side, `k` odd.
 
-    Where the highest matrix precision is asked for, by the direct sums, which do not cancel.
+    At the highest matrix precision by the direct sums, which do not cancel.
     """
     check_images(x, kernel)
     return bind(forward_p, x, kernel, stride=stride, precision=default_precision())
@@ -65,14 +65,14 @@ def check_images(x: Array, kernel: Array) -> None:
     """Raises `ValueError` unless x is a batch of images for the kernel."""
     if x.ndim != 4 or x.shape[-1] != kernel.shape[2] or x.dtype != kernel.dtype:
         raise ValueError(
-            f"The convolution expected images (..., {kernel.shape[2]} channels) of dtype "
-            f"{kernel.dtype}, channels last; got {x.shape} of {x.dtype}. Move the channels to the "
+            f"The convolution expects images (..., {kernel.shape[2]} channels) of dtype "
+            f"{kernel.dtype}, channels last, got {x.shape} of {x.dtype}; move the channels to the "
             "last axis, or cast one of the two."
         )
 
 
 def stock(x, w, *, stride, precision):
-    """The convolution, with the derivatives that JAX gives it."""
+    """The convolution, with JAX's own derivatives."""
     pad = [(k // 2, k // 2) for k in w.shape[:2]]
     layout = ("NHWC", "HWIO", "NHWC")
     strides = (stride,) * 2
@@ -96,7 +96,7 @@ def _stock_kernel(x, g, *, size, **params):
 
 
 def _filtered(x: Array, size: Any, inputs: int, outputs: int, **params: Any) -> bool:
-    """Whether minimal filtering is possible, the faster way, and precise enough."""
+    """Whether minimal filtering is possible, faster, and precise enough."""
     possible = size == (3, 3) and params["stride"] == 1 and jnp.finfo(x.dtype).bits >= 32
     large = min(inputs, outputs) >= _CHANNELS and min(x.shape[1:3]) >= _SIDE
     return possible and large and not asks_highest(params["precision"])
@@ -130,7 +130,7 @@ def taps(x, g, *, size, stride, precision):
 
     def product(a, b):
         shifted = lax.slice(x, (0, a, b, 0), (n, a + h, b + w, c), (1, stride, stride, 1))
-        # Flat, since XLA's CPU products of three contracted axes take half as long again.
+        # Flat: on a CPU, XLA's products of three contracted axes take half as long again.
         left = shifted.reshape(g.shape[0], c).T
         return jnp.matmul(left, g, precision=precision, preferred_element_type=wide)
 
@@ -152,7 +152,7 @@ def _kernel_shape(x, g, *, size, **_):
 
 
 def _merged(primitive: Primitive, rule: Callable, args, dims, **params):
-    """One convolution of more images, if the kernel is shared."""
+    """Batches a rule: one convolution of more images if the kernel is shared."""
     images, kernel = args
     if dims[1] is None:
         images = jnp.moveaxis(images, dims[0], 0)

@@ -19,10 +19,10 @@ from ._monotone import MonotoneLinear
 
 
 class _Mapped(eqx.Module):
-    """A cell over a batch. A module, not a closure: inside `jax.shard_map` its parameters can then
-    be made to vary before the loop instead of being summed over devices in each step of it.
+    """A cell over a batch. It is a module, not a closure: inside `jax.shard_map` its parameters can
+    then vary before the loop, instead of being summed over devices in each step of the loop.
 
-    Only the masks have a batch axis: mapping over the cell with its masks in it would give its
+    Only the masks have a batch axis: mapping over a cell that contains its masks would give its
     parameters one cotangent per example."""
 
     cell: Callable[[PyTree, PyTree], PyTree]
@@ -37,24 +37,23 @@ class DEQ(eqx.Module):
     """A deep equilibrium layer: `z = cell(z, x)`, solved for z.
 
     Parameters that `paramax` reparametrises are materialised once, before the solve. If the cell
-    has a method `inject`, then `inject(x)` is what it sees as x, also computed once. So are the
-    masks of its `nn.VariationalDropout`, if there is a `key`. If it has a method `initial`, then
-    the solve starts at `initial(x)`, x as the cell sees it, and at zeros like that if it has none.
-    If it has a method `readout`, then the layer's output is `readout` of the fixed point, computed
-    once after the solve.
+    has a method `inject`, the cell gets `inject(x)` as x, also computed once. The masks of its
+    `nn.VariationalDropout` are drawn once, if there is a `key`. If the cell has a method `initial`,
+    the solve starts at `initial(x)` of the injected x; if not, at zeros like the injected x. If the
+    cell has a method `readout`, the layer's output is `readout` of the fixed point, computed once
+    after the solve.
 
     **Arguments:**
 
     - `cell`: `cell(z, x) -> z'` on one example.
     - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`.
-    - `predictor`: `predictor(x) -> z0` on one example, with x as the cell sees it; `None` is the
-        cell's `initial`, or zeros. With `deqjax.ImplicitAdjoint` z0 has no gradient, so train it
-        with a loss of its own, for instance
+    - `predictor`: `predictor(x) -> z0` on one example, of the injected x; `None` is the cell's
+        `initial`, or zeros. With `deqjax.ImplicitAdjoint` z0 has no gradient, so train the
+        predictor with a loss of its own, for instance
         `jnp.mean((deq.predictor(x) - jax.lax.stop_gradient(sol.value)) ** 2)`: the target is
-        `sol.value`, which the layer's output is not if the cell has a `readout`. With an adjoint of
-        the steps taken, z0 has a gradient and the task trains it too.
-
-    - `sharding`: of the batch axis; set it by `nn.shard_solves`, which says what for.
+        `sol.value`, not the layer's output, which differs if the cell has a `readout`. With an
+        adjoint of the steps taken, z0 has a gradient, and the task trains the predictor too.
+    - `sharding`: of the batch axis; set it by `nn.shard_solves`.
 
     **Cost:** that of `deqjax.fixed_point`.
 
@@ -77,8 +76,8 @@ class DEQ(eqx.Module):
     def __check_init__(self):
         if isinstance(self.cell, MonotoneLinear):
             raise ValueError(
-                "nn.DEQ expects a splitting of an nn.MonotoneLinear, whose own iteration need not "
-                "converge, got the cell itself; pass cell.peaceman_rachford() or "
+                "nn.DEQ expects a splitting of an nn.MonotoneLinear, got the cell itself, whose "
+                "own iteration need not converge; pass cell.peaceman_rachford() or "
                 "cell.forward_backward()."
             )
 
@@ -97,15 +96,14 @@ class DEQ(eqx.Module):
 
         - `x`: one example, a pytree of arrays.
         - `z0`: the initial iterate, for instance `sol.value` at a similar x or before the last
-            update (not the output z, if the cell has a `readout`: `nn.PeacemanRachford` leaves out
-            of it what is negative); `None` is `predictor` of the injected x, the cell's `initial`,
+            update (not the output z, if the cell has a `readout`: that of `nn.PeacemanRachford`
+            drops negative entries); `None` is `predictor` of the injected x, the cell's `initial`,
             or zeros.
         - `batched`: whether axis 0 of every leaf of x and z0 is a batch; see `batch`.
-        - `steps`: a traced budget of at most `max_steps`; drawn anew in each training step, it
+        - `steps`: a traced budget of at most `max_steps`. A random budget in each training step
             randomises the depth without recompiling.
         - `key`: draws the masks of the cell's `nn.VariationalDropout`, one set for all evaluations
-            of the solve; `None` is inference: no mask but those that the cell
-            already holds.
+            of the solve; `None` is inference: no mask except those that the cell already holds.
 
         **Returns:** `(z, sol)` with `z = sol.value`, or `cell.readout(sol.value)` if there is one.
         """
@@ -126,11 +124,11 @@ class DEQ(eqx.Module):
         """Solves a batch, on axis 0 of every leaf, as one state: `deq(xs, batched=True)`.
 
         Each example stops on its own tolerance, and the cotangent of the cell's parameters is
-        accumulated once (so it is under `jax.vmap` of the layer, see `deqjax.fixed_point`).
-        Arguments and returns as for one example, with one entry per example in `sol.result` and
+        accumulated once (also under `jax.vmap` of the layer, see `deqjax.fixed_point`). Arguments
+        and returns are as for one example, with one entry per example in `sol.result` and
         `sol.stats`; `steps` may have shape `(batch,)`. Example i has the masks of
-        `jax.random.fold_in(key, i)`, whatever its batch-mates; in `jax.shard_map` fold the device's
-        index into the key.
+        `jax.random.fold_in(key, i)`, in any batch; in `jax.shard_map`, fold the device's index into
+        the key.
         """
         deq, masks = self._unwrapped(), None
         if key is not None:
@@ -165,15 +163,15 @@ class DEQ(eqx.Module):
     def certify(
         self, x: PyTree, z: PyTree, *, batched: bool = False, fan_in: int | None = None
     ) -> Enclosure:
-        """Encloses the fixed point, near which z is, by the theorem of the cell.
+        """Encloses the fixed point near z, by the theorem of the cell.
 
-        The cell says which, by its method `certify(z, x, batched=..., fan_in=...)`, for which x is
-        injected: of `nn.PositiveConcave` and its like, `deqjax.certify`; of `nn.Subhomogeneous*`,
-        their contraction; of `nn.MonotoneLinear` and its splittings, strong monotonicity, and what
-        is enclosed is the layer's output.
+        Calls the cell's method `certify(z, x, batched=..., fan_in=...)` with the injected x. For
+        `nn.PositiveConcave` and similar cells this is `deqjax.certify`; for `nn.Subhomogeneous*`,
+        their contraction; for `nn.MonotoneLinear` and its splittings, strong monotonicity, which
+        encloses the layer's output.
 
-        **Arguments:** x as the layer takes it, one example or, batched, a batch; `z = sol.value` of
-        its solve, or of another (not the output, if the cell has a `readout`); `fan_in` as in
+        **Arguments:** x as for the layer, one example or, batched, a batch; `z = sol.value` of its
+        solve, or of another (not the output, if the cell has a `readout`); `fan_in` as in
         `deqjax.certify`.
 
         **Returns, cost, when not to use it:** as `deqjax.certify`, or the cell's method.
@@ -183,9 +181,9 @@ class DEQ(eqx.Module):
         cell: Any = self.cell
         if not hasattr(cell, "certify"):
             raise ValueError(
-                f"nn.DEQ.certify expected a cell that says by which theorem its fixed point is "
-                f"enclosed, with a method certify, got {type(cell).__name__}, which has none. "
-                f"If you know it to be positive and concave, use nn.PositiveConcave(cell), or call "
+                f"nn.DEQ.certify expects a cell with a method certify, which says by which theorem "
+                f"its fixed point is enclosed, got {type(cell).__name__}, which has none; if the "
+                f"cell is positive and concave, use nn.PositiveConcave(cell), or call "
                 f"deqjax.certify(cell, z, x)."
             )
         if hasattr(cell, "inject"):
@@ -194,7 +192,7 @@ class DEQ(eqx.Module):
         return cell.certify(z, x, batched=batched, fan_in=fan_in)
 
     def _solve(self, x, z0, masks, steps, *, batched: bool = True) -> tuple[Any, Solution]:
-        """Inject, start, solve, read out."""
+        """Injects x, starts, solves, and reads out."""
         cell = self.cell
         over = jax.vmap if batched else lambda one: one
         read = lambda name: over(lambda masks, x: getattr(eqx.combine(masks, cell), name)(x))
@@ -215,7 +213,7 @@ class DEQ(eqx.Module):
         return (read("readout")(masks, sol.value) if hasattr(cell, "readout") else sol.value), sol
 
     def _start(self, x, masks, over, read) -> PyTree:
-        """The initial iterate, where none is given: a prediction, the cell's own, or zeros."""
+        """The initial iterate if none is given: a prediction, the cell's own, or zeros."""
         if self.predictor is not None:
             return over(self.predictor)(x)
         if hasattr(self.cell, "initial"):
@@ -224,24 +222,24 @@ class DEQ(eqx.Module):
 
 
 def shard_solves(model: PyTree, sharding: NamedSharding | None) -> PyTree:
-    """`model` with each of its `nn.DEQ` solving a batch device by device.
+    """Makes each `nn.DEQ` in `model` solve a batch device by device.
 
-    Under `jax.jit` alone, with the batch split over devices, all of them take the steps of the
-    slowest example of all, an all-reduce in the condition of the loop at every step; and the sweep
-    of a reversible solve adds up the cotangent of the parameters over the devices at every step
-    too. Here each solve is a `jax.shard_map`: no loop has a collective, and the gradient, which is
-    taken outside, is added up once. Numbers are the same, to rounding.
+    Under `jax.jit` alone, with the batch split over devices, all devices take the steps of the
+    slowest example, with an all-reduce in the condition of the loop at every step. The sweep of a
+    reversible solve also sums the cotangent of the parameters over the devices at every step. Here
+    each solve is a `jax.shard_map`: no loop has a collective, and the gradient, which is taken
+    outside, is summed once. The numbers are the same up to rounding.
 
     **Arguments:**
 
     - `model`: any pytree with `nn.DEQ` in it.
-    - `sharding`: of a batch, its first axis split over the mesh; `None`, or of one device: as if
-        this had not been called.
+    - `sharding`: of a batch, its first axis split over the mesh. `None`, or a mesh of one device,
+        gives the behaviour without this function.
 
-    **Returns:** a tree like `model`, for `jax.jit`, in which `batch` alone behaves differently.
+    **Returns:** a tree like `model`, for `jax.jit`, in which only `batch` behaves differently.
 
-    **When not to use it:** inside a `jax.shard_map` or `jax.pmap` of your own, or with parameters
-    that are sharded over devices. The batch has to divide by the number of devices.
+    **When not to use it:** inside your own `jax.shard_map` or `jax.pmap`, or with parameters that
+    are sharded over devices. The number of devices has to divide the batch.
     """
     if sharding is not None and sharding.mesh.size == 1:
         sharding = None

@@ -11,9 +11,9 @@ from .._bilinear import dense
 class Linear(eqx.Module):
     """`y = x W + b`, W of shape (in, out), in the dtype of x; fast in loops and under `jax.vmap`.
 
-    Parameters in float32 and x in bfloat16 is mixed precision: the product is taken in bfloat16,
-    the cotangent of W in float32. W starts normal, of standard deviation scale / sqrt(in_size); b
-    at zero.
+    Parameters in float32 and x in bfloat16 give mixed precision: the product is in bfloat16, the
+    cotangent of W in float32. The initial W is normal, of standard deviation
+    scale / sqrt(in_size); the initial b is zero.
 
     **Arguments:**
 
@@ -25,11 +25,11 @@ class Linear(eqx.Module):
 
     **Call:** `x` of shape (..., in_size), any float dtype. Returns (..., out_size) in that dtype.
 
-    **Cost:** in_size * out_size products a row, twice that backwards. `jax.vmap` merges the
+    **Cost:** in_size * out_size products per row, twice that backwards. `jax.vmap` merges the
     examples into one product.
 
-    **When not to use it:** one weight per example (right, but a batch of products):
-    `equinox.nn.Linear`. The policies of `jax.checkpoint` that save products do not know this one:
+    **When not to use it:** for one weight per example (correct, but a batch of products): use
+    `equinox.nn.Linear`. The policies of `jax.checkpoint` that save products do not know this one;
     `policy=lambda p, *_, **__: p.name.startswith("deqjax_")` does.
 
     **Raises:** `ValueError` for x of another length, or of integers.
@@ -53,7 +53,7 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(out_size, dtype) if use_bias else None
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        """Apply the layer along the last axis."""
+        """Applies the layer along the last axis."""
         y = dense(x, self.weight)
         if self.bias is None:
             return y

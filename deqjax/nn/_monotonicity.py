@@ -1,11 +1,11 @@
-"""Bounds around the fixed point of `relu(W z + x)` where the symmetric part of I - W is positive.
+"""Bounds around the fixed point of `relu(W z + x)` if the symmetric part of I - W is positive.
 
-z* is the zero of `z -> (I - W) z - x + dg(z)`, g the indicator of z >= 0, which is strongly
-monotone by m. Of every z >= 0 and every element r of what the operator makes of z,
+z* is the zero of the operator `z -> (I - W) z - x + dg(z)`, with g the indicator of z >= 0. The
+operator is strongly monotone by m. For every z >= 0 and every element r of its value at z,
 
     m ||z - z*||^2 <= <r - 0, z - z*>,        hence        ||z - z*||_2 <= ||r||_2 / m,
 
-and the least r is, with `q = z - W z - x`, q where z > 0 and `min(q, 0)` where z = 0. An evaluation
+and, with `q = z - W z - x`, the least r is q where z > 0 and `min(q, 0)` where z = 0. An evaluation
 of `relu(W z + x)` on that ball brings most entries closer, and proves zeros to be zeros.
 """
 
@@ -32,7 +32,7 @@ def certify(weight: Any, z: Any, x: Float[Array, "*b n"], batched: bool) -> Encl
     if margin is None:
         raise ValueError(
             f"certify expected a weight with a margin, by which I - W is strongly monotone, got "
-            f"{type(weight).__name__}. Use the weight of an nn.MonotoneLinear, not yet unwrapped."
+            f"{type(weight).__name__}; use the weight of an nn.MonotoneLinear, not yet unwrapped."
         )
     z = point_like(z, x, batched)
     with jax.default_matmul_precision("highest"):
@@ -50,14 +50,14 @@ def _enclose(z, x, w, margin: float) -> Enclosure:
     z, x, w = map(widen, (z, x, w))
     info, n = jnp.finfo(z.dtype), len(z)
     gamma = _gamma(n + 8, float(info.eps) / 2)
-    # Where the step of projected gradients would end at 0, z = 0 leaves the lesser r.
+    # Where a step of projected gradients would end at 0, z = 0 gives the smaller r.
     point = jax.nn.relu(z)
     point = jnp.where(point > point - w @ point - x, point, 0)
     image = w @ point + x
     q = point - image
     # Sums with signs: |error| <= gamma (|z| + |W| |z| + |x|) in any order (Higham, Accuracy and
-    # stability of numerical algorithms, 2nd ed., 2002, equation 3.5), and products that vanish. All
-    # that rounds below has a hundredth to do so.
+    # stability of numerical algorithms, 2nd ed., 2002, equation 3.5), and products that vanish. The
+    # factors 1.01 leave room for the rounding of the bounds themselves.
     size = point + jnp.abs(w) @ point + jnp.abs(x)
     rounding = 1.01 * gamma * size + 2 * n * float(info.tiny)
     residual = jnp.where(point > 0, jnp.abs(q), jnp.maximum(-q, 0)) + rounding
@@ -77,7 +77,7 @@ def _enclose(z, x, w, margin: float) -> Enclosure:
 
 def _least_margin(w: Float[Array, "n n"], margin: float) -> Float[Array, ""]:
     # |W^ - W| <= gamma (|1 - m| I + a a^T + |W^|) with a_i = ||A e_i||, by Cauchy and Schwarz, and
-    # a_i^2 = 1 - m - W_ii; what that moves in the 2-norm, m may lose.
+    # a_i^2 = 1 - m - W_ii; m may lose as much as W^ moves in the 2-norm.
     gamma, wide = _gamma(len(w) + 8, float(jnp.finfo(w.dtype).eps) / 2), widen(w)
     if gamma >= 2.0**-8:
         return jnp.zeros((), wide.dtype)
@@ -92,7 +92,7 @@ def _gamma(n: int, unit: float) -> float:
 
 
 def _norm(v: Float[Array, "*b n"]) -> Float[Array, "*b"]:
-    # Scaled, since a square that vanishes would be missed.
+    # Scaled, since a square that vanishes would be lost.
     scale = jnp.max(jnp.abs(v), -1, keepdims=True)
     unit = v / jnp.where(scale > 0, scale, 1)
     return scale[..., 0] * jnp.sqrt(jnp.sum(unit * unit, -1))

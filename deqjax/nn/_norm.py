@@ -13,8 +13,8 @@ class GroupNorm(eqx.Module):
 
         y = weight (x - mean) / sqrt(var + eps) + bias
 
-    mean and (biased) variance over all leading axes and the channels of one group; weight, bias per
-    channel. It sees one example at a time, so that it may stand inside an equilibrium's cell.
+    with mean and (biased) variance over all leading axes and the channels of one group; weight and
+    bias per channel. The layer sees one example at a time, so that it may be part of a cell.
 
     **Arguments:**
 
@@ -23,10 +23,10 @@ class GroupNorm(eqx.Module):
     - `eps`: added to the variance.
     - `dtype`: of weight (ones) and bias (zeros); default: JAX's default float.
 
-    **Call:** `x` of shape (..., channels), any float dtype. Returns the same shape and dtype; what
-    lies between, statistics included, is float32 or wider.
+    **Call:** `x` of shape (..., channels), any float dtype. Returns the same shape and dtype; all
+    values in between, including statistics, are float32 or wider.
 
-    **When not to use it:** channels first: `equinox.nn.GroupNorm`.
+    **When not to use it:** for channels first (use `equinox.nn.GroupNorm`).
 
     **Raises:** `ValueError` if `groups` does not divide `channels`, or x has other channels.
 
@@ -45,8 +45,8 @@ class GroupNorm(eqx.Module):
     ):
         if groups < 1 or channels % groups != 0:
             raise ValueError(
-                f"GroupNorm expected groups to divide channels, got {groups} groups of {channels} "
-                "channels. Choose a divisor."
+                f"GroupNorm expects groups to divide channels, got {groups} groups of {channels} "
+                "channels; choose a divisor."
             )
         self.weight = jnp.ones(channels, dtype)
         self.bias = jnp.zeros(channels, dtype)
@@ -54,11 +54,11 @@ class GroupNorm(eqx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*space c"]) -> Float[Array, "*space c"]:
-        """Normalise one example."""
+        """Normalises one example."""
         if x.shape[-1:] != self.weight.shape:
             raise ValueError(
-                f"GroupNorm expected {self.weight.size} channels on the last axis, got shape "
-                f"{x.shape}. Move the channels last."
+                f"GroupNorm expects {self.weight.size} channels on the last axis, got shape "
+                f"{x.shape}; move the channels last."
             )
         y = widen(x)
         y = y - self._group_mean(y)
@@ -68,7 +68,7 @@ class GroupNorm(eqx.Module):
         return y.reshape(x.shape).astype(x.dtype)
 
     def _group_mean(self, y):
-        # Over space first, which leaves one number a channel: reducing over a group's channels
+        # Over space first, which leaves one number per channel: reducing over a group's channels
         # too, inside the large array, takes XLA's CPU code five times as long.
         mean = jnp.mean(y, tuple(range(y.ndim - 1)), keepdims=True)
         groups = jnp.mean(mean.reshape(self.groups, -1), 1)

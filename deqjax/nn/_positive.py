@@ -55,27 +55,27 @@ class PositiveConcaveLinear(AbstractPositiveConcave):
     **Arguments:**
 
     - `size`: length of z and x.
-    - `activation`: what `deqjax.positive.qualify` takes: a function of
+    - `activation`: one that `deqjax.positive.qualify` accepts: a function of
         `deqjax.positive.ACTIVATIONS`, the function itself, or a `positive.Shifted` or
         `positive.Power`.
     - `nonnegative`: W as a function of its parameter, `jnp.square` or `jax.nn.softplus`; or `None`:
-        W is the parameter, and `positive.project` follows every update. Where W starts is the same.
-    - `floor`: the least injected input of kind 1, above 0. It bounds how close to 0 the fixed point
-        comes, and so how slow the iteration can get.
-    - `sharpness`: s above, the reference's 5.
+        W is the parameter, and `positive.project` follows every update. The initial W is the same.
+    - `floor`: the least injected input of kind 1, above 0. The floor limits how close to 0 the
+        fixed point comes, and so how slow the iteration can become.
+    - `sharpness`: s above; the reference uses 5.
     - `dtype`: of the parameters; default: JAX's default float.
     - `key`: for the initial weight.
 
     **Call:** `cell(z, inject(x))`, both of shape (size,), z >= 0. `weight` is a
     `paramax.Parameterize`, or an array with `nonnegative=None`: `nn.DEQ` unwraps it once per solve,
-    a call by hand at each call.
+    a direct call at each call.
 
     **Cost:** size^2 products; one copy of z.
 
     **When not to use it:** if hidden units must inhibit each other: W >= 0 cannot.
 
-    **Raises:** `ValueError` for another activation or `nonnegative`, `floor` or `sharpness` that is
-    no finite number above 0, or a size that is no int above 0.
+    **Raises:** `ValueError` for another activation or `nonnegative`, a `floor` or `sharpness` that
+    is not a finite number above 0, or a size that is not an int above 0.
 
     Reference: Gabor, Piotrowski and Cavalcante, Positive concave deep equilibrium models, ICML
     2024, arXiv 2402.04029.
@@ -103,7 +103,7 @@ class PositiveConcaveLinear(AbstractPositiveConcave):
 
 
 class PositiveConcaveConv2d(AbstractPositiveConcave):
-    """The cell `sigma(W * z + x)` on images, W >= 0 a convolution; else `PositiveConcaveLinear`.
+    """`PositiveConcaveLinear` on images: the cell `sigma(W * z + x)`, W >= 0 a convolution.
 
     **Arguments:**
 

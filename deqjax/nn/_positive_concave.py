@@ -1,4 +1,4 @@
-"""A cell of the user's own as a positive concave one."""
+"""A layer's cell from a user's own positive concave function."""
 
 from collections.abc import Callable
 
@@ -12,18 +12,18 @@ from ._base import certify_concave
 
 
 class PositiveConcave(eqx.Module):
-    """A cell of your own for `nn.DEQ`, with its input made positive once before the solve.
+    """Your own cell for `nn.DEQ`, with its input made positive once before the solve.
 
         f(z) = cell(z, inject(x))
 
     **Arguments:**
 
     - `cell`: `cell(z, x) -> z'` on one example, a function or an Equinox module, positive and
-        concave in z >= 0 for every x that `inject` returns. No constructor can see that:
+        concave in z >= 0 for every x that `inject` returns. No constructor can check this;
         `deqjax.positive.check_hypotheses` tests it.
     - `inject`: a function or a module, `x -> x`. By default `positive.StrictlyPositive()`, for a
-        cell with f(0) = 0 at x = 0; its `floor` and `sharpness` are arguments of its own.
-        `jax.nn.relu` where x >= 0 suffices.
+        cell with f(0) = 0 at x = 0, with its own arguments `floor` and `sharpness`. Use
+        `jax.nn.relu` if x >= 0 suffices.
 
     **Call:** `cell(z, inject(x))`; x any pytree of float arrays, z one of the same structure, or
     another if `nn.DEQ` is given a z0.
@@ -46,29 +46,29 @@ class PositiveConcave(eqx.Module):
     def __check_init__(self):
         if not (callable(self.cell) and callable(self.inject)):
             raise ValueError(
-                f"PositiveConcave expected cell(z, x) and inject(x) to be functions or modules, "
-                f"got {self.cell!r} and {self.inject!r}."
+                f"PositiveConcave expects cell(z, x) and inject(x) to be functions or modules, "
+                f"got {self.cell!r} and {self.inject!r}; pass two that can be called."
             )
         for method in ("inject", "initial", "readout"):
             if hasattr(self.cell, method):
                 raise ValueError(
-                    f"PositiveConcave expected a cell without a method {method}, got "
-                    f"{type(self.cell).__name__}, which has one that would never be called. Pass "
+                    f"PositiveConcave expects a cell without a method {method}, got "
+                    f"{type(self.cell).__name__}, which has one that would never be called; pass "
                     f"that cell to nn.DEQ itself."
                 )
 
     def __call__(self, z: PyTree, x: PyTree) -> PyTree:
         """`cell(z, x)` of one example; `x` has been through `inject`."""
         out = paramax.unwrap(self.cell)(z, x)
-        # Whether they vary over a mesh, or are weakly typed, is for the solve to settle.
+        # Only shapes and dtypes are compared: the solve handles mesh axes and weak types.
         structs = jax.eval_shape(lambda: (out, z))
         leaves, treedefs = zip(*map(jax.tree.flatten, structs), strict=True)
         kinds = [[(leaf.shape, leaf.dtype) for leaf in each] for each in leaves]
         if treedefs[0] != treedefs[1] or kinds[0] != kinds[1]:
             got, like = (eqx.tree_pformat(tree, struct_as_array=True) for tree in structs)
             raise ValueError(
-                f"PositiveConcave expected its cell to return the structure, shapes and dtypes of "
-                f"z, {like}, got {got}. Cast or reshape the cell's output, or give nn.DEQ another "
+                f"PositiveConcave expects its cell to return the structure, shapes and dtypes of "
+                f"z, {like}, got {got}; cast or reshape the cell's output, or give nn.DEQ another "
                 f"z0 (by default it is zeros like the injected x)."
             )
         return out
@@ -76,5 +76,5 @@ class PositiveConcave(eqx.Module):
     def certify(
         self, z: PyTree, x: PyTree, *, batched: bool = False, fan_in: int | None = None
     ) -> Enclosure:
-        """Encloses the fixed point by `deqjax.certify`, whose hypotheses are taken on trust."""
+        """Encloses the fixed point by `deqjax.certify`, whose hypotheses are not checked."""
         return certify_concave(self, z, x, batched=batched, fan_in=fan_in)

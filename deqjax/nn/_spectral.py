@@ -1,4 +1,4 @@
-"""Spectral normalisation whose power iteration stands outside the solve."""
+"""Spectral normalisation, with its power iteration outside the solve."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ Vector = paramax.NonTrainable[Array] | Float[Array, " n"]
 _product = partial(jnp.matmul, precision="highest")
 # From a random start the estimate is too low by at most a factor of log(n) / steps or so even
 # without a gap between the singular values (Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl.
-# 13 (1992)): within the 5 % that the default bound leaves below 1, and far closer as a rule.
+# 13 (1992)): within the 5 % that the default bound leaves below 1, and usually far closer.
 _FIRST_STEPS = 200
 
 
@@ -25,16 +25,16 @@ class SpectralNorm(paramax.AbstractUnwrappable[Array]):
 
         W min(1, bound / sigma),     sigma = |u^T W v|
 
-    W is left alone while it is small enough. u and v, its leading singular vectors, are stored;
-    `nn.power_step` improves them once a training step, outside the solve, which sees one constant
-    weight (`nn.DEQ` unwraps its cell once a solve):
+    W is unchanged while it is small enough. u and v, its leading singular vectors, are stored.
+    `nn.power_step` improves them once per training step, outside the solve, which sees one constant
+    weight (`nn.DEQ` unwraps its cell once per solve):
 
         cell = eqx.tree_at(lambda c: c.weight, cell, SpectralNorm(cell.weight, key=key))
         ...
         model = nn.power_step(eqx.apply_updates(model, updates))
 
-    The gradient flows through W, in sigma too, and not through u and v, whose gradients are zero.
-    They are `paramax.NonTrainable`; keep them from weight decay, and out of the optimiser, with
+    The gradient flows through W, also in sigma, but not through u and v, whose gradients are zero.
+    u and v are `paramax.NonTrainable`; keep them out of weight decay and the optimiser with
 
         is_leaf = lambda x: isinstance(x, paramax.NonTrainable)
         trained, rest = eqx.partition(model, eqx.is_inexact_array, is_leaf=is_leaf)
@@ -42,17 +42,17 @@ class SpectralNorm(paramax.AbstractUnwrappable[Array]):
     **Arguments:**
 
     - `weight`: of shape (out, in); or a kernel of shape (h, w, i, o), taken as the matrix of shape
-        (h w i, o), whose norm bounds what one patch becomes. A pixel lies in h w patches, hence
-        the convolution of an image has at most sqrt(h w) times that norm: for a contraction take
-        `bound < 1 / sqrt(h w)`. May itself be a paramax parametrisation.
+        (h w i, o), whose norm bounds the map of one patch. A pixel lies in h w patches, hence the
+        convolution of an image has at most sqrt(h w) times that norm: for a contraction take
+        `bound < 1 / sqrt(h w)`. The weight may itself be a paramax parametrisation.
     - `bound`: above 0; below 1 for a linear map that contracts.
     - `key`: for the start of the first power iteration.
 
-    **Cost:** one product W v a solve and one rank-one term in W's cotangent; two products a
+    **Cost:** one product W v per solve and one rank-one term in W's cotangent; two products per
     `power_step`; 400 at the start.
 
-    **When not to use it:** for an exact bound at each step: sigma lags behind W by one power step,
-    and from below.
+    **When not to use it:** if you need an exact bound at each step: sigma lags behind W by one
+    power step, and is a lower bound.
 
     **Raises:** `ValueError` for a weight of other than 2 or 4 axes, or `bound` not above 0.
 
@@ -76,8 +76,8 @@ class SpectralNorm(paramax.AbstractUnwrappable[Array]):
         w = paramax.unwrap(weight)
         if w.ndim not in (2, 4) or not bound > 0:
             raise ValueError(
-                f"SpectralNorm expected a weight of shape (out, in) or (h, w, i, o) and a bound "
-                f"above 0, got shape {w.shape} and bound {bound}."
+                f"SpectralNorm expects a weight of shape (out, in) or (h, w, i, o) and a bound "
+                f"above 0, got shape {w.shape} and bound {bound}; reshape it, or leave bound out."
             )
         w = jax.lax.stop_gradient(_matrix(w))
         start = jax.random.normal(key, w.shape[:1], w.dtype)
@@ -91,23 +91,23 @@ class SpectralNorm(paramax.AbstractUnwrappable[Array]):
         """The normalised weight, in the dtype of the weight."""
         weight, u, v = paramax.unwrap((self.weight, self.u, self.v))
         sigma = jnp.abs(_product(u, _product(_matrix(weight), v)))
-        # As a maximum, it neither divides by the sigma of a zero weight nor changes a sign.
+        # The maximum neither divides by the sigma of a zero weight nor changes a sign.
         return weight * (self.bound / jnp.maximum(sigma, self.bound)).astype(weight.dtype)
 
 
 def power_step(tree: PyTree) -> PyTree:
-    """`tree` after one power iteration of the vectors of each of its `nn.SpectralNorm`.
+    """Takes one power iteration of the vectors of each `nn.SpectralNorm` in `tree`.
 
         v <- W^T u / ||W^T u||,     u <- W v / ||W v||
 
-    Once a training step, after the update; also makes good what weight decay did to their lengths.
-    Not differentiated. With a zero weight they stay as they are.
+    Call it once per training step, after the update. It also restores the lengths of u and v after
+    weight decay. It is not differentiated. With a zero weight u and v stay as they are.
 
     **Arguments:**
 
-    - `tree`: any pytree, a model for instance.
+    - `tree`: any pytree, for instance a model.
 
-    **Returns:** the same structure, other u and v.
+    **Returns:** the same structure, with new u and v.
 
     **Cost:** two products with each weight.
 

@@ -34,10 +34,10 @@ class AbstractSubhomogeneous(AbstractPositiveCell):
         StrictlyPositive(self.floor, self.sharpness)
         if not self.rate < 1:
             raise ValueError(
-                f"A subhomogeneous cell expected an activation with mu < 1, or mu < 1/2 if it is "
+                f"A subhomogeneous cell expects an activation with mu < 1, or mu < 1/2 if it is "
                 f"normalised, got {self.activation!r} with mu = {self.known.subhomogeneity} and "
-                f"normalise={self.normalise}. Use positive.Shifted(jnp.tanh, 1.2), jax.nn.sigmoid "
-                f"or a positive.Power below that."
+                f"normalise={self.normalise}; use positive.Shifted(jnp.tanh, 1.2), jax.nn.sigmoid "
+                f"or a positive.Power with a smaller mu."
             )
 
     @property
@@ -62,27 +62,27 @@ class AbstractSubhomogeneous(AbstractPositiveCell):
 
             d(z*, f(z)) <= rate / (1 - rate) d(f(z), z),         d(y, z) = max |log(y / z)|
 
-        for every z > 0. From `|log(y / z)| <= t` follows that `W y + x` is within a factor e^t of
-        `W z + x`, for W >= 0 and x >= 0; sigma, of which `log sigma(e^s)` has a slope of at most
-        mu, makes e^(mu t) of it; so the two largest entries differ by no more, and y / max(y) by
-        e^(2 mu t). f need not be monotone, and normalised it is not.
+        for every z > 0. If `|log(y / z)| <= t`, then `W y + x` is within a factor e^t of `W z + x`,
+        for W >= 0 and x >= 0. After sigma the factor is e^(mu t), since `log sigma(e^s)` has a
+        slope of at most mu. The two largest entries differ by no more, and y / max(y) by
+        e^(2 mu t). f need not be monotone; the normalised f is not.
 
-        **Arguments:** `x`, which has been through `inject`, and `z`, of the same shape and dtype,
-        both with the batch on axis 0 if `batched`; `fan_in` as in `deqjax.certify`.
+        **Arguments:** the injected `x` and `z`, of the same shape and dtype, both with the batch on
+        axis 0 if `batched`; `fan_in` as in `deqjax.certify`.
 
         **Returns:** a `deqjax.Enclosure` of the one z* > 0 of f in exact arithmetic, for W and x as
-        they come and the numbers of the activation in the dtype of z. `spectral_radius` is
-        `(0, rate)`, and `steps` 0. `holds` asks that W >= 0, x >= 0 and z > 0 are finite; where it
-        is false, nothing is said.
+        given and the numbers of the activation in the dtype of z. `spectral_radius` is `(0, rate)`,
+        and `steps` 0. `holds` requires that W >= 0, x >= 0 and z > 0 are finite; if it is false,
+        nothing is said.
 
         **Cost:** one evaluation of f.
 
-        **When not to use it:** in half precision, where rounding leaves a wide enclosure. The
-        roundings of an activation of your own are those of its jaxpr, its `subhomogeneity` is
-        believed.
+        **When not to use it:** in half precision, where rounding leaves a wide enclosure. For your
+        own activation, the roundings are counted in its jaxpr, but its `subhomogeneity` is not
+        checked.
 
-        **Raises:** `ValueError` when traced for z and x that differ in shape or dtype, or an
-        activation whose rounding cannot be counted if there is no `fan_in`.
+        **Raises:** `ValueError` when traced for z and x that differ in shape or dtype, or, without
+        a `fan_in`, for an activation whose rounding cannot be counted.
 
         Reference: Sittoni and Tudisco, Subhomogeneous deep equilibrium models, ICML 2024, arXiv
         2403.00720, sections 3 and 4; Lemmens and Nussbaum, Nonlinear Perron-Frobenius theory, 2012,
@@ -96,7 +96,7 @@ def _certify(cell: AbstractSubhomogeneous, z, x, fan_in: int | None, batched: bo
     cell = paramax.unwrap(cell)
     weight: Any = cell.weight
     nonnegative = jnp.all((weight >= 0) & jnp.isfinite(weight))
-    # More than what is flushed to 0 in all the products of a sum; everything, in float16.
+    # More than all products of a sum lose by flushing to 0; the largest number in float16.
     info = jnp.finfo(z.dtype)
     flushed = min(float(info.tiny) * 2.0**40, float(info.max))
 
@@ -120,25 +120,25 @@ def _certify(cell: AbstractSubhomogeneous, z, x, fan_in: int | None, batched: bo
 
 
 class SubhomogeneousLinear(AbstractSubhomogeneous):
-    """The cell `sigma(W z + x)` on vectors, W >= 0, x >= 0, or that over its largest entry.
+    """The cell `sigma(W z + x)` on vectors, W >= 0, x >= 0, or this over its largest entry.
 
         f(z) = y     or     y / max(y),          y = sigma(W z + x)
         d(f(y), f(z)) <= rate d(y, z),           d(y, z) = max |log(y / z)|, on y, z > 0
 
     with rate = mu or 2 mu, mu = sup u sigma'(u) / sigma(u): since `|J| z <= mu f(z)`, f is
-    mu-Lipschitz in d, the Thompson metric; dividing by a norm at most doubles a distance. Where the
-    rate is below 1, f has exactly one fixed point, whatever W is and however large, and Picard's
-    error falls by that factor a step, from any z > 0.
+    mu-Lipschitz in d, the Thompson metric; dividing by a norm at most doubles a distance. If the
+    rate is below 1, f has exactly one fixed point, whatever W is and however large. The error of
+    Picard iteration then falls by this factor per step, from any z > 0.
 
-    The theorem has `|W|` where f has W: it holds for W >= 0. With W = [[1, -1], [-1, 1]] and x = 0,
-    tanh(W z) + 1.2 has three fixed points.
+    The theorem has `|W|` where f has W, so it holds for W >= 0. With W = [[1, -1], [-1, 1]] and
+    x = 0, tanh(W z) + 1.2 has three fixed points.
 
     **Arguments:**
 
     - `size`: length of z and x.
-    - `activation`: of `deqjax.positive.PROPERTIES`, or one that carries its own record, with a
-        `subhomogeneity` mu below 1 (1/2 if normalised): `positive.Shifted(jnp.tanh, 1.2)` (0.247),
-        `jax.nn.sigmoid` (0.278), `positive.Power(p)` (p), ...
+    - `activation`: one of `deqjax.positive.PROPERTIES`, or one that states its own properties, with
+        a `subhomogeneity` mu below 1 (1/2 if normalised): `positive.Shifted(jnp.tanh, 1.2)`
+        (0.247), `jax.nn.sigmoid` (0.278), `positive.Power(p)` (p), ...
     - `normalise`: whether to divide by the largest entry, which gives z a fixed scale.
     - `nonnegative`, `floor`, `sharpness`, `dtype`, `key`: as for `nn.PositiveConcaveLinear`.
 
@@ -146,8 +146,8 @@ class SubhomogeneousLinear(AbstractSubhomogeneous):
 
     **Cost:** size^2 products; one copy of z.
 
-    **When not to use it:** where depth is wanted: at a rate of 0.25 an output to four digits is
-    that of a network with 7 layers.
+    **When not to use it:** if depth is wanted: at a rate of 0.25, a network with 7 layers has the
+    same output to four digits.
 
     **Raises:** `ValueError` for an activation with a larger mu, or as `nn.PositiveConcaveLinear`.
 

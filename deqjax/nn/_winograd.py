@@ -1,10 +1,10 @@
-"""A 3 x 3 convolution by minimal filtering: 16 products of matrices for every 2 x 2 outputs.
+"""A 3 x 3 convolution by minimal filtering: 16 matrix products for every 2 x 2 outputs.
 
     y = A^T [(G w G^T) * (B^T d B)] A        d: 4 x 4 inputs, y: 2 x 2 outputs, * entry by entry
 
-That is 16 / 36 of the multiplications of the direct sums. It is linear in d and in w: the cotangent
-of w is that of the same three factors. Sums of nonnegative terms cancel in it, so that its error is
-relative to the largest entry, and no longer to each: proofs need the direct sums.
+These are 16 / 36 of the multiplications of the direct sums. y is linear in d and in w, and the
+cotangent of w has the same three factors. Sums of nonnegative terms cancel here, so that the error
+is relative to the largest entry, no longer to each entry: proofs need the direct sums.
 
 Reference: Winograd, Arithmetic complexity of computations, SIAM, 1980; Lavin and Gray, Fast
 algorithms for convolutional neural networks, arXiv 1509.09308, section 4.1, for the matrices.
@@ -30,7 +30,7 @@ def convolve(
 def kernel_cotangent(
     x: Float[Array, "n h w i"], g: Float[Array, "n h w o"]
 ) -> Float[Array, "3 3 i o"]:
-    """The cotangent of the kernel for that of the output."""
+    """The cotangent of the kernel, from that of the output."""
     _, h, w, o = g.shape
     even = jnp.pad(g, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
     corners = [[even[:, r::2, c::2].reshape(-1, o) for c in range(2)] for r in range(2)]
@@ -42,7 +42,7 @@ def kernel_cotangent(
 
 
 def _inputs(x: Array) -> Grid:
-    """`B^T d B` of all tiles: 4 x 4 matrices with one row a tile."""
+    """`B^T d B` of all tiles: 4 x 4 matrices with one row per tile."""
     _, h, w, i = x.shape
     t, s = -(-h // 2), -(-w // 2)
     x = jnp.pad(x, ((0, 0), (1, 1 + h % 2), (1, 1 + w % 2), (0, 0)))
@@ -51,7 +51,7 @@ def _inputs(x: Array) -> Grid:
 
 
 def _joined(corners: Grid, shape: tuple[int, ...]) -> Array:
-    """The image whose 2 x 2 tiles these are, one row each."""
+    """The image made of these 2 x 2 tiles, with one row per tile."""
     n, h, w, _ = shape
     t, s = -(-h // 2), -(-w // 2)
     o = corners[0][0].shape[-1]
@@ -68,7 +68,7 @@ def _pairs(a: Grid, b: Grid):
 
 
 def _both(along: Callable[..., Sequence[Array]], grid: Sequence[Sequence[Array]]) -> Grid:
-    """A transform along both axes."""
+    """Applies a transform along both axes."""
     rows = [along(*row) for row in grid]
     columns = [along(*column) for column in zip(*rows, strict=True)]
     return [list(row) for row in zip(*columns, strict=True)]

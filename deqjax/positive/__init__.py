@@ -1,7 +1,7 @@
-"""Positive concave models: the hypotheses of their theorems, and what follows from them.
+"""Positive concave models: the hypotheses of their theorems, and the bounds that follow.
 
 The cells are layers: `nn.PositiveConcaveLinear`, `nn.PositiveConcaveConv2d`, and
-`nn.PositiveConcave` around a cell of your own.
+`nn.PositiveConcave` around your own cell.
 """
 
 import sys as _sys
@@ -34,4 +34,4 @@ def __getattr__(name: str) -> object:
     if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _renamed(f"deqjax.positive.{name}", f"deqjax.{name}")
-    return getattr(_sys.modules["deqjax.solvers"], name)  # a room above this one
+    return getattr(_sys.modules["deqjax.solvers"], name)  # which imports this package

@@ -1,4 +1,4 @@
-"""The activations with which `z = sigma(W z + x)`, `W >= 0`, has at most one solution, as data."""
+"""A table of activations for which `z = sigma(W z + x)`, `W >= 0`, has at most one solution."""
 
 import functools
 import math
@@ -16,12 +16,12 @@ from ._base import AbstractActivation, Properties
 
 
 class Activation(NamedTuple):
-    """The facts that the theorem needs of a function, concave and nondecreasing on `u >= 0`.
+    """The facts that the theorem needs about a function, concave and nondecreasing on `u >= 0`.
 
     - `kind`: 1 if sigma(0) = 0, so that only a strictly positive x keeps f positive;
-        2 if sigma(0) > 0, and x >= 0 suffices.
-    - `supremum`: over u >= 0; no component of the fixed point exceeds it, and Picard falls from
-        there. Infinite where sigma has no bound (its growth is still sublinear).
+        2 if sigma(0) > 0, so that x >= 0 suffices.
+    - `supremum`: that of sigma over u >= 0. No component of the fixed point exceeds it, and Picard
+        iteration decreases from there. Infinite if sigma is unbounded (it is still sublinear).
     """
 
     kind: Literal[1, 2]
@@ -34,7 +34,7 @@ def saturating(u: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _bounded(supremum: float) -> Properties:
-    """Concave, through the origin with a finite slope: u sigma' <= sigma, with equality at 0."""
+    """A concave sigma, 0 at 0 with a finite slope, has u sigma' <= sigma, with equality at 0."""
     return Properties(True, 0.0, supremum, 1.0, True)
 
 
@@ -59,7 +59,7 @@ PROPERTIES: dict[Callable, Properties] = {
         (jax.nn.sigmoid, jax.lax.logistic, jax.scipy.special.expit),
         Properties(True, 0.5, 1.0, subhomogeneity=_SIGMOID, sublinear=True),
     ),
-    # (u + 3) / 6 up to u = 3: u / (u + 3) there.
+    # sigma(u) = (u + 3) / 6 up to u = 3, so that u sigma' / sigma = u / (u + 3) there.
     **dict.fromkeys(
         (jax.nn.hard_sigmoid,), Properties(True, 0.5, 1.0, subhomogeneity=0.5, sublinear=True)
     ),
@@ -71,7 +71,7 @@ PROPERTIES: dict[Callable, Properties] = {
     ),
 }
 
-# Those of the table that qualify as activations of the positive concave cells.
+# The functions of the table that qualify as activations of the positive concave cells.
 ACTIVATIONS: dict[Callable, Activation] = {
     fn: Activation(known.kind, known.supremum)
     for fn, known in PROPERTIES.items()
@@ -85,7 +85,7 @@ class Shifted(AbstractActivation):
 
     **Arguments:**
 
-    - `base`: a bounded, concave function of `deqjax.positive.PROPERTIES`, `jnp.tanh` for instance.
+    - `base`: a bounded, concave function of `deqjax.positive.PROPERTIES`, for instance `jnp.tanh`.
     - `shift`: a Python number above 0.
 
     mu is the largest `u sigma'(u) / (sigma(u) + shift)`: 0.2470 for tanh + 1.2, 0.2014 for
@@ -105,12 +105,12 @@ class Shifted(AbstractActivation):
         known = properties(self.base)
         if not (known.concave and math.isfinite(known.supremum)):
             raise ValueError(
-                f"Shifted expected a base that is concave and bounded on u >= 0, got "
-                f"{name(self.base)}. Use jnp.tanh, jax.nn.relu6 or another of that kind."
+                f"Shifted expects a base that is concave and bounded on u >= 0, got "
+                f"{name(self.base)}; use jnp.tanh, jax.nn.relu6 or another such function."
             )
         if not 0 < number(self.shift) < math.inf:
             raise ValueError(
-                f"Shifted expected a Python number above 0 as shift, got {self.shift!r}. Without a "
+                f"Shifted expects a Python number above 0 as shift, got {self.shift!r}; without a "
                 f"shift, use {name(self.base)} itself."
             )
         object.__setattr__(self, "shift", number(self.shift))
@@ -148,9 +148,9 @@ class Power(AbstractActivation):
     def __post_init__(self):
         if not (0 < number(self.exponent) < 1 and 0 <= number(self.offset) < math.inf):
             raise ValueError(
-                f"Power expected Python numbers 0 < exponent < 1 and offset >= 0, got "
-                f"{self.exponent!r} and {self.offset!r}. From exponent 1 on a fixed point need not "
-                f"exist."
+                f"Power expects Python numbers 0 < exponent < 1 and offset >= 0, got "
+                f"{self.exponent!r} and {self.offset!r}; pass a smaller exponent, since from 1 on "
+                f"a fixed point need not exist, and an offset of at least 0."
             )
         object.__setattr__(self, "exponent", number(self.exponent))
         object.__setattr__(self, "offset", number(self.offset))
@@ -167,12 +167,13 @@ class Power(AbstractActivation):
 
 @functools.cache
 def _subhomogeneity(activation: Callable[[Array], Array]) -> float:
-    # Bounded, concave, positive at 0: u sigma' tends to 0 at both ends, u sigma'(2u) <=
-    # sigma(2u) - sigma(u), so that the maximum lies between. It is the only one: with h the ratio,
-    # d log h / d log u = k - h, k = 1 + u sigma'' / sigma'. Where k falls it cannot pass h upwards,
-    # and 1 - k is 2 u tanh u for tanh, 2 u / (1 + u) for soft_sign, 2 u^2 / (1 + u^2) for arctan,
-    # 2 u^2 for erf, u for saturating, u tanh(u / 2) for sigmoid; relu6 and its like rise up to
-    # their kink. Each round leaves 1/3,000 of the interval, in log u.
+    # The activation is bounded, concave and positive at 0. So u sigma' tends to 0 at both ends, as
+    # u sigma'(2u) <= sigma(2u) - sigma(u), and the ratio h = u sigma' / sigma has its maximum
+    # between. There is only one: d log h / d log u = k - h with k = 1 + u sigma'' / sigma', and a
+    # falling k cannot cross h upwards. 1 - k is 2 u tanh u for tanh, 2 u / (1 + u) for soft_sign,
+    # 2 u^2 / (1 + u^2) for arctan, 2 u^2 for erf, u for saturating, u tanh(u / 2) for sigmoid;
+    # relu6 and similar ones rise up to their kink. Each round leaves 1/3,000 of the interval in
+    # log u.
     low, high, largest = 1e-6, 1e6, 0.0
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         for _ in range(4):
@@ -185,12 +186,12 @@ def _subhomogeneity(activation: Callable[[Array], Array]) -> float:
 
 
 def properties(activation: Callable[..., Any]) -> Properties:
-    """The record of any function in the table, with or without a fixed point for every `W >= 0`.
+    """The properties of a known activation, with or without a fixed point for every `W >= 0`.
 
     **Arguments:** `activation`, a key of `deqjax.positive.PROPERTIES`, or an object such as
-    `Shifted(jnp.tanh, 1.2)` or `Power(0.5, 1e-3)` that has a record of its own.
+    `Shifted(jnp.tanh, 1.2)` or `Power(0.5, 1e-3)` that states its own properties.
 
-    **Raises:** `ValueError` for every other object: none of this can be read off a function.
+    **Raises:** `ValueError` for every other object: the properties cannot be read off a function.
     """
     if isinstance(activation, AbstractActivation):
         return activation.properties
@@ -199,18 +200,18 @@ def properties(activation: Callable[..., Any]) -> Properties:
     except (KeyError, TypeError):  # TypeError: not hashable
         names = sorted({name(known) for known in PROPERTIES})
         raise ValueError(
-            f"Expected an activation of which something is known on u >= 0, one of the functions "
-            f"{', '.join(names)}, a positive.Shifted or a positive.Power; got {name(activation)}. "
-            f"Pass the function itself, or derive from positive.AbstractActivation and state what "
-            f"you know."
+            f"positive.properties expects an activation about which something is known on u >= 0, "
+            f"one of the functions {', '.join(names)}, a positive.Shifted or a positive.Power, got "
+            f"{name(activation)}; pass the function itself, or derive from "
+            f"positive.AbstractActivation and state its properties."
         ) from None
 
 
 def qualify(activation: Callable[..., Any]) -> Activation:
-    """The record of `activation`, if `z = sigma(W z + x)` has one solution for every `W >= 0`.
+    """The facts about `activation`, if `z = sigma(W z + x)` has one solution for every `W >= 0`.
 
-    It exists because sigma grows slower than any line; it is unique because f is positive and
-    concave, hence an interference map.
+    The solution exists because sigma grows slower than any line. The solution is unique because f
+    is positive and concave, hence an interference map.
 
     **Arguments:** `activation`, a function of JAX: tanh, soft_sign, relu6, hard_tanh, arctan, erf,
     log1p, sqrt (kind 1), sigmoid or hard_sigmoid (kind 2), under any of its names;
@@ -229,13 +230,13 @@ def qualify(activation: Callable[..., Any]) -> Activation:
     if known is None or not (known.concave and known.sublinear):
         names = sorted({name(known) for known in ACTIVATIONS})
         raise ValueError(
-            f"Expected an activation known to be concave and nondecreasing on u >= 0 and to grow "
-            f"slower than any line, one of the functions {', '.join(names)}, a positive.Shifted or "
-            f"a positive.Power; got {name(activation)}. relu, the identity and softplus do not "
-            "qualify: with them a fixed point exists only if the spectral radius of W is below 1, "
-            "which no training keeps. Pass one of these functions itself, neither its name nor a "
-            "lambda around it: jax.nn.relu6 instead of relu, jax.nn.sigmoid instead of "
-            "softplus."
+            f"A positive concave cell expects an activation known to be concave and nondecreasing "
+            f"on u >= 0 and to grow slower than any line, one of the functions {', '.join(names)}, "
+            f"a positive.Shifted or a positive.Power, got {name(activation)}; relu, the identity "
+            "and softplus do not qualify: with them a fixed point exists only if the spectral "
+            "radius of W is below 1, which training does not preserve. Pass one of these functions "
+            "itself, neither its name nor a lambda around it: jax.nn.relu6 instead of relu, "
+            "jax.nn.sigmoid instead of softplus."
         )
     return Activation(known.kind, known.supremum)
 

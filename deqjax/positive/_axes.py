@@ -1,13 +1,13 @@
-"""Which axis of an operand an operation carries to which axis of its result, entry for entry.
+"""The axis of an operation's result that corresponds, entry for entry, to an axis of an operand.
 
-With this the axis that enumerates the problems of a batch is followed through f. An operation that
-is not known here, or that mixes the entries of the axis, loses it: None.
+This follows the axis that enumerates the problems of a batch through f. An operation that is not
+known here, or that mixes the entries of the axis, loses it: None.
 """
 
 import math
 from typing import Any
 
-# Results have the shapes of their operands, but for scalars and axes of length 1.
+# Results have the shapes of their operands, except for scalars and axes of length 1.
 _ELEMENTWISE = frozenset(
     "abs add add_any and atan cbrt clamp convert_element_type copy cos div eq erf exp exp2 expm1 "
     "ge gt integer_pow is_finite le log log1p logistic lt max min mul name ne neg not or pcast pow "
@@ -19,17 +19,19 @@ _CUMULATIVE = frozenset(("cumsum", "cummax", "cummin", "cumprod", "split"))
 
 
 def after(eqn: Any, kind: str, i: int, axis: int | None) -> int | None:
-    """Where `axis` of operand i is in the result of an equation, if it is there unchanged."""
+    """The axis of the result that is `axis` of operand i, unchanged; None if there is none."""
     shape, out = eqn.invars[i].aval.shape, eqn.outvars[0].aval.shape
     if axis is None:
         return None
     p, full = eqn.params, axis < len(out) and out[axis] == shape[axis]
+    # Families of operations with one rule.
     if kind in _ELEMENTWISE:
         return axis if full and len(shape) == len(out) else None
     if kind in _REDUCTIONS:
         return None if axis in p["axes"] else axis - sum(a < axis for a in p["axes"])
     if kind in _CUMULATIVE:
         return None if axis == p["axis"] else axis
+    # Operations with rules of their own.
     match kind:
         case "broadcast_in_dim":
             to = p["broadcast_dimensions"][axis]

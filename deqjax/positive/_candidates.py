@@ -4,8 +4,8 @@ With `r = f(z) - z`, J = df/dz at z, a weight v > 0 with `J v < v`, and `d = r +
 
     u = z + d + t v,        t = max_i (J^k r)_i / (v - J v)_i
 
-has `f(u) <= f(z) + J (u - z) <= u`, by concavity; below z likewise, as far as f is linear. Each
-pass adds a term to d, and takes a power step with v. It leaves proof to the caller.
+has `f(u) <= f(z) + J (u - z) <= u`, by concavity. The point below z is analogous, as far as f is
+linear. Each pass adds a term to d, and takes a power step with v. The caller proves the points.
 """
 
 from collections.abc import Callable
@@ -17,27 +17,27 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._tree import Axes, select, vary
 
-# A first pass of one product, and each further one of two. Those from the third on shortened no
+# The first pass takes one product, each further pass two. Passes from the third on shortened no
 # bound by more than 3 % (tanh, relu6, sigmoid, softsign, dense, rho(J) from 0.1 to 0.996).
 _PASSES = 5
-# One more pass is worth its products where what is closed by the weight is more than this share of
-# the bound, and the last pass shortened the bound to less than the other share.
+# Another pass is worth its products if the part t v is more than the first share of the bound, and
+# the last pass shortened the bound to less than the second share of its length.
 _OPEN, _SHORTER = 0.75, 0.9
 # The share of z that a weight keeps where J has a row of zeros: a saturated unit.
 _FLOOR = 0.1
 
 
 class End(NamedTuple):
-    """An end of the enclosure that is to be proved."""
+    """A candidate for an end of the enclosure, not proved yet."""
 
     step: Float[Array, "*b n"]  # away from z
-    close: Float[Array, "*b n"]  # t v, the last part of it
-    size: Float[Array, "*b"]  # of the step, relative to z
-    closed: Float[Array, "*b"]  # what of that is t v
+    close: Float[Array, "*b n"]  # t v, the last part of the step
+    size: Float[Array, "*b"]  # of the step, relative to z, or to f(z) if that is more
+    closed: Float[Array, "*b"]  # the part of size that is t v
 
 
 class Candidates(NamedTuple):
-    """The two ends of the least bound so far, and what the next pass needs."""
+    """The two ends of the least bound so far, and the values for the next pass."""
 
     term: Float[Array, "*b n"]  # J^k r
     sum: Float[Array, "*b n"]  # d
@@ -56,7 +56,7 @@ def candidates(
     margin: Float[Array, "*b n"],
     axes: Axes,
 ) -> Candidates:
-    """Looks for an upper and a lower point that hold by `margin`, the rounding of f at z."""
+    """Looks for an upper and a lower point that hold with a `margin`, the rounding of f at z."""
     base = jnp.maximum(z, fz)
     shape, zero = z.shape[:-1], jnp.zeros_like(z)
     inf = jnp.full(shape, jnp.inf, z.dtype)
@@ -70,7 +70,7 @@ def candidates(
 
 
 def _longer(jvp: Callable, c: Candidates, base: Float[Array, "*b n"]) -> Candidates:
-    """One term more of d, and one power step of the weight."""
+    """Adds one term to d, and takes one power step of the weight."""
     weight = jnp.maximum(c.product, _FLOOR * base)
     weight = weight / jnp.max(weight / base, -1, keepdims=True)
     return c._replace(
@@ -85,7 +85,7 @@ def _longer(jvp: Callable, c: Candidates, base: Float[Array, "*b n"]) -> Candida
 def _compared(
     c: Candidates, base: Float[Array, "*b n"], margin: Float[Array, "*b n"]
 ) -> Candidates:
-    """The better of the ends so far and those of this pass, and whether another one is worth it."""
+    """Keeps the better ends, earlier or of this pass, and decides whether to make another pass."""
     up, down = _end(1, c, base, margin), _end(-1, c, base, margin)
     before = jnp.maximum(c.up.size, c.down.size)
     now = jnp.maximum(up.size, down.size)
@@ -94,14 +94,14 @@ def _compared(
     return c._replace(
         up=select(up.size < c.up.size, up, c.up),
         down=select(down.size < c.down.size, down, c.down),
-        # A bound that is not finite yet is worth another pass in any case.
+        # A bound that is not finite yet is always worth another pass.
         going=c.going & (~jnp.isfinite(now) | (shorter & open)),
     )
 
 
 def _end(sign: int, c: Candidates, base: Float[Array, "*b n"], margin: Float[Array, "*b n"]) -> End:
     """The upper end (sign 1) or the lower one (-1) that term, sum, weight and product give."""
-    # J at l is above J at z, by about as much as that is away.
+    # J at the lower point is above J at z, by about the relative distance of the two points.
     away = 0.0 if sign > 0 else 4 * _largest(jnp.abs(c.sum) / base)[..., None]
     room = c.weight - c.product * (1 + away)
 
@@ -111,7 +111,7 @@ def _end(sign: int, c: Candidates, base: Float[Array, "*b n"], margin: Float[Arr
         ratio = jnp.where(room > 0, ratio, jnp.inf)
         return _largest(jnp.where(missing > 0, ratio, 0))[..., None]
 
-    # An end away from z has a larger margin than z has.
+    # The margin at an end above z is larger than the margin at z.
     longer = 1 + jnp.maximum(sign * c.sum, 0) / base + needed(margin) * c.weight / base
     t = needed(margin * longer)
     step = sign * c.sum + t * c.weight

@@ -1,4 +1,4 @@
-"""The bracket that is proved around a point near the fixed point, whatever led to the point."""
+"""Proves a bracket around a point near the fixed point, wherever that point comes from."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from .._tree import Axes, flat, unflat, vary
 from ._bracket import Bracket, Slack, at_most, consistent, narrow
 from ._candidates import Candidates, candidates
 
-# What is tried, in steps and in t v beside them. First more of t v alone, for rounding: where d has
-# entries of both signs, twice the step need not be an upper or a lower point.
+# The factors of each try, of the step and of t v added to it. The second try only adds t v, against
+# rounding: if d has entries of both signs, twice the step need not be an upper or a lower point.
 _STEPS, _CLOSES = (1.0, 1.0, 2.0, 4.0), (0.0, 1.0, 2.0, 4.0)
 _TRIES = len(_STEPS)
 
 
 class Proved(NamedTuple):
-    """The bracket, whether it holds with a finite upper end, and what led to it."""
+    """The bracket, whether it holds with a finite upper end, and the candidates behind it."""
 
     bracket: Bracket
     holds: Bool[Array, "*b"]
@@ -26,13 +26,13 @@ class Proved(NamedTuple):
 
 
 def enclose(f: Callable, z: Float[Array, "*b n"], like: PyTree, slack: Slack, axes: Axes) -> Proved:
-    """Tries the candidates around z, with points that `like` can represent."""
+    """Tries to prove the candidates around z, at points that `like` can represent."""
     representable = lambda x: flat(unflat(x, like), z.ndim - 1)
-    # Where rounding has no bound nothing can be proved, and nothing is tried.
+    # If rounding has no bound, nothing can be proved, and nothing is tried.
     hopeless = jnp.broadcast_to(jnp.isinf(jnp.asarray(slack, z.dtype)), z.shape[:-1])
 
     fz, jvp = jax.linearize(f, z)
-    # By what an end has to hold to be proved.
+    # The margin by which an end has to hold to be proved.
     margin = at_most(fz, jnp.where(hopeless, 0, jnp.asarray(slack, z.dtype))) - fz
     found = candidates(jvp, z, fz, margin, axes)
 
@@ -50,6 +50,7 @@ def enclose(f: Callable, z: Float[Array, "*b n"], like: PyTree, slack: Slack, ax
         lower = jnp.where(below[..., None], bracket.lower, tried_l.lower)
         return Bracket(lower, upper), above | more_above, below | more_below, tries + 1
 
+    # Try until both ends are proved, or no try is left.
     no = jnp.zeros(z.shape[:-1], bool)
     bracket = Bracket(jnp.zeros_like(z), jnp.full_like(z, jnp.inf))
     open = lambda c: jnp.any(~hopeless & ~(c[1] & c[2])) & (c[3] < _TRIES)

@@ -1,4 +1,4 @@
-"""Parts of every walk over a jaxpr: its equations, and what is refused."""
+"""Parts of every walk over a jaxpr: its equations, and the error for those that are refused."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,12 +12,12 @@ from jaxtyping import PyTree
 from .._step import evaluate
 
 SWITCHES = frozenset("and eq ge gt is_finite le lt ne not or xor".split())
-# Their bodies see entries or parts of arrays, or references to them.
+# Operations whose bodies see entries or parts of arrays, or references to them.
 _OTHER_BODIES = frozenset("pallas_call reduce reduce_window shard_map xla_pmap".split())
 
 
 class Scan(NamedTuple):
-    """The parts of a scan, which JAX 0.12 no longer has as numbers among its parameters."""
+    """The parts of a scan; their numbers are no longer among its parameters in JAX 0.12."""
 
     body: ClosedJaxpr
     num_consts: int
@@ -25,12 +25,12 @@ class Scan(NamedTuple):
 
 
 def trace(fn: Callable, z: PyTree, args: PyTree) -> ClosedJaxpr:
-    """`f` as a jaxpr of z alone; `fn` as `convert` returns it."""
+    """Traces f to a jaxpr of z alone; `fn` is as `convert` returns it."""
     return jax.make_jaxpr(lambda z: evaluate(fn, z, args)[0])(z)
 
 
 def body(eqn: Any) -> ClosedJaxpr | None:
-    """The jaxpr of a call, such as of `jax.jit` or of a function with a rule of its own."""
+    """The jaxpr of a call, such as `jax.jit` or a function with its own derivative rule."""
     bodies = [p for p in eqn.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
     if len(bodies) != 1 or eqn.primitive.name in _OTHER_BODIES:
         return None
@@ -39,7 +39,7 @@ def body(eqn: Any) -> ClosedJaxpr | None:
 
 
 def everything(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
-    """`jaxpr` and those that its equations hold, however deep."""
+    """Yields `jaxpr` and the jaxprs in its equations, at every depth."""
     is_body = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
     yield jaxpr
     for eqn in jaxpr.eqns:
@@ -48,12 +48,12 @@ def everything(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
 
 
 def calls(jaxpr: Jaxpr, name: str) -> bool:
-    """Whether an operation whose name begins so is anywhere in it."""
+    """Whether an operation whose name begins with `name` is anywhere in `jaxpr`."""
     return any(e.primitive.name.startswith(name) for j in everything(jaxpr) for e in j.eqns)
 
 
 def scan_parts(eqn: Any) -> Scan:
-    """By the axis that the rows have lost in the body."""
+    """Finds the parts of a scan by ranks: rows have one axis less in the body."""
     inside = eqn.params["jaxpr"]
     same = lambda outer, inner: len(outer.aval.shape) == len(inner.aval.shape)
     whole = sum(map(same, eqn.invars, inside.jaxpr.invars))
@@ -67,7 +67,7 @@ def constants(eqn: Any) -> list[float]:
 
 
 def is_softplus(eqn: Any) -> bool:
-    """Whether this is JAX's own, by its body, in which differences do not cancel."""
+    """Whether this is JAX's own softplus, by its body; there, differences do not cancel."""
     if eqn.params.get("name") != "softplus" or len(eqn.invars) != 1:
         return False
     aval = eqn.invars[0].aval
@@ -77,6 +77,7 @@ def is_softplus(eqn: Any) -> bool:
 
 def terms(eqn: Any) -> int | None:
     """The length of the sums that an operation forms; None if it forms none."""
+    # Products, then sums.
     shapes = [v.aval.shape for v in eqn.invars]
     match eqn.primitive.name:
         case "dot_general":
@@ -102,11 +103,11 @@ def terms(eqn: Any) -> int | None:
 
 
 def refusal(name: str, kind: str, what: str) -> ValueError:
-    """For an operation of which nothing is known, or that cancels."""
+    """The error for an operation about which nothing is known, or that cancels."""
     return ValueError(
         f"{name} expects fn to consist of sums, products, quotients and functions of "
-        f"nonnegative numbers whose rounding it can count; got {kind!r}, which {what}. Write "
-        f"it otherwise (jnp.log1p, jax.nn.sigmoid, -jnp.expm1(-u)), or pass fan_in=the number "
-        f"of terms of its longest sum if you know that its relative error is about that of one "
-        f"such sum."
+        f"nonnegative numbers whose rounding it can count, got {kind!r}, which {what}; use "
+        f"another form (jnp.log1p, jax.nn.sigmoid, -jnp.expm1(-u)), or, if you know that the "
+        f"relative error of fn is about that of one sum, pass fan_in=the number of terms of its "
+        f"longest sum."
     )

@@ -16,26 +16,27 @@ from .._program import run
 from .._tree import cast, quotient, unify, widen
 from ._sampling import limit, sample
 
-# Powers of 4 that are looked through for that fixed point.
+# The powers of 4 among which the size of the largest fixed point is searched.
 _POWERS = range(-64, 32)
-# A search that doubles reaches a scale of 1e8 in 27 steps; the others turn it to the Perron vector.
+# A search that doubles reaches a scale of 1e8 in 27 steps; the other steps turn it to the Perron
+# vector.
 _SEARCH_STEPS = 200
 _SEARCH_SCALE = 1e8
-# From how many allowances for rounding on a violation is taken for one. An allowance is for sums of
-# terms of the size of f; an f that amplifies rounding, such as (W z^p)^(1/p) by 1 / p, needs more.
+# A violation counts above so many allowances for rounding. One allowance is for sums of terms of
+# the size of f; an f that amplifies rounding, such as (W z^p)^(1/p) by 1 / p, needs more.
 _BAND = 10.0
 
 
 class Finding(NamedTuple):
     """The finding on one hypothesis.
 
-    - `holds`: whether no counterexample was seen: no violation above 10 (of `exists`: whether an
+    - `holds`: whether no counterexample was seen: no violation above 10 (for `exists`: whether an
         example was seen).
-    - `violation`: the worst one, in units of what rounding does to an f whose condition is good; 0
-        where there is none, infinite for a sign or what is not finite. What breaks a hypothesis in
-        earnest is in the hundreds as a rule; from 1 to 10 it may be the rounding of an f that
-        amplifies it, or a slight counterexample.
-    - `witness`: the z where the worst was seen, with the structure of z.
+    - `violation`: the worst one, in units of the rounding of a well-conditioned f; 0 if there is
+        none, infinite for a wrong sign or a value that is not finite. A clear counterexample is
+        usually in the hundreds. From 1 to 10 it may be the rounding of an f that amplifies
+        rounding, or a slight counterexample.
+    - `witness`: the z of the worst violation, with the structure of z.
     """
 
     holds: Bool[Array, ""]
@@ -54,7 +55,7 @@ class Hypotheses(NamedTuple):
 
     @property
     def holds(self) -> Bool[Array, ""]:
-        """Whether all of them do, as far as was seen."""
+        """Whether all five hypotheses hold, as far as was seen."""
         return jnp.all(jnp.stack([finding.holds for finding in self]), axis=0)
 
 
@@ -66,43 +67,43 @@ def check_hypotheses(
     z: PyTree = None,
     samples: int = 128,
 ) -> Hypotheses:
-    """Looks for a counterexample to what makes `z = f(z) = cell(z, x)` have exactly one solution.
+    """Tests the hypotheses by which `z = f(z) = cell(z, x)` has exactly one solution.
 
         positive   f(0) > 0, f(z) > 0                            every component
         monotone   J(z) v >= 0, and f(z) <= f(z + v)             v >= 0
         concave    f((1-t) a + t b) >= (1-t) f(a) + t f(b), and slopes that fall from a to b
         scalable   f(a z) <= a f(z)                              a > 1
-        exists     some u with f(u) <= u: Picard for 2 f, which ends where f(u) = u / 2, or grows
+        exists     some u with f(u) <= u: Picard iteration for 2 f ends where f(u) = u / 2, or grows
                    along the direction in which f is least
 
-    at random z >= 0, dense and sparse: half of a size from 1e-4 to 1e4 times that of f(0), half of
-    one up to 1e4 times that of the largest fixed point. Positive and concave imply monotone and
-    scalable. Positive, monotone and scalable (with <, which rounding
-    hides) is a standard interference map, unique but perhaps not concave.
+    at random z >= 0, dense and sparse: half have a size from 1e-4 to 1e4 times that of f(0), half a
+    size up to 1e4 times that of the largest fixed point. Positive and concave imply monotone and
+    scalable. A positive, monotone and scalable f (with <, which rounding hides) is a standard
+    interference map: its fixed point is unique, though f need not be concave.
 
-    **A failure of one of the first four is a counterexample, up to rounding**: `witness`, seen in
-    values and, where there are two, in derivatives, beyond 10 times what rounding does to an f
-    whose condition is good. With an f that amplifies rounding still more, a `violation` of tens may
-    be rounding too: look again in float64, where a true one scores 5e8 times as much.
-    **Passing is evidence, not proof.** For `exists` it is the other way round: the u was found; not
-    to have found one proves nothing.
+    **A failure of one of the first four is a counterexample, up to rounding**: at `witness` the
+    values and, in hypotheses with two tests, the derivatives violate it by more than 10 times the
+    rounding of a well-conditioned f. If f amplifies rounding still more, a `violation` of tens may
+    be rounding too: test again in float64, where a true one scores 5e8 times as much.
+    **Passing is evidence, not proof.** For `exists` it is the reverse: passing means that a u was
+    found, and failing proves nothing.
 
     **Arguments:**
 
     - `cell`: `cell(z, x) -> z'` on one example, as for `nn.DEQ`; paramax parametrisations are
-        unwrapped, and `cell.inject`, if there is one, makes the x that it sees.
+        unwrapped, and `cell.inject`, if there is one, is applied to x.
     - `x`: one example, before `inject`. The hypotheses can hold for one x and fail for the next.
-    - `key`: for the points.
-    - `z`: any z, for its structure, shapes and dtypes; `None` is like the injected x.
-    - `samples`: number of points, of pairs of points, and of directions.
+    - `key`: for the random points.
+    - `z`: any z, for its structure, shapes and dtypes; by default like the injected x.
+    - `samples`: the number of points, of pairs of points, and of directions.
 
-    **Returns:** `Hypotheses`, arrays of shape `()`; `.holds` of all of them.
+    **Returns:** `Hypotheses`, arrays of shape `()`; `.holds` says whether all of them hold.
 
-    **Cost:** 2 evaluations and 7 JVPs a sample, all samples at once, and 297 evaluations.
+    **Cost:** per sample 2 evaluations and 7 JVPs, all samples at once, and 297 more evaluations.
 
     **When not to use it:** in half precision, where rounding hides all but gross violations and an
-    f that cancels (1 - exp(-u) of a small u) is itself not positive; in a training step. For
-    `nn.PositiveConcaveLinear` and its like, which hold by construction.
+    f that cancels (1 - exp(-u) of a small u) is itself not positive; in a training step; for
+    `nn.PositiveConcaveLinear` and similar cells, which satisfy the hypotheses by construction.
 
     **Raises:** `ValueError` when traced if cell cannot be called, its output differs from z in
     structure, shape or dtype, z is not of floats, or `samples < 1`.
@@ -112,15 +113,15 @@ def check_hypotheses(
     """
     if not callable(cell):
         raise ValueError(
-            f"check_hypotheses expected a cell(z, x), got {cell!r}. Pass the cell of an nn.DEQ, "
+            f"check_hypotheses expected a cell(z, x), got {cell!r}; pass the cell of an nn.DEQ, "
             f"not its parameters."
         )
-    check_int("check_hypotheses", "samples", samples, "it is the number of points to draw.")
+    check_int("check_hypotheses", "samples", samples, "pass the number of points to draw.")
     unwrapped: Any = paramax.unwrap(cell)
     if hasattr(unwrapped, "inject"):
         x = unwrapped.inject(x)
     z = float_state(x if z is None else z)
-    check_real("check_hypotheses", z, "pass real and imaginary parts as z.")
+    check_real("check_hypotheses", z, "pass the real and imaginary parts as z.")
     with jax.default_matmul_precision("highest"):
         fn, z, x, _ = convert(unwrapped, z, x)
         return run(_check, fn, z, x, key, int(samples))
@@ -131,7 +132,7 @@ def _check(fn, like, x, key, samples: int) -> Hypotheses:
     back = lambda v: cast(unravel(v), like)
     n, dtype = flat.size, flat.dtype
     f = lambda v: ravel_pytree(unify(fn(back(v), x)[0]))[0].astype(dtype)
-    # A sum of n terms is off by about sqrt(n) roundings of itself, and by n at worst; 8 for sigma.
+    # A sum of n terms has an error of about sqrt(n) roundings of itself, at worst n; 8 for sigma.
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(like))
     rounding = 2 * (8 + math.sqrt(n)) * eps
 
@@ -150,10 +151,10 @@ def _check(fn, like, x, key, samples: int) -> Hypotheses:
 
 
 def _scales(f, like) -> tuple[Float[Array, " n"], Float[Array, ""]]:
-    # f(0), and about the largest entry of any fixed point. If f is monotone and z a fixed point of
-    # largest entry s, then the largest entry of f(t 1) is at least s wherever t >= s, hence at
-    # least t / 4 at the first power of 4 from s on. The size of f(0) tells nothing of it: the three
-    # of sigmoid(60 z - 30) are 1e-13, 1/2 and 1.
+    # f(0), and about the largest entry of any fixed point. If f is monotone and z a fixed point
+    # with largest entry s, then the largest entry of f(t 1) is at least s for every t >= s, hence
+    # at least t / 4 at the first power of 4 from s on. The size of f(0) says nothing about it: the
+    # three fixed points of sigmoid(60 z - 30) are 1e-13, 1/2 and 1.
     powers = 4.0 ** jnp.asarray(_POWERS, widen(like).dtype)
     powers = jnp.where(powers < limit(like.dtype), powers, 0)
     entries = jnp.concatenate([jnp.zeros_like(powers[:1]), powers]).astype(like.dtype)
@@ -163,8 +164,8 @@ def _scales(f, like) -> tuple[Float[Array, " n"], Float[Array, ""]]:
 
 
 def _search(f, size) -> tuple[Float[Array, ""], Float[Array, " n"]]:
-    # If Picard for 2 f converges then f(u) = u / 2. If f is asymptotically A u + ..., it grows
-    # along A's Perron vector p, and f(t p) <= t p for some t if and only if rho(A) < 1.
+    # If Picard iteration for 2 f converges, then f(u) = u / 2. If f is asymptotically A u + ..., it
+    # grows along A's Perron vector p, and f(t p) <= t p for some t if and only if rho(A) < 1.
     top = jnp.minimum(_SEARCH_SCALE * jnp.max(widen(size)), limit(size.dtype)).astype(size.dtype)
 
     def step(_, carry):

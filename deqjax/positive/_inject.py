@@ -15,17 +15,17 @@ class StrictlyPositive:
 
         softplus(sharpness x) / sharpness + floor
 
-    For f with f(0) = 0 at x = 0 (kind 1). Where x >= 0 suffices (kind 2), use `jax.nn.relu`.
+    For an f with f(0) = 0 at x = 0 (kind 1). If x >= 0 suffices (kind 2), use `jax.nn.relu`.
 
     **Arguments:**
 
-    - `floor`: the least value, above 0. It bounds how close to 0 the fixed point comes, and so how
-        slow the iteration can get.
-    - `sharpness`: above 0; the reference's 5.
+    - `floor`: the least value, above 0. The floor limits how close to 0 the fixed point comes, and
+        so how slow the iteration can become.
+    - `sharpness`: above 0; the reference uses 5.
 
     **Call:** any pytree of float arrays; returns the same shapes and dtypes.
 
-    **Raises:** `ValueError` for `floor` or `sharpness` that is no finite Python number above 0.
+    **Raises:** `ValueError` unless `floor` and `sharpness` are finite Python numbers above 0.
 
     Reference: Gabor, Piotrowski and Cavalcante, Positive concave deep equilibrium models, ICML
     2024, arXiv 2402.04029; there without a floor.
@@ -38,14 +38,14 @@ class StrictlyPositive:
         if not all(0 < number(value) < math.inf for value in (self.floor, self.sharpness)):
             raise ValueError(
                 f"A positive concave cell expected floor > 0 and sharpness > 0, finite Python "
-                f"numbers, got floor={self.floor!r} and sharpness={self.sharpness!r}: its input "
-                f"has to stay positive and finite. Use 1e-3 and 5."
+                f"numbers, got floor={self.floor!r} and sharpness={self.sharpness!r}; use 1e-3 and "
+                f"5: its input has to stay positive and finite."
             )
         object.__setattr__(self, "floor", number(self.floor))
         object.__setattr__(self, "sharpness", number(self.sharpness))
 
     def __call__(self, x: PyTree) -> PyTree:
-        """Apply it to each entry."""
+        """Applies the map to each entry."""
         # In float32 this softplus is exactly 0 below x = -21. With x = 0 the origin is a second
         # fixed point, and Picard from 0 stays there.
         one = lambda x: jax.nn.softplus(self.sharpness * x) / self.sharpness + self.floor

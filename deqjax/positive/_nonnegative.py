@@ -1,4 +1,4 @@
-"""Weights that stay nonnegative because every update is followed by a projection."""
+"""Weights that stay nonnegative because a projection follows every update."""
 
 import equinox as eqx
 import jax
@@ -11,17 +11,17 @@ Weight = paramax.AbstractUnwrappable[Array] | Float[Array, "..."]
 
 
 class AbstractNonnegative(eqx.Module):
-    """A cell whose theorem asks for `weight >= 0`; `positive.project` looks for its instances.
+    """A cell whose theorem needs `weight >= 0`; `positive.project` looks for its instances.
 
     The weight is a paramax parametrisation that is nonnegative by construction, or an array that
-    `project` keeps so. A cell of your own takes part by inheriting from this.
+    `project` keeps nonnegative. Derive your own cell from this class for `project` to find it.
     """
 
     weight: AbstractVar[Weight]
 
 
 def project(model: PyTree) -> PyTree:
-    """`model` with the plain weights of its positive cells moved to the nearest nonnegative ones.
+    """Moves the plain weights of the positive cells in `model` to the nearest nonnegative ones.
 
         W <- max(W, 0)
 
@@ -31,17 +31,16 @@ def project(model: PyTree) -> PyTree:
 
     **Arguments:**
 
-    - `model`: any pytree; or what `eqx.partition` or `eqx.filter` makes of one, such as the tree of
+    - `model`: any pytree, also one from `eqx.partition` or `eqx.filter`, such as the tree of
         parameters.
 
-    **Returns:** the same structure. Parametrised weights, and all that is no weight of a
+    **Returns:** the same structure. Parametrised weights, and everything that is not a weight of a
     `positive.AbstractNonnegative`, are the same objects.
 
     **Cost:** one elementwise operation.
 
-    **When not to use it:** on weights that are parametrised, which need no projection. A projected
-    entry can stay at exactly 0 for as long as its gradient is positive; a squared one, at 0, stays
-    there for good.
+    **When not to use it:** on parametrised weights, which need no projection. A projected entry can
+    stay at exactly 0 while its gradient is positive; a squared entry at 0 stays there for ever.
 
     Reference: `optax.projections.projection_non_negative`.
     """

@@ -1,11 +1,11 @@
-"""How far rounding can take `f(z)` from what it would be in exact arithmetic: read off its jaxpr.
+"""A bound on the distance of `f(z)` from its value in exact arithmetic, read off the jaxpr of f.
 
-For numbers of one sign, sums and products in any order have a relative error, which adds up and is
-never amplified: with unit roundoff u, a sum of m products is off by `m u / (1 - m u)` at most
+For numbers of one sign, the relative errors of sums and products in any order add up and are never
+amplified: with unit roundoff u, a sum of m products has an error of at most `m u / (1 - m u)`
 (Higham, Accuracy and stability of numerical algorithms, 2nd ed., 2002, equation 3.5). A function
 passes on `|u sigma'(u) / sigma(u)|` of the error of its argument, bounded by 1 or less for each
-one in the table of `_rounding_rules.py`, and adds its own. `_signs.py` proves that numbers have one
-sign: as far as that depends on arrays, when f runs.
+function in the table of `_rounding_rules.py`, and adds its own error. `_signs.py` proves that
+numbers have one sign; where this depends on arrays, it proves so when f runs.
 """
 
 import math
@@ -43,17 +43,16 @@ def rounding(
     rank: int = 0,
     slack: float | None = None,
 ) -> Float[Array, "*b"]:
-    """A bound of `|f^(z) - f(z)| / f(z)` of each problem, entry by entry, for z >= 0.
+    """A bound on `|f^(z) - f(z)| / f(z)` for each problem, entry by entry, for z >= 0.
 
-    Of what depends on z, each sum counts its terms and each function its units in the last place.
-    Infinite where an array in f has not the sign that this needs, and, unless a `slack` vouches for
-    it, where a number passes through float16, in which digits vanish that no one misses, or through
-    a convolution for which the highest precision is not asked, and which may then cancel.
-    `fn` is as `convert` returns it;
-    `slack`, or a `fan_in` (the number of terms of one sum, followed by one addition and one
-    function) takes the place of what is counted, but not of the signs of arrays.
+    Among the operations that depend on z, each sum counts its terms and each function its units in
+    the last place. The bound is infinite if an array in f does not have the sign that is needed.
+    Without a `slack`, it is also infinite if a number passes through float16, where digits vanish
+    unnoticed, or through a convolution below the highest precision, which may cancel. `fn` is as
+    `convert` returns it. A `slack`, or a `fan_in` (the number of terms of one sum, followed by one
+    addition and one function), replaces the count, but not the check of the signs of arrays.
 
-    **Raises:** `ValueError` for an operation of which nothing is known, or that cancels.
+    **Raises:** `ValueError` for an operation about which nothing is known, or that cancels.
     """
     jaxpr = trace(fn, z, args)
     counted = slack is None and fan_in is None
@@ -69,29 +68,27 @@ def rounding(
 
 
 def count(jaxpr: ClosedJaxpr, name: str) -> float:
-    """The bound for numbers of one sign, of every entry of every output."""
+    """The bound for numbers of one sign, for every entry of every output."""
     outs = _Walk(name).through(jaxpr, [0.0] * len(jaxpr.jaxpr.invars))
     return _relative(max((out for out in outs if out is not None), default=0.0))
 
 
 def of_one_sum(z: PyTree, fan_in: int, name: str) -> float:
     """The bound for a sum of `fan_in` terms, one addition and one function."""
-    check_int(
-        name, "fan_in", fan_in, "it is the number of terms of the longest sum in fn, or None."
-    )
+    check_int(name, "fan_in", fan_in, "pass the number of terms of the longest sum in fn, or None.")
     unit = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(z))
     return _relative((fan_in + 1 + 8) * unit)
 
 
 def _normal(jaxpr: Jaxpr) -> bool:
-    """Whether no float in it has fewer exponents than float32: none is float16."""
+    """Whether no float in `jaxpr` is float16, which has fewer exponents than float32."""
     each = lambda j: (*j.invars, *(v for eqn in j.eqns for v in eqn.outvars))
     dtypes = {getattr(v.aval, "dtype", None) for j in everything(jaxpr) for v in each(j)}
     return jnp.dtype(jnp.float16) not in dtypes
 
 
 def _filtered(jaxpr: Jaxpr) -> bool:
-    """Whether a convolution in it may be lowered to minimal filtering, which cancels."""
+    """Whether a convolution in `jaxpr` may be lowered to minimal filtering, which cancels."""
     kinds = ("deqjax_conv2d", "deqjax_conv2d_image")
     convs = [e for j in everything(jaxpr) for e in j.eqns if e.primitive.name in kinds]
     small = lambda e: e.invars[1].aval.shape[:2] == (3, 3)
@@ -103,9 +100,9 @@ def _relative(total: float) -> float:
 
 
 class _Walk:
-    """Through a jaxpr, for the function named in what it raises.
+    """A walk through a jaxpr; its errors name the function `name`.
 
-    A number is a bound of the relative error of what depends on z, None stands for what does not.
+    A number bounds the relative error of a value that depends on z; other values have None.
     """
 
     def __init__(self, name: str):
@@ -154,7 +151,7 @@ class _Walk:
             carry = outs[:num]
             made = [_worst(pair) for pair in zip(made, outs[num:], strict=True)]
             if any(x is not None and x > 1 for x in carry):
-                return [math.inf] * len(eqn.outvars)  # there is no bound any more
+                return [math.inf] * len(eqn.outvars)  # no bound is left
         return [*carry, *made]
 
 

@@ -1,4 +1,4 @@
-"""The relative error that each operation of f makes of the errors of its operands."""
+"""The relative error of each operation of f, from the errors of its operands."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from .._bilinear import asks_highest
 from ._equations import constants, refusal, terms
 
-# How much of a relative error each passes on, of arguments >= 0 (or of either sign, if odd), and
-# by how many units in the last place XLA's version misses: the largest over 4e6 points log-uniform
-# in [1e-10, 60] on a CPU, float32 and float64, rounded up (tanh 4.9 and 7.0, erf 4.9, expm1 5.9,
-# log1p 3.6, logistic 1.8, atan 1.4, softplus 2.6). Not measured on other devices.
+# The share of a relative error that each function passes on, for arguments >= 0 (or of either sign,
+# if it is odd), and the error of XLA's version in units in the last place: the largest over 4e6
+# points log-uniform in [1e-10, 60] on a CPU, float32 and float64, rounded up (tanh 4.9 and 7.0, erf
+# 4.9, expm1 5.9, log1p 3.6, logistic 1.8, atan 1.4, softplus 2.6). Not measured on other devices.
 _FUNCTIONS = {
     **dict.fromkeys(("tanh", "erf", "expm1"), (1.0, 8)),
     **dict.fromkeys(("log1p", "atan", "logistic", "softplus"), (1.0, 4)),
@@ -30,14 +30,14 @@ _EXACT = frozenset(
     "reduce_window_max reshape rev select_n sharding_constraint slice split squeeze stack "
     "stop_gradient tile transpose".split()
 )
-# Of a float32 product on an accelerator unless the highest precision is asked for: bfloat16 inputs.
+# The rounding of a float32 product on an accelerator below the highest precision, to bfloat16.
 _FAST_PRODUCTS = 2.0**-7
 
 
 class Operation(NamedTuple):
-    """An operation on numbers some of which have an error."""
+    """An operation on numbers, some of which have an error."""
 
-    name: str  # of the function that asks
+    name: str  # of the function that an error names
     eqn: Any
     kind: str
     errors: list[float | None]  # of the operands
@@ -47,12 +47,12 @@ class Operation(NamedTuple):
 
 
 def error(op: Operation) -> float:
-    """A bound of the relative error of its result."""
+    """A bound on the relative error of the result."""
     return _RULES.get(op.kind, _unknown)(op)
 
 
 def _scaled(op: Operation) -> float:
-    # XLA divides by multiplying with a rounded reciprocal, of a square root by rsqrt.
+    # XLA divides by multiplying with a rounded reciprocal, and by a square root with rsqrt.
     return op.total + (3 if op.kind == "div" else 1) * op.unit
 
 
@@ -62,7 +62,7 @@ def _product(op: Operation) -> float:
 
 
 def _cast(eqn: Any) -> float:
-    """The rounding of a weight that a product takes in a shorter dtype than it has."""
+    """The rounding of a weight that a product casts to a shorter dtype."""
     units = [float(jnp.finfo(v.aval.dtype).eps) / 2 for v in eqn.invars]
     return units[0] if eqn.primitive.name == "deqjax_dense" and units[0] > units[1] else 0.0
 

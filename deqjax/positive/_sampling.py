@@ -1,4 +1,4 @@
-"""Random points at which the hypotheses of the theorem are looked at, and what is seen there."""
+"""Random points at which the hypotheses of the theorem are tested, and the violations there."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,28 +9,28 @@ from jaxtyping import Array, Float
 
 from .._tree import quotient, widen
 
-# Half of the points lie within these powers of ten of the size of f(0), half anywhere from there to
-# as far above the largest fixed point.
+# Half of the points lie within so many powers of ten of the size of f(0). The other half lie
+# anywhere up to as many powers of ten above the largest fixed point.
 _DECADES = 4.0
 
 
 class _Chord(NamedTuple):
-    """f along the way from z to y, at m between them, and at a point above z."""
+    """f along the chord from z to y, at m between them, and at points above z."""
 
     z: Float[Array, " n"]
     m: Float[Array, " n"]
     t: Float[Array, ""]  # m = (1 - t) z + t y
     a: Float[Array, ""]  # above 1
     values: Float[Array, "3 n"]  # f at z, m and y
-    slopes: Float[Array, "3 n"]  # along y - z, there
-    steep: Float[Array, "3 n"]  # along |y - z|, there
+    slopes: Float[Array, "3 n"]  # along y - z, at z, m and y
+    steep: Float[Array, "3 n"]  # along |y - z|, at z, m and y
     rise: Float[Array, " n"]  # at z, along a direction v >= 0
     higher: Float[Array, " n"]  # f(z + v)
     scaled: Float[Array, " n"]  # f(a z)
 
 
 def sample(f, b, size, above, rounding, key) -> tuple[Float[Array, "4"], Float[Array, "4 n"]]:
-    """The violation of each hypothesis, in roundings, at points that are drawn, and the points."""
+    """The violation of each hypothesis, in roundings, at random points, and these points."""
     chord = _chord(f, size, above, key)
     units = lambda excess, size: _units(excess, rounding * size)
     positive = jnp.all(b > 0)
@@ -44,13 +44,13 @@ def sample(f, b, size, above, rounding, key) -> tuple[Float[Array, "4"], Float[A
 def _chord(f, size, above, key) -> _Chord:
     keys = jax.random.split(key, 7)
     draw = lambda i, low, high: jax.random.uniform(keys[i], (), size.dtype, low, high)
-    # Three of one scale: between points of very different ones a chord sees only the larger.
+    # Three points of one scale: with very different scales a chord sees only the larger one.
     wide = _DECADES + jnp.where(jax.random.bernoulli(keys[6]), above, 0)
     decade = -_DECADES + (wide + _DECADES) * widen(draw(0, 0.0, 1.0))
     z, y, v = jax.vmap(lambda key: _point(size, decade, key))(keys[1:4])
     t, a = draw(4, 0.1, 0.9), jnp.exp(draw(5, 0.0, 4.0))
     d, m = y - z, (1 - t) * z + t * y
-    # One trace of f for all points and directions: it is f that takes time to compile.
+    # One trace of f for all points and directions: compiling f takes most of the time.
     points = jnp.stack([z, m, y, z, m, y, z])
     ways = jnp.stack([d, d, d, *[jnp.abs(d)] * 3, v])
     values, slopes = jax.vmap(lambda p, way: jax.jvp(f, (p,), (way,)))(points, ways)
@@ -63,7 +63,7 @@ def _chord(f, size, above, key) -> _Chord:
 
 
 def _monotone(c: _Chord, units: Callable) -> Float[Array, " n"]:
-    # The lesser of two: 1 - exp(-u) cancels in its value, 1 - tanh^2 in its derivative.
+    # The smaller of two: 1 - exp(-u) cancels in its value, 1 - tanh^2 in its derivative.
     fz = c.values[0]
     size = _largest(fz, c.higher)
     return jnp.minimum(units(fz - c.higher, size), units(-c.rise, size))
@@ -77,13 +77,13 @@ def _concave(c: _Chord, units: Callable) -> Float[Array, " n"]:
 
 
 def _scalable(c: _Chord, units: Callable) -> Float[Array, " n"]:
-    # Where f(z) <= 0 it is not positive, which is counted elsewhere.
+    # f(z) <= 0 is a violation of `positive`, which `sample` counts.
     fz = c.values[0]
     return jnp.where(fz > 0, units(c.scaled - c.a * fz, c.a * fz), 0)
 
 
 def _units(excess: Float[Array, " n"], size: Float[Array, " n"]) -> Float[Array, " n"]:
-    """0 / 0 is no violation; what is not finite is one."""
+    """`excess / size`; 0 / 0 is no violation, and a value that is not finite is one."""
     units = jnp.where(excess <= 0, 0, quotient(excess, size))
     return jnp.where(jnp.isnan(units), jnp.inf, units)
 
@@ -102,5 +102,5 @@ def _point(size, decade, key):
 
 
 def limit(dtype) -> float:
-    """The largest entry of a point: its square is a number."""
+    """The largest entry of a point; its square is finite."""
     return float(jnp.finfo(dtype).max) ** 0.5

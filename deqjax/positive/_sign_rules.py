@@ -1,7 +1,7 @@
-"""The sign of what each operation of f makes of numbers of one sign, and what that asks of arrays.
+"""The sign of the result of each operation of f, and the signs that its array operands must have.
 
-In the language of `_signs.py`: `Moving` is what depends on z, and anything else a value that does
-not: a scalar that is written into f, whose sign is known, or an array, known when f runs.
+As in `_signs.py`, a `Moving` is a value that depends on z. Any other value does not: a scalar that
+is written into f, with a known sign, or an array, which is known when f runs.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _KEEPING = frozenset(
     "reduce_max reduce_min reduce_window_max reshape rev sharding_constraint slice split squeeze "
     "stop_gradient tile transpose".split()
 )
-# By how many of their operands are numbers; the rest are indices.
+# The number of operands that are numbers, None for all; the rest are indices.
 _JOINING = {"add": 2, "add_any": 2, "concatenate": None, "stack": None}
 _JOINING |= {"dynamic_update_slice": 2, "pad": 2}
 _MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
@@ -35,12 +35,12 @@ class Moving(NamedTuple):
     """A value that depends on z: all of it >= 0, or all of it <= 0."""
 
     sign: int = 1
-    axis: int | None = None  # the one that enumerates problems, where it is known
-    always: bool | None = None  # of a comparison, its outcome if that is known
+    axis: int | None = None  # the axis that enumerates problems, if it is known
+    always: bool | None = None  # the outcome of a comparison, if it is known
 
 
 class Held(NamedTuple):
-    """Operand i, or what is used of it, as it has to be: of this sign, and not 0 if `strictly`."""
+    """The sign that operand i, or its used part, must have; it must not be 0 if `strictly`."""
 
     i: int
     value: Any
@@ -49,7 +49,7 @@ class Held(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The sign of a result, for operands as they are `held` to be, or why it has none."""
+    """The sign of a result whose operands are as `held` requires, or why it has none."""
 
     sign: int = 1
     held: tuple[Held, ...] = ()
@@ -63,12 +63,12 @@ def written(x: Any) -> bool:
 
 
 def _sign(x: Any) -> int:
-    """That of a scalar, and that which an array should have."""
+    """The sign that a `Moving` or a scalar has, and that an array must have."""
     return x.sign if isinstance(x, Moving) else -1 if written(x) and x < 0 else 1
 
 
 def join(values: list[tuple[int, Any]]) -> Rule:
-    """Numbers that are to have the sign of those among them that depend on z, or else are >= 0."""
+    """The rule for numbers that must share the sign of the first `Moving`; without one, be >= 0."""
     sign = next((x.sign for _, x in values if isinstance(x, Moving)), 1)
     return _all(sign, values)
 
@@ -81,13 +81,13 @@ def _all(sign: int, values: list[tuple[int, Any]]) -> Rule:
 
 
 def vouched(inputs: list[Any]) -> Rule:
-    """A result of which the user says that it is nonnegative."""
+    """The rule for a result that the user vouches to be nonnegative."""
     floats = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
     return _all(1, [(i, x) for i, x in enumerate(inputs) if floats(x)])
 
 
 def rule(eqn: Any, kind: str, inputs: list[Any]) -> Rule:
-    """That of an equation in which something depends on z."""
+    """The rule of an equation with an operand that depends on z."""
     if kind in _RULES:
         return _RULES[kind](eqn, kind, inputs)
     if terms(eqn) is not None:
@@ -130,7 +130,7 @@ def _function(eqn: Any, kind: str, inputs: list[Any]) -> Rule:
 
 
 def _extremum(sign: int, values: list[tuple[int, Any]]) -> Rule:
-    """A maximum (sign 1) is >= 0 if one number is, whatever the other; a minimum likewise."""
+    """A maximum (sign 1) is >= 0 if one number is; a minimum (sign -1) is <= 0 if one number is."""
     if any(isinstance(x, Moving) and x.sign == sign for _, x in values):
         return Rule(sign)
     return _all(-sign, values)
@@ -150,14 +150,14 @@ def _select(inputs: list[Any]) -> Rule:
     if isinstance(which, Moving):
         chosen = [*enumerate(cases, 1)]
         return join(chosen if which.always is None else [chosen[which.always]])
-    # Of a case only what is selected has to have a sign.
+    # Only the selected entries of a case must have a sign.
     mask = jnp.asarray(which).astype(jnp.int32)
     used = lambda i, x: x if isinstance(x, Moving) else jnp.where(mask == i, jnp.asarray(x), 0)
     return join([(i + 1, used(i, x)) for i, x in enumerate(cases)])
 
 
 def _outcome(kind: str, inputs: list[Any]) -> bool | None:
-    """The outcome of comparing a value that depends on z with a number that it is not beyond."""
+    """The outcome of comparing a value that depends on z with a number, if its sign decides it."""
     left, *right = inputs
     if kind == "not" and left.always is not None:
         return not left.always
@@ -170,7 +170,7 @@ def _outcome(kind: str, inputs: list[Any]) -> bool | None:
         return None
     if left.sign < 0:
         kind, right = _MIRRORED[kind], -right
-    # Of a number u >= 0 now.
+    # Now the comparison is of a number u >= 0.
     if kind in ("lt", "ge"):
         return kind == "ge" if right <= 0 else None
     return kind == "gt" if right < 0 else None

@@ -1,10 +1,11 @@
-"""Whether every number in f has the one sign for which rounding can be counted.
+"""Checks that every number in f has the one sign for which rounding can be counted.
 
-Sums and products of numbers of one sign have a relative error that adds up; a difference has none
-that is known beforehand. What depends on z has a sign that follows from the equations of f, for z
->= 0, **if** the arrays that it meets have theirs: weights, inputs, constants, exponents, whatever
-does not depend on z. Those are computed here as f computes them, and looked at when f runs, at
-the cost of a minimum over each. A scalar that is written into f may be negative.
+For numbers of one sign, the relative errors of sums and products add up; the relative error of a
+difference is not known beforehand. For z >= 0, the sign of a value that depends on z follows from
+the equations of f, **if** the arrays that it meets have their signs: weights, inputs, constants,
+exponents, everything that does not depend on z. Such arrays are computed here as f computes them,
+and checked when f runs, at the cost of a minimum over each. A scalar that is written into f may be
+negative.
 """
 
 from typing import Any
@@ -23,25 +24,26 @@ from ._sign_rules import Held, Moving, Rule, join, rule, vouched
 def signs(
     jaxpr: ClosedJaxpr, shape: tuple[int, ...], name: str, *, strict: bool = True
 ) -> Bool[Array, "*b"]:
-    """Whether the arrays that z meets have the signs that they should have, for each problem.
+    """Whether, for each problem, the arrays that z meets have the signs that they must have.
 
     `shape` is `(batch,)` if axis 0 of z enumerates problems, else `()`. An array, or a part of
-    one, that belongs to one problem counts for that problem; one that problems share, or of which
-    it is not known whose it is, for all. Not `strict`, what may cancel is taken to be nonnegative.
+    one, that belongs to one problem counts for that problem. A shared array, or one whose problem
+    is not known, counts for all. If not `strict`, the result of an operation that may cancel is
+    assumed to be nonnegative.
 
-    **Raises:** `ValueError` for numbers of opposite signs that f adds up whatever the arrays are.
+    **Raises:** `ValueError` if f adds numbers of opposite signs, whatever the arrays are.
     """
     walk = _Walk(name, strict)
     outs = walk.through(jaxpr, [Moving(axis=0 if shape else None)] * len(jaxpr.jaxpr.invars))
     good = walk.verdict()
-    # Where a result does not tell whose it is, nothing before it does.
+    # If the problem axis of a result is lost, each array counts for all problems.
     if any(isinstance(x, Moving) and x.axis != 0 for x in outs):
         good = jnp.all(good)
     return jnp.broadcast_to(good, shape)
 
 
 class _Walk:
-    """Through one jaxpr, with `Moving` for what depends on z and values for what does not."""
+    """A walk through a jaxpr, with a `Moving` per value that depends on z; others are values."""
 
     def __init__(self, name: str, strict: bool):
         self.name, self.strict = name, strict
@@ -96,7 +98,7 @@ class _Walk:
         return found if found.refused is None else vouched(inputs)
 
     def hold(self, held: Held, axis: int | None) -> None:
-        """Looks at an array when f runs, of each problem if `axis` enumerates them."""
+        """Checks an array when f runs, per problem if `axis` enumerates them."""
         x = jnp.asarray(held.value)
         if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.integer):
             return
@@ -105,7 +107,7 @@ class _Walk:
         self.found.append(jnp.all(good, tuple(a for a in range(x.ndim) if a != axis)))
 
     def agree(self, kind: str, values: list[Any], axis: int | None) -> int:
-        """The one sign of values that come to the same place, which is that of the first."""
+        """The common sign of values that meet in one place: that of the first `Moving`."""
         found = self.accepted(kind, join([*enumerate(values)]), values)
         for held in found.held:
             self.hold(held, axis)
@@ -135,10 +137,11 @@ class _Walk:
             for x, v in zip(inputs[first:], eqn.invars[first:], strict=True)
         ]
         initial, xs = given[:num], given[num:]
-        # Of carries and rows, what depends on z, and None for what does not.
+        # The carries and rows that depend on z; None for the others.
         state = [x if isinstance(x, Moving) else None for x in initial]
         rows = [_moved(x, -1) for x in xs]
 
+        # The body, on tracers (probe) for the signs of carries, then on arrays (run).
         def step(carry, row):
             walk, now = _Walk(self.name, self.strict), [*_fill(state, carry), *_fill(rows, row)]
             outs = walk.through(inside, [*inputs[:first], *now])
@@ -164,12 +167,13 @@ class _Walk:
         made: list[Moving | None] = []
         carry = lambda: [x for x, s in zip(initial, state, strict=True) if s is None]
         one = [jax.typeof(x).update(shape=x.shape[1:]) for x in _still(xs)]
-        while True:  # until it is known which carries depend on z, and whose they are
+        while True:  # until it is known which carries depend on z, and their problem axes
             seen = [*state]
             jax.eval_shape(probe, carry(), one)
             if seen == state:
                 break
             state = seen
+        # An initial array must have the sign that its carry takes on.
         for old, new in zip(initial, state, strict=True):
             if new is not None and not isinstance(old, Moving):
                 self.agree("scan", [new, old], new.axis)
@@ -184,7 +188,7 @@ def _choose(index: Any, cases: Any) -> Array:
 
 
 def _moved(x: Any, by: int) -> Moving | None:
-    """With an axis more, or less, in front."""
+    """`x` with `by` more axes in front, None if it does not depend on z."""
     if not isinstance(x, Moving):
         return None
     axis = None if x.axis is None or x.axis + by < 0 else x.axis + by

@@ -5,8 +5,8 @@ the triangle inequality `d(z*, f(z)) <= rate d(z*, z) <= rate (d(z*, f(z)) + d(f
 
     d(z*, f(z)) <= rate / (1 - rate) d(f(z), z),
 
-from one evaluation, whether f is monotone or not. That there is exactly one z* > 0 is Banach's
-theorem: z > 0 is complete in d (Thompson, Proc. AMS 14 (1963); Lemmens and Nussbaum, Nonlinear
+from one evaluation, whether f is monotone or not. By Banach's theorem there is exactly one z* > 0:
+z > 0 is complete in d (Thompson, Proc. AMS 14 (1963); Lemmens and Nussbaum, Nonlinear
 Perron-Frobenius theory, 2012, chapter 2).
 """
 
@@ -19,8 +19,8 @@ from .._tree import widen
 from ._bracket import Bracket, consistent, relative_error
 from ._certify import Enclosure
 
-# In eps, by how much of themselves log1p and exp are taken to be off: ten times the largest error
-# of 4e6 points on a CPU, which is 1.2.
+# The assumed relative error of log1p and exp, in eps: ten times the largest error over 4e6 points
+# on a CPU, which is 1.2.
 _FUNCTIONS = 12
 
 
@@ -33,13 +33,14 @@ def enclose(
     """The `Enclosure` of z*, for one z of the state's own dtype.
 
     **Arguments:** `image`, two bounds of f(z) in exact arithmetic, float32 or wider; `rate`, in
-    exact arithmetic too; `valid`, whether f is what the theorem asks for.
+    exact arithmetic too; `valid`, whether f satisfies the hypotheses of the theorem.
     """
     low, high = image
     x, eps = widen(z), float(jnp.finfo(low.dtype).eps)
-    # The numbers in f are those of its dtype, and so is the rate.
+    # The numbers in f are rounded to its dtype, and so is the rate.
     rate = rate * (1 + 2 * float(jnp.finfo(z.dtype).eps) + 1e-9)
     power = rate / (1 - rate) if rate < 1 else math.inf
+    # The distance d(f(z), z) and the bounds on z*, widened by their rounding.
     positive = lambda v: jnp.where(v > 0, v, 1)
     quotient = jnp.maximum(high / positive(x), x / positive(low))
     valid = valid & jnp.all((x > 0) & jnp.isfinite(x) & (low > 0) & jnp.isfinite(high))

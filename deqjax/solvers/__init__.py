@@ -1,4 +1,4 @@
-"""One fixed-point method a file."""
+"""The solvers, one fixed-point method per file."""
 
 from ._anderson import Anderson as Anderson
 from ._base import AbstractSolver as AbstractSolver

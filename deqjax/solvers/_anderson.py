@@ -13,34 +13,34 @@ from ._secant import AbstractSecantSolver, Rule
 class Anderson(AbstractSecantSolver):
     """Anderson acceleration of `z <- f(z)`, regularised and safeguarded.
 
-    With `g = f(z) - z` and, over the last `depth` accepted iterates, y and v the differences of g
-    and of f(z),
+    With `g = f(z) - z`, and y and v the differences of g and f(z) over the last `depth` accepted
+    iterates,
 
         z' = f(z) + sum_j c_j v_j,    c = argmin ||g + sum_j c_j y_j||^2 + ridge tr(G) sum_j c_j^2
 
     where every y_j is first scaled to unit length and G is their Gram matrix, in float32 or wider.
-    On a linear f it is a truncated GMRES. A step that makes ||g|| more than ten times its least
-    value is taken back: the next iterate is the Picard step from the last accepted one, the window
-    is emptied, and Picard steps follow, one after the first such failure and up to eight in the
-    end. So is a step at which f is not finite. A step is at most 1000 times as long as the longest
-    Picard step of the window; one of more than twice that length, past which g points back without
-    having shrunk by a tenth, is taken back too, and the next may be a quarter as long.
+    On a linear f the method is a truncated GMRES. A step that makes ||g|| more than ten times its
+    least value, or at which f is not finite, is taken back: the next iterate is the Picard step
+    from the last accepted one, the window is emptied, and Picard steps follow, one after the first
+    such failure and up to eight after later ones. A step is at most 1000 times as long as the
+    longest Picard step of the window. A step of more than twice that length is taken back too if g
+    then points backwards and has not shrunk by a tenth; the next step may be a quarter as long.
 
     **Arguments:**
 
     - `rtol`, `atol`, `norm`: as in `deqjax.FixedPointIteration`.
-    - `depth`: of the window, an int of at least 1.
+    - `depth`: the length of the window, an int of at least 1.
     - `mixing`: in (0, 1], the damping of every step:
         `z' = z + mixing g + sum_j c_j (s_j + mixing y_j)`, s the differences of z.
-    - `ridge`: at least 0; no less than eps of the Gram matrix's dtype is used.
+    - `ridge`: at least 0; the method uses at least eps of the Gram matrix's dtype.
 
-    **Cost:** one evaluation of `f` a step; `2 depth + 3` copies of `z`, of which a step reads
-    `3 depth`. Under `batched=True` each problem has coefficients of its own; `jax.vmap` gives the
-    same numbers and copies the window in each step.
+    **Cost:** one evaluation of `f` per step; `2 depth + 3` copies of `z`; a step reads `3 depth`.
+    Under `batched=True` each problem has its own coefficients; `jax.vmap` gives the same numbers,
+    but copies the window in each step.
 
-    **When not to use it:** where Picard iteration takes some ten steps; for gradients of the steps
-    taken, whose coefficients are ill-conditioned near a fixed point
-    (`deqjax.RecursiveCheckpointAdjoint` asks for float64).
+    **When not to use it:** if Picard iteration takes about ten steps; for gradients through the
+    steps, whose coefficients are ill-conditioned near a fixed point
+    (`deqjax.RecursiveCheckpointAdjoint` requires float64).
 
     **Raises:** `ValueError` for a tolerance below 0 or NaN, `depth < 1`, `mixing` outside (0, 1] or
     a negative `ridge`.
@@ -57,7 +57,7 @@ class Anderson(AbstractSecantSolver):
     ridge: Number = 1e-8
 
     def __check_init__(self):
-        instead = "it is the number of differences in the window."
+        instead = "pass the number of differences in the window."
         check_int("Anderson", "depth", self.depth, instead)
         self.check()
 

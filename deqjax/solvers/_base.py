@@ -1,4 +1,4 @@
-"""The mixing rule that every solver is, and its Optimistix face."""
+"""The base class of solvers: a mixing rule, and its interface to Optimistix."""
 
 import abc
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Status(NamedTuple):
 
 
 class OptimistixState(eqx.Module):
-    """The state that Optimistix carries between steps: the memory and the last verdict."""
+    """The state that Optimistix carries between steps: the memory and the last test."""
 
     memory: PyTree
     small: Bool[Array, ""]
@@ -42,14 +42,14 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     `mix`, and extend `requirements` for the fields they add.
     """
 
-    # Optimistix has float here, and means what a user may trace.
+    # Optimistix declares float here; a user may trace these fields.
     rtol: AbstractVar[Number]  # pyright: ignore[reportIncompatibleVariableOverride]
     atol: AbstractVar[Number]  # pyright: ignore[reportIncompatibleVariableOverride]
     norm: AbstractVar[Callable[[PyTree], Any]]
 
-    # The best iterate is returned, and not the last, if the steps run out.
+    # Whether the best iterate, instead of the last, is returned if the steps run out.
     returns_best: ClassVar[bool] = True
-    # Of the matrix products in f; None: as the user has it.
+    # The precision of the matrix products in f; None: the user's setting.
     precision: ClassVar[str | None] = None
 
     @abc.abstractmethod
@@ -57,15 +57,15 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         """The memory before the first step, for the initial iterate `z0` of one problem."""
 
     def error(self, z: PyTree, fz: PyTree, memory: PyTree = None) -> Inexact[Array, ""]:
-        """The measure of `f(z) - z` that the tolerances hold below 1; NaN: the method gives up.
+        """The measure of `f(z) - z`, below 1 within the tolerances; NaN if the method gives up.
 
-        With the memory that the method had at z, or None after the solve.
+        `memory` is the memory that the method had at z, or None after the solve.
         """
         del memory
         return scaled_error(self, z, fz)
 
     def status(self, memory: PyTree) -> Status:
-        """The state of the method, by its memory."""
+        """The state of the method, read off its memory."""
         del memory
         return Status(*[jnp.asarray(False)] * 3)
 
@@ -74,14 +74,14 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         return z0
 
     def prepared(self, fn: Callable, z0: PyTree, args: PyTree, rank: int) -> "AbstractSolver":
-        """The solver with what it reads off `fn(z, args) -> (z', aux)` itself, before the loop."""
+        """The solver with values that it reads off `fn(z, args) -> (z', aux)` before the loop."""
         del fn, z0, args, rank
         return self
 
     def stats(
         self, fn: Callable, z: PyTree, args: PyTree, memory: PyTree, failed: Array, rank: int
     ) -> dict[str, Array]:
-        """The stats of this method beside the usual ones, of all problems; some have `failed`."""
+        """The stats of this method besides the usual ones, for all problems; some have `failed`."""
         del fn, z, args, memory, failed, rank
         return {}
 
@@ -90,7 +90,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         """The next iterate and memory, from `z`, `f(z)` and the memory of one problem."""
 
     def requirements(self) -> list[tuple[str, Any, Callable[[Any], Any], str]]:
-        """Rows `(field, value, test, expectation)` that the numerical fields have to meet."""
+        """Rows `(field, value, test, expectation)` of the tests that numerical fields must pass."""
         nonnegative = lambda x: x >= 0
         return [
             ("rtol", self.rtol, nonnegative, "a relative tolerance of at least 0"),

@@ -13,34 +13,35 @@ from ._certified import AbstractCertifiedSolver
 
 class _Memory(NamedTuple):
     bracket: Bracket
-    below: Bool[Array, ""]  # whose turn it is next: that of the lower end
+    below: Bool[Array, ""]  # whether the next turn is that of the lower end
     done: Bool[Array, ""]
-    still: Bool[Array, ""]  # whether the last turn brought nothing
+    still: Bool[Array, ""]  # whether the last turn moved neither end
     limited: Bool[Array, ""]
 
 
 class Bracketing(AbstractCertifiedSolver):
-    """Picard iteration from below and from above in turn, to a certified tolerance.
+    """Picard iteration alternately from below and from above, to a certified tolerance.
 
         l <- f(l) rises to z*,    u <- f(u) falls to z*,    |z - z*| <= atol + rtol z*
 
-    where z is the harmonic mean of l and u in the end. Both ends are proved, rounding included, at
-    every step.
+    where z is the harmonic mean of the last l and u. Both ends are proved at every step, including
+    rounding.
 
     **Arguments:**
 
     - `rtol`, `atol`, `norm`, `upper`, `fan_in`, `slack`: as in
         `deqjax.PositiveConcaveSolver`. Without `upper` the first u is found by doubling, from z0.
 
-    `sol.stats` as there; its `"lower"` and `"upper"` are of use after any number of steps. It stops
-    early, `"rounding_limited"`, when neither end moves any more.
+    `sol.stats` is as in `deqjax.PositiveConcaveSolver`; `"lower"` and `"upper"` are useful after
+    any number of steps. The solve stops early, with `"rounding_limited"`, when neither end moves
+    any more.
 
-    **Cost:** one evaluation of f a step, two for the contraction by rho(J) that Picard's method has
-    in one; one for the answer, and four copies of z. `log2(max z* / f(0))` more to find u. Where
-    the tolerance is not met, as there.
+    **Cost:** one evaluation of f per step, hence two for the contraction by rho(J) that Picard
+    iteration reaches with one; one for the answer, and four copies of z. To find u,
+    `log2(max z* / f(0))` more. If the tolerance is not met, as `deqjax.PositiveConcaveSolver`.
 
-    **When not to use it:** where rho(J) is above about 0.9: `deqjax.PositiveConcaveSolver`. Else
-    as there.
+    **When not to use it:** if rho(J) is above about 0.9, where `deqjax.PositiveConcaveSolver` is
+    faster; and where that solver is not to be used.
 
     **Raises:** `ValueError` as `deqjax.PositiveConcaveSolver`.
 
@@ -62,19 +63,19 @@ class Bracketing(AbstractCertifiedSolver):
         return memory.limited
 
     def blank(self, z0: PyTree) -> _Memory:
-        """No bound but 0 and `upper`."""
+        """The memory without bounds except 0 and `upper`."""
         no = jnp.asarray(False)
         return _Memory(self.unbounded(z0), no, no, no, no)
 
     def mix(self, z: PyTree, fz: PyTree, memory: _Memory) -> tuple[PyTree, _Memory]:
-        """The end whose turn it is; or twice z, as long as there is no upper end."""
+        """Goes to the end whose turn it is, or doubles while there is no upper end."""
         x, fx, old = flat(z, 0), flat(fz, 0), memory.bracket
         slack = jnp.asarray(self.margin(z), x.dtype)
         bracket, _, _ = narrow(old, x, fx, slack)
         answer, done = self.answer(bracket, z)
         bounded = jnp.all(jnp.isfinite(bracket.upper))
         still = bounded & jnp.all((bracket.lower == old.lower) & (bracket.upper == old.upper))
-        # Where rounding has no bound there are no ends: Picard iteration from z.
+        # If rounding has no bound, there are no ends: Picard iteration from z.
         countable = jnp.isfinite(slack)
         least = jnp.maximum(self.allowed(fx) / 2, jnp.finfo(x.dtype).eps * fx)
         limited = jnp.where(countable, still & memory.still, jnp.all(jnp.abs(fx - x) <= least))

@@ -9,39 +9,39 @@ from .._checks import check_int, renamed
 from ._base import Number
 from ._secant import AbstractSecantSolver, Rule
 
-# The roundings of a Gram matrix in float32: without it two parallel steps are a breakdown.
+# For the roundings of a Gram matrix in float32; without it two parallel steps are a breakdown.
 _RIDGE = 1e-10
 
 
 class Broyden(AbstractSecantSolver):
     """Limited-memory good Broyden method on `g(z) = f(z) - z`, safeguarded.
 
-    With s, y and v the differences of z, g and f(z) over the last `depth` accepted iterates, in
-    rows, B is the matrix nearest to -I (in the Frobenius norm) for which `B s_j = y_j` for all j,
+    Let the rows s, y and v be the differences of z, g and f(z) over the last `depth` accepted
+    iterates. B is the matrix nearest to -I (in the Frobenius norm) with `B s_j = y_j` for all j,
 
         z' = z - B^-1 g,    B^-1 = -(I + V^T T^-1 S),    T = -S Y^T
 
-    the multisecant form of Broyden's first update. On a linear f it is a Petrov-Galerkin method in
-    the space of the last steps. A step that makes ||g|| more than ten times its least value, that
-    has gone too far, or at which f is not finite, is taken back, and its length is bounded, as in
-    `deqjax.Anderson`; a singular T empties the window.
+    the multisecant form of Broyden's first update. On a linear f the method is a Petrov-Galerkin
+    method in the space of the last steps. As in `deqjax.Anderson`, the length of a step is bounded,
+    and a step is taken back if it makes ||g|| more than ten times its least value, if it goes too
+    far, or if f is not finite there. A singular T empties the window.
 
     **Arguments:**
 
     - `rtol`, `atol`, `norm`: as in `deqjax.FixedPointIteration`.
     - `depth`: the number of secants, an int of at least 1.
     - `line_search`: halve a step from z along d until `||g(z + t d)|| <= (1 - 1e-4 t) ||g(z)||`
-        (Armijo's condition), at most five times, before it is taken back. A trial is a step like
-        any other, of one evaluation.
+        (Armijo's condition), at most five times, before it is taken back. Each trial counts as a
+        step, of one evaluation.
 
-    **Cost:** one evaluation of `f` a step; `2 depth + 3` copies of `z`, of which a step reads
-    `5 depth`. Under `batched=True` each problem has a B of its own; `jax.vmap` gives the same
-    numbers and copies the window in each step.
+    **Cost:** one evaluation of `f` per step; `2 depth + 3` copies of `z`; a step reads `5 depth`.
+    Under `batched=True` each problem has its own B; `jax.vmap` gives the same numbers, but copies
+    the window in each step.
 
-    **When not to use it:** where Picard iteration takes some ten steps; where memory counts, for
-    `deqjax.Anderson` needs a third of it; for gradients of the steps taken, whose coefficients are
-    ill-conditioned near a fixed point (`deqjax.RecursiveCheckpointAdjoint` asks for float64); with
-    `line_search`, where ||g|| has to rise on the way (a clipped f that is expansive at z0).
+    **When not to use it:** if Picard iteration takes about ten steps; if memory is short, as
+    `deqjax.Anderson` needs a third; for gradients through the steps, whose coefficients are
+    ill-conditioned near a fixed point (`deqjax.RecursiveCheckpointAdjoint` requires float64); with
+    `line_search`, if ||g|| has to rise before it falls (a clipped f that is expansive at z0).
 
     **Raises:** `ValueError` for a tolerance below 0 or NaN, or `depth < 1`.
 
@@ -72,7 +72,7 @@ class Broyden(AbstractSecantSolver):
         self.depth, self.line_search = depth, line_search
 
     def __check_init__(self):
-        check_int("Broyden", "depth", self.depth, "it is the number of steps that are remembered.")
+        check_int("Broyden", "depth", self.depth, "pass the number of secants to keep.")
         self.check()
 
     @property

@@ -1,4 +1,4 @@
-"""The base of the solvers that end where they can prove how near the fixed point is."""
+"""The base class of the solvers that stop when they can prove a bound on their error."""
 
 import abc
 import math
@@ -29,14 +29,14 @@ from ._base import AbstractSolver
 
 
 class AbstractCertifiedSolver(AbstractSolver):
-    """A solver that ends where a bracket of z* is narrow enough, and nowhere else."""
+    """A solver whose tolerance is met only when a bracket of z* is narrow enough."""
 
-    precision = "highest"  # rounding is counted of full products, on every platform
+    precision = "highest"  # rounding is counted for full products, on every platform
 
     upper: AbstractVar[float | None]
     fan_in: AbstractVar[int | None]
-    slack: AbstractVar[float | None]  # the bound of rounding itself; read off f where it is None
-    counted: AbstractVar[Array | None]  # what `prepared` makes of these and of f
+    slack: AbstractVar[float | None]  # the bound on rounding; None: read off f
+    counted: AbstractVar[Array | None]  # the bound that `prepared` counts from these and f
 
     def __check_init__(self):
         self.check()
@@ -46,16 +46,16 @@ class AbstractCertifiedSolver(AbstractSolver):
         ):
             raise ValueError(
                 f"{type(self).__name__} expects upper to be None or a Python number above 0 that f "
-                f"never exceeds, got {upper!r}; the supremum of the activation is one."
+                f"never exceeds, got {upper!r}; pass for instance the supremum of the activation."
             )
 
     @abc.abstractmethod
     def proved(self, memory: Any) -> tuple[Bracket, Bool[Array, ""]]:
-        """The bracket in the memory, and whether z is the centre of one narrow enough."""
+        """The bracket in the memory, and whether z is the centre of a narrow enough one."""
 
     @abc.abstractmethod
     def limited(self, memory: Any) -> Bool[Array, ""]:
-        """Whether there is no going on, for rounding."""
+        """Whether rounding prevents further progress."""
 
     def prepared(
         self, fn: Callable, z0: PyTree, args: PyTree, rank: int
@@ -67,7 +67,7 @@ class AbstractCertifiedSolver(AbstractSolver):
         return eqx.tree_at(lambda s: s.counted, self, counted, is_leaf=lambda x: x is None)
 
     def margin(self, z: PyTree) -> Slack:
-        """The counted rounding; Optimistix's own door has no f to count in before its loop."""
+        """The bound on rounding; Optimistix's own loop gives no f to count it in beforehand."""
         if self.counted is not None:
             return self.counted
         if self.slack is not None:
@@ -75,26 +75,26 @@ class AbstractCertifiedSolver(AbstractSolver):
         if self.fan_in is None:
             raise ValueError(
                 f"{type(self).__name__} expects to be run by deqjax.fixed_point, which reads the "
-                f"rounding of f off its jaxpr, or to have a fan_in; got neither. Pass fan_in=the "
+                f"rounding of f off its jaxpr, or to have a fan_in, got neither; pass fan_in=the "
                 f"number of terms of the longest sum in f."
             )
         return of_one_sum(z, self.fan_in, type(self).__name__)
 
     def step(self, fn, y, args, options, state, tags):
-        """Optimistix: as in `AbstractSolver`, with the signs of the arrays in f looked at."""
+        """Optimistix: as in `AbstractSolver`, with a check of the signs of the arrays in f."""
         self.margin(y)
         whole = self.prepared(fn, y, args, 0)
         return super(AbstractCertifiedSolver, whole).step(fn, y, args, options, state, tags)
 
     def start(self, z0: PyTree) -> PyTree:
-        """`upper` where z0 is not between 0 and `upper`."""
+        """`z0`, but `upper` in each entry that is not between 0 and `upper`."""
         if self.upper is None or math.isinf(self.upper):
             return jax.tree.map(lambda x: jnp.maximum(x, 0), z0)
         inside = lambda x: (x > 0) & (x < self.upper)
         return jax.tree.map(lambda x: jnp.where(inside(x), x, jnp.asarray(self.upper, x.dtype)), z0)
 
     def unbounded(self, z0: PyTree) -> Bracket:
-        """0 and `upper`, or infinity."""
+        """The bracket from 0 to `upper`, or to infinity."""
         self._check_real(z0)
         x = flat(z0, 0)
         upper = jnp.inf if self.upper is None else self.upper
@@ -104,13 +104,13 @@ class AbstractCertifiedSolver(AbstractSolver):
         check_real(
             type(self).__name__,
             z0,
-            "its bounds need an order of the states. Use deqjax.Anderson(), which certifies "
-            "nothing, or real and imaginary parts as z.",
+            "use deqjax.Anderson(), which certifies nothing, or real and imaginary parts as z, "
+            "since bounds need an order of the states.",
         )
 
     def answer(self, bracket: Bracket, like: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
-        """The centre of the bracket, as the state can hold it, and whether it meets the tolerances
-        wherever in the bracket z* is."""
+        """The centre of the bracket, in the dtypes of `like`, and whether it meets the tolerances
+        for every z* in the bracket."""
         z = unflat(centre(bracket), like)
         at = flat(z, 0)
         lower, upper = bracket
@@ -123,7 +123,7 @@ class AbstractCertifiedSolver(AbstractSolver):
         return jnp.asarray(self.atol, z.dtype) + jnp.asarray(self.rtol, z.dtype) * z
 
     def error(self, z: PyTree, fz: PyTree, memory: Any = None) -> Float[Array, ""]:
-        """Below 1 only where there is a proof; NaN after a contradiction, or beyond rounding."""
+        """The error, below 1 only with a proof; NaN after a contradiction, or if limited."""
         x, fx = flat(z, 0), flat(fz, 0)
         error = 1 + self.norm((fx - x) / jnp.where(fx == 0, 1, jnp.abs(fx)))
         if memory is None:
@@ -133,7 +133,7 @@ class AbstractCertifiedSolver(AbstractSolver):
         return jnp.where(over, jnp.nan, jnp.where(done, 0, error))
 
     def stats(self, fn, z, args, memory, failed, rank):
-        """The bracket of the solve; where that has failed, no wider than `deqjax.certify` of z."""
+        """The bracket of the solve; for a failed problem no wider than `deqjax.certify` of z."""
         stats = per_problem(lambda solver, *at: solver._told(*at), rank)(self, z, memory)
         fn, z, args = stop_gradient((fn, z, args))
         axes = mesh_axes(fn, z, args, stats, self)
@@ -145,13 +145,13 @@ class AbstractCertifiedSolver(AbstractSolver):
             proved, holds, _ = enclose(f, at, z, slack, axes)
             return select(failed & holds, intersection(bracket, proved), bracket)
 
-        # Of a jax.custom_vjp function JAX forms no product with J; there is no certificate either.
+        # For a jax.custom_vjp function JAX forms no product with J, and there is no certificate.
         if not calls(trace(fn, z, args).jaxpr, "custom_vjp_call"):
             bracket = jax.lax.cond(jnp.any(failed), better, lambda bracket: bracket, bracket)
         return {**stats, **per_problem(_bounds, rank)(z, bracket)}
 
     def _told(self, z: PyTree, memory: Any) -> dict[str, Any]:
-        """The stats that the memory has, of one problem."""
+        """The stats of one problem that its memory gives."""
         bracket, done = jax.lax.stop_gradient(self.proved(memory))
         limited = self.limited(memory) & ~done & consistent(bracket)
         return {**_bounds(jax.lax.stop_gradient(z), bracket), "rounding_limited": limited}

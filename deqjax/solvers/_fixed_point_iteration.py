@@ -9,21 +9,22 @@ from ._base import AbstractSolver, Number
 
 
 class FixedPointIteration(AbstractSolver):
-    """Picard iteration, damped if asked: `z[k+1] = damp z[k] + (1 - damp) f(z[k])`.
+    """Picard iteration, optionally damped: `z[k+1] = damp z[k] + (1 - damp) f(z[k])`.
 
-    Converges geometrically, at the rate of the spectral radius of `damp I + (1 - damp) J`, wherever
-    that is below 1 at the fixed point (J the Jacobian of f there).
+    Converges geometrically if the spectral radius of `damp I + (1 - damp) J` is below 1 at the
+    fixed point, with this radius as its rate (J is the Jacobian of f there).
 
     **Arguments:**
 
     - `rtol`, `atol`: relative and absolute tolerance of the stopping test
         `norm((f(z) - z) / (atol + rtol |f(z)|)) < 1`. Both zero: take exactly `max_steps` steps.
         A scalar array may be traced, so that changing it never recompiles.
-    - `norm`: from a pytree of float32 or wider arrays to a scalar; one problem's entries at a time,
-        the moduli of complex ones. It passes a NaN on, by which an f that is not finite is known.
-    - `damp`: below 1. A negative one over-relaxes.
+    - `norm`: a function of a pytree of float32 or wider arrays to a scalar. It gets the entries of
+        one problem at a time, of complex ones the moduli. It must return NaN for a NaN, because
+        NaN marks an f that is not finite.
+    - `damp`: below 1; a negative value over-relaxes.
 
-    **Cost:** one evaluation of `f` a step; one copy of `z`.
+    **Cost:** one evaluation of `f` per step; one copy of `z`.
 
     **When not to use it:** when the rate is above about 0.7: `deqjax.Anderson` and `deqjax.Broyden`
     then need fewer evaluations, far fewer above 0.9.

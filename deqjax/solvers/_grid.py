@@ -1,10 +1,10 @@
-"""The reversible recurrence on integers, where it can be undone without an error.
+"""The reversible recurrence on integers, on which it can be undone without an error.
 
-A number z is kept as `Z = round(z 2^b)`. With `1 - beta = sign / d`, d an integer, one step is
+A number z is stored as `Z = round(z 2^b)`. With `1 - beta = sign / d`, d an integer, one step is
 
     Z[k+1] = sign floor(Z[k-1] / d) + round(beta f(z[k]) 2^b)
 
-and the only information it destroys is the remainder `r = Z[k-1] mod d`, which is written down:
+and destroys no information except the remainder `r = Z[k-1] mod d`, which is recorded:
 
     Z[k-1] = sign (Z[k+1] - round(beta f(z[k]) 2^b)) d + r
 """
@@ -20,12 +20,12 @@ from jaxtyping import Array, Bool, Inexact, Int, UInt
 from .._checks import is_int
 from .._tree import widen
 
-# Beyond it neighbouring betas are closer than float32 can tell, and a word holds two digits.
+# Above it, neighbouring betas are closer than float32 can tell; at it, a word holds two digits.
 _LARGEST_D = 2**16
 
 
 class Grid(eqx.Module):
-    """Fixed-point numbers with `bits` binary places in 32 bits (32 more of them in 64 bits)."""
+    """Fixed-point numbers with `bits` binary places in 32 bits (32 more places in 64 bits)."""
 
     d: int = eqx.field(static=True)
     sign: int = eqx.field(static=True)
@@ -38,7 +38,7 @@ class Grid(eqx.Module):
 
     @property
     def per_word(self) -> int:
-        """How many digits of base d a uint32 holds: the largest m with `d^m <= 2^32`."""
+        """The number of digits of base d in a uint32: the largest m with `d^m <= 2^32`."""
         m = 1
         while self.d ** (m + 1) <= 2**32:
             m += 1
@@ -48,11 +48,11 @@ class Grid(eqx.Module):
         return self.bits + (32 if jnp.dtype(dtype).itemsize == 8 else 0)
 
     def quantise(self, x: Inexact[Array, "*s"]) -> tuple[Int[Array, "*s"], Bool[Array, "*s"]]:
-        """`round(x 2^b)`, and where that is a number that fits; 0 where it does not."""
+        """`round(x 2^b)`, or 0 where this is no number that fits, and where it fits."""
         x = widen(x)
         scaled = jnp.round(x * np.asarray(2.0 ** self._places(x.dtype), x.dtype))
         integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-        # A power of two, and so exact in floating point; false for NaN.
+        # The bound is a power of two, hence exact in floating point; the test is false for NaN.
         fits = jnp.abs(scaled) < 2.0 ** (jnp.iinfo(integer).bits - 1)
         return jnp.where(fits, scaled, 0).astype(integer), fits
 
@@ -71,7 +71,7 @@ class Grid(eqx.Module):
     def forward(
         self, before: Int[Array, "*s"], update: Int[Array, "*s"]
     ) -> tuple[Int[Array, "*s"], Bool[Array, "*s"]]:
-        """`sign floor(before / d) + update`, and where that fits."""
+        """`sign floor(before / d) + update`, and where this fits."""
         kept = self.sign * self.divide(before)[0]
         out = kept + update
         # A sum wraps if and only if its sign differs from that of both terms.
@@ -89,12 +89,12 @@ def grid(beta: float, bits: int) -> Grid:
     """The grid on which `beta` is exact, or a `ValueError` that names the nearest ones."""
     if not is_int(bits, 8) or bits > 30:
         raise ValueError(
-            f"Reversible expects fraction_bits to be an int from 8 to 30, got {bits!r}; with 24 "
-            f"the state has the range +-128 at a spacing of 6e-8."
+            f"Reversible expects fraction_bits to be an int from 8 to 30, got {bits!r}; pass for "
+            f"instance 24, for a state in the range +-128 at a spacing of 6e-8."
         )
     sign = 1 if beta < 1 else -1
     d = min(max(round(1 / abs(1 - beta)), 2), _LARGEST_D)
-    # In units of d, so that a beta that went through float32 is recognised.
+    # A relative test, so that a beta that went through float32 is recognised.
     if abs(d * abs(1 - beta) - 1) > 1e-6:
         top = min(d + 2, _LARGEST_D) + 1
         near = {Fraction(e + s, e) for e in range(max(d - 2, 2), top) for s in (-1, 1)}
@@ -102,6 +102,6 @@ def grid(beta: float, bits: int) -> Grid:
         raise ValueError(
             f"Reversible(exact=True) expects beta with 1 - beta = 1/d or -1/d, d an integer from 2 "
             f"to {_LARGEST_D}, got beta={beta}; the nearest are {a} = {float(a):.6g} and {b} = "
-            f"{float(b):.6g}. For any other beta use exact=False, the floating-point mode."
+            f"{float(b):.6g}; for any other beta use exact=False, the floating-point mode."
         )
     return Grid(d, sign, int(bits))

@@ -1,4 +1,4 @@
-"""A solver that ends where it can prove how near the fixed point is."""
+"""A solver that stops when it can prove a bound on its error."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,23 +17,23 @@ from ._base import Status
 from ._certified import AbstractCertifiedSolver
 from ._secant import Secants
 
-# Above this ratio of residuals Picard iteration gives way to Anderson's method: at 0.7 a digit
-# takes six more evaluations, about what the acceleration needs to come into its stride.
+# Above this ratio of residuals Anderson's method replaces Picard iteration: at 0.7 a digit takes
+# six more evaluations, about as many as the acceleration needs to become effective.
 _SLOW = 0.7
-# A first attempt where the residual is half of the tolerance; after a failed one, where it has
-# shrunk as the attempt showed to be necessary, within these bounds.
+# The first attempt is made when the residual is half of the tolerance; the next one when it has
+# shrunk as far as the failed attempt showed to be necessary, within these bounds.
 _FIRST, _LEAST, _MOST = 0.5, 0.5, 0.125
-# A failed attempt mends the weight or the width of the next; rounding fails it for good. At rho(J)
-# up to 0.999 (tanh, relu6, sigmoid, soft_sign, n = 80) at most two failed in float64, seven in
-# float32 where rounding left one width in ten.
+# A failed attempt corrects the weight or the width of the next; against rounding nothing helps. At
+# rho(J) up to 0.999 (tanh, relu6, sigmoid, soft_sign, n = 80) at most two failed in float64, seven
+# in float32 where rounding left one width in ten.
 _ATTEMPTS = 8
-# Roundings that a width has at least, and the part of it that a weight keeps where J w is 0: as for
-# the candidates of `deqjax.certify`.
+# The least width, in roundings, and the part of the width that a weight keeps where J w is 0, as
+# for the candidates of `deqjax.certify`.
 _ROUNDINGS = 32
 _FLOOR = 0.1
 _RULE = _secant.Rule(galerkin=False, mixing=1.0, ridge=1e-8)
-_FAST = jnp.iinfo(jnp.int32).max  # Picard steps still to take: no end in sight
-# What z is: an iterate, the upper or the lower end of an attempt, the answer, or a trial of an
+_FAST = jnp.iinfo(jnp.int32).max  # Picard steps still to take: without end
+# The role of z: an iterate, the upper or the lower end of an attempt, the answer, or a trial of an
 # upper point to start from.
 _ITERATE, _ABOVE, _BELOW, _ANSWER, _CLIMB = range(5)
 
@@ -41,19 +41,19 @@ _ITERATE, _ABOVE, _BELOW, _ANSWER, _CLIMB = range(5)
 class _Memory(NamedTuple):
     secants: Secants
     bracket: Bracket
-    phase: Int[Array, ""]  # what z is
+    phase: Int[Array, ""]  # the role of z
     ahead: Float[Array, " n"]  # the iterate after an attempt
     centre: Float[Array, " n"]
     weight: Float[Array, " n"]
     f_upper: Float[Array, " n"]
     trigger: Float[Array, ""]  # the residual over the tolerance at which the next attempt is made
-    last: Float[Array, ""]  # that of the last iterate
-    part: Float[Array, ""]  # of the width that the tolerance allows
+    last: Float[Array, ""]  # the residual over the tolerance of the last iterate
+    part: Float[Array, ""]  # the part of the width that the tolerance allows
     failed: Int[Array, ""]
 
 
 class _Seen(NamedTuple):
-    """An evaluation of f, and what follows from it."""
+    """An evaluation of f, and the decisions that follow from it."""
 
     x: Float[Array, " n"]
     fx: Float[Array, " n"]
@@ -61,10 +61,10 @@ class _Seen(NamedTuple):
     bracket: Bracket
     residual: Float[Array, ""]  # over the tolerance
     iterating: Bool[Array, ""]  # x is an iterate
-    slow: Bool[Array, ""]  # Picard iteration gives way to Anderson's
-    climb: Bool[Array, ""]  # an upper point is looked for further up
-    arrived: Bool[Array, ""]  # x is one
-    attempt: Bool[Array, ""]  # a proof is tried around f(x)
+    slow: Bool[Array, ""]  # Anderson's method replaces Picard iteration
+    climb: Bool[Array, ""]  # look for an upper point further up
+    arrived: Bool[Array, ""]  # x is an upper point
+    attempt: Bool[Array, ""]  # try a proof around f(x)
 
 
 class PositiveConcaveSolver(AbstractCertifiedSolver):
@@ -72,47 +72,47 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
 
         |z - z*| <= atol + rtol z*        in every entry, proved
 
-    Every evaluation at a y with f(y) <= y or f(y) >= y bounds z* by f(y), rounding included. The
-    iterates are kept between the bounds: Picard's, from the upper point if there is one, until
-    residuals shrink by less than 0.3 a step, from there Anderson's. When the residual is small, f
-    is evaluated at `f(z) + w` and `f(z) - w`, with w as wide as the tolerance allows: if both are
-    bounds, the harmonic mean of the bounds is the answer. If not, the difference of the two values
-    is a power step that makes a better w for the next attempt.
+    Every evaluation at a y with f(y) <= y or f(y) >= y bounds z* by f(y), including rounding. The
+    iterates stay between the bounds. They are Picard's, from the upper point if there is one, until
+    residuals shrink by less than 0.3 per step, and from there Anderson's. When the residual is
+    small, f is evaluated at `f(z) + w` and `f(z) - w`, with w as wide as the tolerance allows: if
+    both are bounds, the harmonic mean of the bounds is the answer. If not, the difference of the
+    two values is a power step that gives a better w for the next attempt.
 
     **Arguments:**
 
-    - `rtol`, `atol`: what is certified; `norm` (optimistix.max_norm) only picks the best iterate
-        where steps run out.
-    - `upper`: a number that f never exceeds, the supremum of a bounded activation
-        (`deqjax.positive.properties(activation).supremum`): a bound from the start, and where the
-        iteration starts where z0 is 0 or above it. `None`, or infinity, starts at z0.
-    - `fan_in`: as in `deqjax.certify`; it has to be given in Optimistix's own front door, where f
-        comes with the matrix precision that it was traced with, and bounds are the solver's own
-        (nothing is proved there of a 3 x 3 `nn.Conv2d`, unless the precision is the highest).
-    - `slack`: the bound of the relative rounding of f itself, instead of what is counted. As
-        with `fan_in`, arrays still have to be nonnegative.
-    - `depth`: of Anderson's window, an int of at least 1.
+    - `rtol`, `atol`: the certified tolerances; `norm` (optimistix.max_norm) only selects the best
+        iterate if the steps run out.
+    - `upper`: a number that f never exceeds, such as the supremum of a bounded activation
+        (`deqjax.positive.properties(activation).supremum`). It is a bound from the start, and the
+        initial value where z0 is 0 or above it. `None`, or infinity, starts at z0.
+    - `fan_in`: as in `deqjax.certify`. Optimistix's own entry point needs it. There, f has the
+        matrix precision with which it was traced, and the bounds are only the solver's own (nothing
+        is proved for a 3 x 3 `nn.Conv2d`, unless the precision is the highest).
+    - `slack`: a bound on the relative rounding of f, used instead of the counted one. As with
+        `fan_in`, arrays still have to be nonnegative.
+    - `depth`: the length of Anderson's window, an int of at least 1.
 
-    `sol.stats` has `"relative_error"`, a proved bound of `max_i |z_i - z*_i| / z*_i` for `z =
-    sol.value` (infinite if nothing is), `"lower"` and `"upper"`, the bounds of z* in float32 or
-    wider, and `"rounding_limited"`: whether rounding is what is in the way. The result
-    is `successful` only for what is certified (with both tolerances zero, for the steps taken). It
-    stops early, with `nonlinear_max_steps_reached` and `rounding_limited`, after eight attempts
-    that failed, or three where rounding, times 1 / (1 - rho(J)), is seen to be above the tolerance:
-    more steps do not help, a wider dtype does. Where the tolerance is not met, by rounding or
-    because steps ran out, the bounds are no worse than those of `deqjax.certify` of the value.
+    `sol.stats` has `"relative_error"`, a proved bound on `max_i |z_i - z*_i| / z*_i` for `z =
+    sol.value` (infinite without a proof), `"lower"` and `"upper"`, the bounds on z* in float32 or
+    wider, and `"rounding_limited"`, whether rounding prevents the proof. The result is `successful`
+    only if it is certified (with both tolerances zero, if the steps were taken). The solve stops
+    early, with `nonlinear_max_steps_reached` and `rounding_limited`, after eight failed attempts,
+    or three in which rounding, times 1 / (1 - rho(J)), is seen to be above the tolerance: more
+    steps do not help, a wider dtype does. If the tolerance is not met, by rounding or because steps
+    ran out, the bounds are no worse than those of `deqjax.certify` at the value.
 
-    Where an array in f is negative, rounding has no bound (see `deqjax.certify`): the iteration
-    ends when its residual is half of the tolerance, unproved, and says `rounding_limited`.
+    If an array in f is negative, rounding has no bound (see `deqjax.certify`): the iteration stops
+    when its residual is half of the tolerance, without a proof and with `rounding_limited`.
 
-    **Cost:** one evaluation of f a step, two an attempt, one for the answer, and `2 depth + 12`
-    copies of z. On ordinary problems the certificate costs three evaluations. Where the tolerance
-    is not met, and the stats are used, that of `deqjax.certify` once, beyond `num_fn_evals`. Every
-    matrix product in f is asked for at the highest precision, on every platform.
+    **Cost:** one evaluation of f per step, two per attempt, one for the answer, and `2 depth + 12`
+    copies of z. On ordinary problems the certificate costs three evaluations. If the tolerance is
+    not met and the stats are used, also the cost of `deqjax.certify`, beyond `num_fn_evals`. Every
+    matrix product in f uses the highest precision, on every platform.
 
     **When not to use it:** for an f that is not positive concave (nothing then holds), in half
     precision (sums of some hundred terms have no certain digit), or in the first steps of training,
-    which need no certificate: `deqjax.FixedPointIteration`.
+    which need no certificate (use `deqjax.FixedPointIteration`).
 
     **Raises:** `ValueError` for a tolerance below 0 or NaN, an `upper` not above 0, `depth < 1`, or
     an f whose rounding cannot be counted (see `deqjax.certify`).
@@ -131,7 +131,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     counted: Array | None = eqx.field(init=False, default_factory=lambda: None)
 
     def __check_init__(self):
-        instead = "it is the number of differences in Anderson's window."
+        instead = "pass the number of differences in Anderson's window."
         check_int("PositiveConcaveSolver", "depth", self.depth, instead)
 
     def proved(self, memory: _Memory):
@@ -141,7 +141,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         return memory.failed >= _ATTEMPTS
 
     def blank(self, z0) -> _Memory:
-        """No bound but 0 and `upper`."""
+        """The memory without bounds except 0 and `upper`."""
         bracket = self.unbounded(z0)
         zero = bracket.lower
         empty = _secant.empty(z0, self.depth)
@@ -164,7 +164,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         return self._next(z, m, at, width)
 
     def _look(self, z: PyTree, fz: PyTree, m: _Memory) -> _Seen:
-        """The bounds that an evaluation proves, and what is to follow it."""
+        """The bounds that an evaluation proves, and the decisions that follow."""
         x, fx = flat(z, 0), flat(fz, 0)
         slack = jnp.asarray(self.margin(z), x.dtype)
         countable = jnp.isfinite(slack)
@@ -172,7 +172,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         iterating, climbing = m.phase == _ITERATE, m.phase == _CLIMB
         most, gap = self.allowed(fx), jnp.abs(fx - x)
         residual = jnp.max(gap / jnp.where(most > 0, most, 1))
-        # What rounding is all that is left of cannot become less.
+        # A residual that is only rounding cannot become smaller.
         least = jnp.where(countable, slack, jnp.finfo(x.dtype).eps)
         small = (residual <= m.trigger) | jnp.all(gap <= least * fx)
         slow = iterating & (residual > _SLOW * m.last) & (m.secants.wait > _FAST // 2)
@@ -182,7 +182,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         return _Seen(x, fx, slack, bracket, residual, iterating, slow, climb, arrived, attempt)
 
     def _iterated(self, z: PyTree, fz: PyTree, m: _Memory, at: _Seen) -> _Memory:
-        """The iteration's own memory and next iterate; unless iterating, those it stopped at."""
+        """The iteration's memory and next iterate; when not iterating, those where it stopped."""
         s = dataclasses.replace(m.secants, wait=jnp.where(at.slow, 0, m.secants.wait))
         z, fz = select(at.iterating, (z, fz), (s.z, s.f))
         ahead, after = _secant.mix(_RULE, z, fz, s)
@@ -197,28 +197,28 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         )
 
     def _width(self, m: _Memory) -> Float[Array, " n"]:
-        """Half of the bracket to be tried: its centre is off by no more than that."""
+        """The half width of the bracket to try: the error of its centre is at most this."""
         weight = jnp.where(m.failed == 0, m.centre, m.weight)
         positive = jnp.where(weight > 0, weight, 1)
         least = jnp.min(jnp.where(weight > 0, self.allowed(m.centre) / positive, jnp.inf))
         return m.part * weight * jnp.where(jnp.isfinite(least), least, 0)
 
     def _learned(self, m: _Memory, at: _Seen, width: Float[Array, " n"]) -> _Memory:
-        """The memory with what f at the two ends of an attempt that has failed says.
+        """The memory after a failed attempt, with what the values of f at its two ends say.
 
-        Their half difference is J w, and `|f(c) - c| + rounding < w - J w` is what was missing.
+        Their half difference is J w. The attempt lacked `|f(c) - c| + rounding < w - J w`.
         """
         product = (m.f_upper - at.fx) / 2
         left = jnp.abs((m.f_upper + at.fx) / 2 - m.centre)
         margin = at_most(m.centre, at.slack) - m.centre
         room = width - product
         over = lambda x: jnp.max(jnp.where(room > 0, x / jnp.where(room > 0, room, 1), jnp.inf))
-        # Where f bends too much within the width, no small residual helps; rounding asks for width.
+        # If f bends too much within the width, no small residual helps; rounding needs some width.
         bent = ~jnp.all(room > 0)
         rtol = jnp.asarray(self.rtol, width.dtype)
         finest = jnp.clip(quotient(_ROUNDINGS * at.slack, rtol), 0, 1)
         narrower = jnp.maximum(m.part / 4, jnp.minimum(finest, m.part))
-        # Rounding alone is more than there is room for, by a weight that has been mended.
+        # Rounding alone exceeds the room, even with a corrected weight.
         hopeless = (over(margin) > 1) & ~bent & (m.failed > 0)
         return m._replace(
             weight=jnp.maximum(product, _FLOOR * m.part * self.allowed(m.centre)),
@@ -230,7 +230,7 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
     def _next(
         self, z: PyTree, m: _Memory, at: _Seen, width: Float[Array, " n"]
     ) -> tuple[PyTree, _Memory]:
-        """Where f is evaluated next, and in which phase."""
+        """The next point at which f is evaluated, and its phase."""
         answer, done = self.answer(at.bracket, z)
         above = m.phase == _ABOVE
         target = jnp.where(at.climb, 2 * jnp.maximum(at.x, at.fx), m.ahead)
@@ -239,12 +239,12 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
         phase = jnp.where(above, _BELOW, _ITERATE)
         phase = jnp.where(at.attempt, _ABOVE, jnp.where(at.climb, _CLIMB, phase))
         phase = jnp.where(done, _ANSWER, phase).astype(jnp.int32)
-        # Where rounding has no bound no attempt can succeed.
+        # If rounding has no bound, no attempt can succeed.
         hopeless = at.attempt & ~jnp.isfinite(at.slack)
         failed = jnp.where(hopeless, _ATTEMPTS, m.failed)
         return select(done, answer, unflat(target, z)), m._replace(phase=phase, failed=failed)
 
     def status(self, memory: _Memory) -> Status:
-        """An iterate to which an accelerated step led is taken back while proofs are tried."""
+        """The state; while proofs are tried, an accelerated step can be taken back."""
         going = (memory.failed < _ATTEMPTS) & consistent(memory.bracket)
         return super().status(memory)._replace(retry=going & (memory.secants.stride > 0))

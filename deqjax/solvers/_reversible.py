@@ -21,12 +21,12 @@ class _Integers(NamedTuple):
     now: PyTree  # Z[k]
     z_before: PyTree  # value of Z[k-1], which carries its derivative
     overflow: Bool[Array, ""]  # an iterate would not have fitted
-    lost: Bool[Array, ""]  # that, or it was not finite: a step was not taken
+    lost: Bool[Array, ""]  # overflow, or an iterate was not finite: a step was not taken
 
 
 @jax.custom_jvp
 def _straight_through(exact: PyTree, real: PyTree) -> PyTree:
-    """`exact`, with the derivative of `real`: rounding is passed straight through."""
+    """`exact` with the derivative of `real`: a straight-through estimator for rounding."""
     del real
     return exact
 
@@ -51,51 +51,51 @@ def _nan_where(mask: Bool[Array, ""], tree: PyTree) -> PyTree:
 class Reversible(AbstractSolver):
     """The reversible fixed-point iteration `s[k+1] = (1 - beta) s[k-1] + beta f(s[k])`.
 
-    It starts from `s[-1] = s[0] = z0`. Two consecutive iterates determine the one before them,
-    `s[k-1] = (s[k+1] - beta f(s[k])) / (1 - beta)`, so that `deqjax.ReversibleAdjoint` runs the
-    iteration backwards instead of storing it. The paper's pair `(y, z)` holds consecutive iterates:
-    its one step is two of these. If `f` contracts by `k`, the error shrinks by at most
-    `|1 - beta| + beta k` a pair.
+    The iteration starts from `s[-1] = s[0] = z0`. Two consecutive iterates determine the previous
+    one, `s[k-1] = (s[k+1] - beta f(s[k])) / (1 - beta)`, so that `deqjax.ReversibleAdjoint` runs
+    the iteration backwards instead of storing it. The paper's pair `(y, z)` holds two consecutive
+    iterates: one step of the paper is two steps here. If `f` contracts by `k`, a pair multiplies
+    the error by at most `|1 - beta| + beta k`.
 
     **Exact mode** (the default): the state is the integer `Z = round(z 2^b)`, and with
     `1 - beta = sign / d`
 
         Z[k+1] = sign floor(Z[k-1] / d) + round(beta f(z[k]) 2^b),     z[k] = Z[k] 2^-b
 
-    is undone bit for bit, from any depth and in any floating-point dtype, once the remainders
-    `Z[k-1] mod d` are written down. Rounding is passed straight through by derivatives.
+    is undone bit for bit, from any depth and in any floating-point dtype, if the remainders
+    `Z[k-1] mod d` are recorded. Derivatives pass straight through rounding.
 
     **Floating-point mode** (`exact=False`): any beta. A reversed step multiplies rounding noise by
-    `1 / |1 - beta|`; `deqjax.ReversibleAdjoint` says what it does about that.
+    `1 / |1 - beta|`; the docstring of `deqjax.ReversibleAdjoint` says how it deals with this.
 
     **Arguments:**
 
     - `rtol`, `atol`, `norm`: as in `deqjax.FixedPointIteration`.
     - `beta`: relaxation, in (0, 2) and not 1. Exact: a float with `1 - beta = 1/d` or `-1/d`, d an
-        integer from 2 on (1/2, 2/3, 0.75, 0.8, 0.9, 1.2, ...). Otherwise it may be a scalar array,
-        which is differentiated; a float is not.
-    - `exact`: which mode.
+        integer from 2 on (1/2, 2/3, 0.75, 0.8, 0.9, 1.2, ...). In the floating-point mode it may be
+        a scalar array, which is differentiated; a float is not.
+    - `exact`: whether to use the exact mode.
     - `fraction_bits`: b, from 8 to 30: the exact state has the range `+-2^(31 - b)` (128 for 24) at
-        a spacing of `2^-b`, 32 bits an entry; a float64 state 64 bits, the same range and a spacing
-        of `2^-(b + 32)`. An iterate beyond it, or z0, freezes the problem and is reported as
-        `RESULTS.nonlinear_divergence` with `sol.stats["overflow"]`.
+        a spacing of `2^-b`, in 32 bits per entry. A float64 state has 64 bits per entry, the same
+        range, and a spacing of `2^-(b + 32)`. An iterate or a z0 beyond the range freezes the
+        problem, with `RESULTS.nonlinear_divergence` and `sol.stats["overflow"]`.
 
-    **Cost:** one evaluation of `f` a step; two copies of `z`. For a reversal in the exact mode
-    also `log2(d)` bits per entry and step, in whole 32-bit words, room for `max_steps` of them.
+    **Cost:** one evaluation of `f` per step; two copies of `z`. For a reversal in the exact mode
+    also `log2(d)` bits per entry and step, in whole 32-bit words, with room for `max_steps` steps.
 
-    **When not to use it:** without `deqjax.ReversibleAdjoint` it has no advantage over
-    `deqjax.FixedPointIteration`. The exact mode rounds z to the grid: not for states whose useful
-    digits lie below `2^-b`.
+    **When not to use it:** without `deqjax.ReversibleAdjoint`, as it then has no advantage over
+    `deqjax.FixedPointIteration`. The exact mode rounds z to the grid: do not use it for states
+    whose useful digits lie below `2^-b`.
 
     **Raises:** `ValueError` for a tolerance below 0 or NaN, `beta` outside (0, 2) or 1, and in the
     exact mode for a `beta` that is an array or has no integer d (the message names the two nearest
-    that have) and for `fraction_bits` out of range. A traced `beta` out of range is reported as
+    valid ones) and for `fraction_bits` out of range. A traced `beta` out of range is reported as
     `RESULTS.nonlinear_divergence`.
 
     Reference: Reversible deep equilibrium models, arXiv 2509.12917, the update of its section 3.
     """
 
-    returns_best = False  # what is returned is what is run backwards
+    returns_best = False  # the iteration runs backwards from the returned iterate
 
     rtol: Number = 1e-4
     atol: Number = 1e-6
@@ -128,7 +128,7 @@ class Reversible(AbstractSolver):
         return grid(float(self.beta), self.fraction_bits)
 
     def _quantise(self, tree: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
-        """The integers, and whether all fit."""
+        """The integers, and whether all of them fit."""
         pairs = jax.tree.map(self.grid.quantise, tree)
         integers, fits = jax.tree.transpose(jax.tree.structure(tree), None, pairs)
         return integers, _all(fits)
@@ -151,21 +151,21 @@ class Reversible(AbstractSolver):
         check_real(
             "Reversible(exact=True)",
             z0,
-            "its integers hold real numbers. Use exact=False, or real and imaginary parts as z.",
+            "use exact=False, or real and imaginary parts as z.",
         )
         integers, fits = self._quantise(z0)
         overflow = ~fits & _finite(z0)
         return _Integers(integers, integers, self.start(z0), overflow, ~fits)
 
     def status(self, memory: PyTree) -> Status:
-        """A step that the integers of the exact mode cannot take, by overflow or NaN, fails."""
+        """The state; in the exact mode a step fails at an overflow or NaN of the integers."""
         status = super().status(memory)
         if not self.exact:
             return status
         return status._replace(failed=memory.lost, overflow=memory.overflow)
 
     def mix(self, z: PyTree, fz: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
-        """`(1 - beta) s[k-1] + beta f(s[k])`, and `s[k]` for the step after."""
+        """`(1 - beta) s[k-1] + beta f(s[k])`, and `s[k]` for the next step."""
         if not self.exact:
             return lincomb(1 - self.beta, memory, self.beta, fz), z
         m: _Integers = memory
@@ -173,7 +173,7 @@ class Reversible(AbstractSolver):
         update, fits = self._quantise(self.relaxed(fz))
         pairs = jax.tree.map(self.grid.forward, m.before, update)
         after, kept = jax.tree.transpose(jax.tree.structure(update), None, pairs)
-        # What would not fit is never taken: the state stays where it last was right.
+        # A step that would not fit is never taken: the state stays at the last valid one.
         ok = fits & _all(kept) & ~m.lost
         finite = _finite(fz)
         overflow, lost = m.overflow | (~ok & finite & ~m.lost), m.lost | ~ok
@@ -184,7 +184,7 @@ class Reversible(AbstractSolver):
 
     @property
     def relaxation(self) -> Number:
-        """The beta that is used: in the exact mode `1 - 1/d` or `1 + 1/d`, to the last bit."""
+        """The beta in use: in the exact mode `1 - 1/d` or `1 + 1/d`, to the last bit."""
         return self.grid.beta if self.exact else self.beta
 
     def view(self, state: PyTree, like: PyTree) -> PyTree:

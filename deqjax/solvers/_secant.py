@@ -1,12 +1,12 @@
 """The engine of Anderson's and Broyden's methods: secants, the step they imply, a safeguard.
 
 With `g = f(z) - z`, each accepted iterate gives a secant: `s`, `y`, `v = s + y`, the differences of
-z, g and f(z) from the iterate accepted before it. The step is taken to where a combination of
-secants makes g vanish, as far as test vectors p can tell:
+z, g and f(z) from the previously accepted iterate. The step combines secants such that the linear
+model of g is orthogonal to test vectors p:
 
     z' = f(z) + sum_j c_j v_j,      <p_i, g + sum_j c_j y_j> = 0   for all i
 
-`p = -y` minimises the norm of what is left of g, which is Anderson's method; `p = s` is Broyden's.
+`p = -y` minimises the norm of this model and is Anderson's method; `p = s` is Broyden's method.
 """
 
 import abc
@@ -34,31 +34,31 @@ from ._window import (
     solve,
 )
 
-# Ten times the best residual is where a step counts as worse: with 1, where every increase does,
-# tanh at a spectral radius of 0.996 took 500 evaluations instead of 25; with no bound relu6 at
-# 1.01 did not converge.
+# A step is worse if its residual is more than ten times the best one. With 1, where every increase
+# counts, tanh at a spectral radius of 0.996 took 500 evaluations instead of 25; without a bound
+# relu6 at 1.01 did not converge.
 _WORSE = 10.0
-# A rejected step costs one evaluation, and eight Picard steps after it bound that to an eighth.
+# A rejected step costs one evaluation; eight Picard steps after it limit the loss to an eighth.
 _LONGEST_PAUSE = 8
 # Armijo's constant, and the shortest step that is tried.
 _DECREASE, _SHORTEST = 1e-4, 2.0**-5
-# A step of two or more, or one that was cut, past which g points back without having shrunk by a
-# tenth, is taken back, and the next is to be no longer than a quarter of it, or than one; after one
-# that was good, four times as long. Of 99 problems whose steps saturate, Broyden's method ended far
-# off in 97; with this none does, and the worst takes 1.7 times Picard's evaluations. Shorter steps
-# are not judged: rotations take them with g behind them.
+# A step of length two or more, or a cut one, is taken back if g then points backwards and has not
+# shrunk by a tenth. The next step is then no longer than a quarter of it, or than one; after a good
+# step, four times as long. Of 99 problems whose steps saturate, Broyden's method ended far from the
+# solution in 97; with this rule in none, and the worst takes 1.7 times Picard's evaluations.
+# Shorter steps are not judged: for rotations they are right although g points backwards.
 _SHORT, _SHRINKS, _STRETCH = 2.0, 0.9, 4.0
 
 
 class AbstractSecantSolver(AbstractSolver):
-    """A method of secants in Optimistix's and deqjax's doors."""
+    """A secant method as a solver of deqjax and Optimistix."""
 
     depth: AbstractVar[int]
 
     @property
     @abc.abstractmethod
     def rule(self) -> Rule:
-        """Which secant method."""
+        """The rule that defines the secant method."""
 
     def blank(self, z0: PyTree) -> Secants:
         """An empty window."""
@@ -70,17 +70,17 @@ class AbstractSecantSolver(AbstractSolver):
         return from_real(after, z), memory
 
     def status(self, memory: Secants) -> Status:
-        """An iterate to which an accelerated step led may be taken back."""
+        """The state; an iterate of an accelerated step may be taken back."""
         return super().status(memory)._replace(retry=memory.stride > 0)
 
 
 class _Verdict(NamedTuple):
-    """What becomes of the step that led to z."""
+    """The verdict on the step that led to z."""
 
     rejected: Bool[Array, ""]
     shorter: Bool[Array, ""]  # rejected, and tried again at half the length
     back: Bool[Array, ""]  # rejected, and taken back
-    beyond: Bool[Array, ""]  # past what it was to reach
+    beyond: Bool[Array, ""]  # gone too far
 
 
 def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]:
@@ -90,14 +90,14 @@ def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]
     verdict = _judge(rule, z, g, size, m)
     accepted = ~verdict.rejected
 
-    # Take the secant in, and combine the window.
+    # Add the secant to the window, and combine the window.
     m = push(rule, z, fz, m, accepted)
     wait = jnp.where(verdict.back, m.pause, m.wait)
     c, ready, count = _combination(rule, g, verdict, wait, m)
     m = dataclasses.replace(m, count=count)
 
-    # A rejected step ends where the Picard step from the last accepted iterate leads, or half way
-    # back to it; that Picard step needs no evaluation.
+    # After a rejected step, go half way back to the last accepted iterate, or take the Picard step
+    # from there, which needs no evaluation.
     za, fa = select(accepted, (z, fz), (m.z, m.f))
     ahead = add(fa, combine(c, m.v))
     if rule.mixed:
@@ -109,6 +109,7 @@ def mix(rule: Rule, z: PyTree, fz: PyTree, m: Secants) -> tuple[PyTree, Secants]
         ahead = select(verdict.shorter, lincomb(0.5, z, 0.5, za), ahead)
         length = jnp.where(verdict.shorter, m.length / 2, length)
 
+    # Remember the last accepted iterate, and the rules for the next step.
     m = dataclasses.replace(_paused(m, verdict, wait, ready), length=length, reach=reach)
     return ahead, dataclasses.replace(
         m,
@@ -138,17 +139,17 @@ def _judge(rule: Rule, z: PyTree, g: PyTree, size: Float[Array, ""], m: Secants)
 def _combination(
     rule: Rule, g: PyTree, verdict: _Verdict, wait: Int[Array, ""], m: Secants
 ) -> tuple[Float[Array, " m"], Bool[Array, ""], Int[Array, ""]]:
-    """The coefficients, zeros for a Picard step; whether it is none; and the rows that count."""
+    """The coefficients (zeros: a Picard step), whether it is accelerated, and the valid rows."""
     count = jnp.where(verdict.back, 0, m.count)
     ready = ~verdict.rejected & (wait == 0) & (count > 0)
     c = solve(m, products(m.p, g), rule.ridge, False)
-    broken = ready & ~jnp.all(jnp.isfinite(c))  # a breakdown: start anew
+    broken = ready & ~jnp.all(jnp.isfinite(c))  # a breakdown: restart
     ready = ready & ~broken
     return jnp.where(ready, c, 0), ready, jnp.where(broken, 0, count)
 
 
 def _paused(m: Secants, verdict: _Verdict, wait: Int[Array, ""], ready: Bool[Array, ""]) -> Secants:
-    """The memory with the Picard steps that are to come, and how much of a step this one is."""
+    """The memory with the Picard steps to come, and the fraction of a full step taken now."""
     recovering = jnp.where(m.stride > 0, jnp.maximum(m.pause // 2, 1), m.pause)
     pause = jnp.where(verdict.back, jnp.minimum(2 * m.pause, _LONGEST_PAUSE), m.pause)
     return dataclasses.replace(
@@ -160,7 +161,7 @@ def _paused(m: Secants, verdict: _Verdict, wait: Int[Array, ""], ready: Bool[Arr
 
 
 def _reach(m: Secants, rejected: Bool[Array, ""], beyond: Bool[Array, ""]) -> Float[Array, ""]:
-    """How long a step may be, by what became of the last one."""
+    """The longest length of the next step, by the verdict on the last one."""
     longer = jnp.clip(_STRETCH * m.length, m.reach, LONGEST)
     reach = jnp.where(rejected, m.reach, longer)
     return jnp.where(beyond, jnp.maximum(m.length / _STRETCH, 1), reach)
@@ -174,7 +175,7 @@ def _within(
     m: Secants,
     size: Float[Array, ""],
 ) -> tuple[PyTree, Float[Array, ""]]:
-    """The step from z to `ahead`, cut to its reach if it is an accelerated one, and its length."""
+    """The end of the step from z to `ahead`, cut to `reach` if accelerated, and its length."""
     step = minus(ahead, z)
     known = jnp.arange(m.sizes.size, dtype=m.count.dtype) < m.count
     unit = jnp.maximum(jnp.max(jnp.where(known, m.sizes, 0)), size)

@@ -11,32 +11,32 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._step import AbstractMemory
 from .._tree import add, lincomb, select, two_norm, unify, widen
 
-# In units of the longest Picard step of the window. Where ||g|| hardly changes with z, as of x -
-# tanh(x), secants say nothing of how far to go, and steps went to 1e10 and back. At rho(J) = 0.999
-# they are to be up to 1 / (1 - rho) long; with 1e4, a relative residual of 1e-4 would call a z
-# solved that one such step has thrown away.
+# In units of the longest Picard step of the window. If ||g|| hardly changes with z, as for
+# x - tanh(x), secants do not say how far to go, and steps went to 1e10 and back. At rho(J) = 0.999
+# steps have to be up to 1 / (1 - rho) long. With 1e4, a z that one such step has thrown far away
+# would count as solved at a relative residual of 1e-4.
 LONGEST = 1e3
 
 
 class Rule(eqx.Module):
-    """Which secant method."""
+    """The definition of a secant method."""
 
-    galerkin: bool = eqx.field(static=True)  # p = s, and not -y
-    mixing: Any = 1.0  # z' = z + mixing g, and so on, where it is not 1
+    galerkin: bool = eqx.field(static=True)  # p = s instead of -y
+    mixing: Any = 1.0  # damping, if not 1: z' = z + mixing g, and so on
     ridge: Any = 0.0
     line_search: bool = eqx.field(static=True, default=False)
 
     @property
     def mixed(self) -> bool:
-        """Whether g is needed beside f."""
+        """Whether g is needed besides f."""
         return not (isinstance(self.mixing, float | int) and self.mixing == 1)
 
 
 class Secants(AbstractMemory):
-    """The memory of a secant method, of one problem."""
+    """The memory of a secant method, for one problem."""
 
     z: PyTree  # the last accepted iterate
-    f: PyTree  # f of it
+    f: PyTree  # f at that iterate
     p: PyTree  # test vectors, in rows
     v: PyTree  # differences of f, in rows
     norms: Float[Array, " m"]  # ||p_i||
@@ -45,23 +45,23 @@ class Secants(AbstractMemory):
     count: Int[Array, ""]  # rows written since the last restart
     size: Float[Array, ""]  # ||g|| at the last accepted iterate
     best: Float[Array, ""]  # the least ||g|| so far
-    stride: Float[Array, ""]  # how much of an accelerated step led to z; 0: a Picard step did
+    stride: Float[Array, ""]  # the fraction of an accelerated step that led to z; 0: a Picard step
     wait: Int[Array, ""]  # Picard steps to take before the next accelerated one
-    pause: Int[Array, ""]  # how many there will be after the next rejection
-    length: Float[Array, ""]  # of the accelerated step that led to z, in Picard steps; 0: as above
-    reach: Float[Array, ""]  # how long the next may be
+    pause: Int[Array, ""]  # Picard steps after the next rejection
+    length: Float[Array, ""]  # of the accelerated step to z, in Picard steps; 0: a Picard step
+    reach: Float[Array, ""]  # the longest length of the next accelerated step
 
     def kept(self, moves, active, old):
-        """The window as it is, and what counts beside it of the problems that were active.
+        """The new window, with the small arrays beside it from the problems that were active.
 
-        At the same z there is no secant to take in but that from an iterate that was rejected,
-        which is not counted. A copy of the window would cost more than a step.
+        A frozen problem, at the same z, adds no secant. One from a rejected iterate may be written,
+        but is not counted. So the window needs no copy, which would cost more than a step.
         """
         return eqx.tree_at(_small, self, select(active, _small(self), _small(old)))
 
 
 def empty(z0: PyTree, rows: int) -> Secants:
-    """No secant yet, and room for so many."""
+    """A memory without secants, with room for `rows` of them."""
     blank = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), z0)
     dtype = two_norm(z0).dtype
     inf, zero = jnp.asarray(jnp.inf, dtype), jnp.asarray(0, jnp.int32)
@@ -102,12 +102,12 @@ def _set_row(rows: PyTree, k: Int[Array, ""], row: PyTree) -> PyTree:
 
 
 def restart(now: Bool[Array, ""], m: Secants) -> Secants:
-    """The memory as before the first step, where `now`: what is in the window counts no more."""
+    """The memory as before the first step, if `now`: the rows in the window count no more."""
     return eqx.tree_at(_small, m, select(now, _small(empty(m.z, m.gram.shape[0])), _small(m)))
 
 
 def _small(m: Secants) -> tuple[Array, ...]:
-    """The part of the memory that counts, beside the window."""
+    """The scalar part of the memory, besides the window."""
     return m.count, m.size, m.best, m.stride, m.wait, m.pause, m.length, m.reach
 
 
@@ -119,7 +119,7 @@ def differences(rule: Rule, m: Secants) -> PyTree:
 
 
 def inverse(m: Secants, x: PyTree, *, transpose: bool) -> PyTree:
-    """`-B^-1 x` of Broyden's B, an estimate of `(I - J)^-1 x`; or of the transpose of both.
+    """`-B^-1 x` for Broyden's B, an estimate of `(I - J)^-1 x`; or the same for both transposes.
 
     With S and V the rows s and v: `x + V^T T^-1 S x`, and `x + S^T T^-T V x`.
     """
@@ -130,14 +130,15 @@ def inverse(m: Secants, x: PyTree, *, transpose: bool) -> PyTree:
 
 
 def push(rule: Rule, z: PyTree, fz: PyTree, m: Secants, accept: Bool[Array, ""]) -> Secants:
-    """The window with the secant of an accepted iterate."""
+    """Adds the secant of an accepted iterate to the window."""
     s, v = minus(z, m.z), minus(fz, m.f)
     y = minus(v, s)
     p = s if rule.galerkin else jax.tree.map(jnp.negative, y)
     k = m.count % m.gram.shape[0]
-    # The first iterate has none before it, and a frozen problem meets the same one again. Broyden's
-    # window then stays what it is, for `inverse`; Anderson's is given up, which saves reading the
-    # row that would have to stay. Without what is not finite, since 0 times that would be NaN.
+    # There is no secant at the first iterate, or when a frozen problem meets the same one again.
+    # Broyden's window then stays as it is, for `inverse`; Anderson's is emptied, which saves
+    # reading the row that would have to stay. Values that are not finite are left out, since 0
+    # times them would be NaN.
     norm = two_norm(p)
     new = accept & jnp.isfinite(m.size) & (norm > 0) & jnp.isfinite(norm)
 
@@ -146,6 +147,7 @@ def push(rule: Rule, z: PyTree, fz: PyTree, m: Secants, accept: Bool[Array, ""])
             return _set_row(rows, k, select(new, x, jax.tree.map(lambda r: r[k], rows)))
         return _set_row(rows, k, jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), x))
 
+    # Write the row, and its row and column of the Gram matrix.
     rows_p, rows_v = row(m.p, p), row(m.v, v)
     column = -products(rows_p, y)
     across = products(rows_p, s) - products(rows_v, s) if rule.galerkin else column
@@ -163,20 +165,20 @@ def push(rule: Rule, z: PyTree, fz: PyTree, m: Secants, accept: Bool[Array, ""])
 
 
 def solve(m: Secants, b: Float[Array, " m"], ridge: Any, transpose: bool) -> Float[Array, " m"]:
-    """`gram c = b`, with test vectors of unit length and a ridge, or with its transpose."""
+    """Solves `gram c = b`, or its transpose, with test vectors of unit length and a ridge."""
     rows = m.gram.shape[0]
     known = jnp.arange(rows, dtype=m.count.dtype) < m.count
     unit = jnp.where(known, 1 / jnp.where(known, m.norms, 1), 0)
     gram = unit[:, None] * (m.gram.T if transpose else m.gram) * unit[None]
-    # The Gram matrix of unit vectors has their number as its trace.
+    # The trace of the Gram matrix of unit vectors is their number.
     trace = jnp.minimum(m.count, rows).astype(gram.dtype)
     eye = jnp.eye(rows, dtype=gram.dtype)
-    # Less than the rounding of the diagonal would be no ridge.
+    # A ridge below the rounding of the diagonal would have no effect.
     ridge = jnp.maximum(jnp.asarray(ridge, gram.dtype), jnp.finfo(gram.dtype).eps)
     gram = gram + ridge * trace * eye
     gram = jnp.where(known[:, None] & known[None], gram, eye)
     b = unit * b.astype(gram.dtype)
-    # A breakdown is NaN, and stays what it is to derivatives too if it is found out beforehand.
+    # A breakdown gives NaN. It is detected beforehand, so that its derivatives stay defined.
     found = jnp.linalg.solve(*jax.lax.stop_gradient((gram, b)))
     good = jnp.all(jnp.isfinite(found))
     c = jnp.linalg.solve(jnp.where(good, gram, eye), b)

@@ -19,53 +19,53 @@ from ._tape import Digits, Segments, segment_length
 class ReversibleAdjoint(AbstractAdjoint):
     """Differentiates the steps of `deqjax.Reversible` by running them backwards.
 
-    With `g[k]` the cotangent of the iterate `s[k]`, a step is undone, its `f` evaluated where it
-    was, and the step's transpose applied, for k = n, ..., 1:
+    With `g[k]` the cotangent of the iterate `s[k]`, for k = n, ..., 1 a step is undone, `f` is
+    evaluated at the same point, and the transpose of the step is applied:
 
         s[k-2]  = (s[k] - beta f(s[k-1])) / (1 - beta)
         g[k-1] += beta J(s[k-1])^T g[k]
         g[k-2] += (1 - beta) g[k]
 
-    and the cotangents of everything that `f` depends on are summed on the way.
+    and the cotangents of everything that `f` depends on are summed.
 
     **Exact mode** of the solver: states are undone bit for bit, so that the gradient is that of
     the steps taken at any depth, with the rounding error of ordinary backpropagation. `f` has to
-    give the same bits in the forward and in the backward program; it is compiled by itself in both
-    to that end, and whether it did is seen at the end, where the sweep has to arrive exactly at z0.
-    On one device and for data parallelism; a cell sharded over tensors reduces in another order in
-    each program. Randomness is drawn once per solve and passed in.
+    give the same bits in the forward and in the backward program. To this end f is compiled by
+    itself in both. The check is at the end: the sweep has to arrive exactly at z0. This works on
+    one device and for data parallelism; a cell sharded over tensors reduces in another order in
+    each program. Draw random numbers once per solve and pass them in.
 
-    **Floating-point mode**: every k-th pair of states is stored, reversal starts anew from each,
-    and is compared with it.
+    **Floating-point mode**: every k-th pair of states is stored. The reversal is compared with each
+    pair, and starts again from it.
 
-    A problem whose cotangent is zero, because the loss masks it, spoils no other's gradient. Under
-    `jax.vmap(..., axis_name=...)` `f` may not use that axis.
+    A problem whose cotangent is zero, because the loss masks it, does not affect the gradient of
+    another. Under `jax.vmap(..., axis_name=...)` `f` may not use that axis.
 
     **Arguments:**
 
-    - `on_failure`: what becomes of a gradient whose reversal did not arrive where it has to:
-        `"nan"`, `"raise"` a run-time error, `"keep"` nothing. Exact: anything but equality with z0.
-        Floating point: a stored state missed by more than `10 sqrt(eps)` of its size.
-        `deqjax.reversible_vjp` tells how it went, without either.
-    - `segment`: k, of the floating-point mode alone. `"auto"` lets reversal lose half of the
+    - `on_failure`: the result of a gradient whose reversal failed: `"nan"`, `"raise"` a run-time
+        error, `"keep"` no change. In the exact mode, the reversal fails if it does not end exactly
+        at z0; in the floating-point mode, if it misses a stored state by more than `10 sqrt(eps)`
+        of its size. `deqjax.reversible_vjp` reports the outcome.
+    - `segment`: k, only for the floating-point mode. `"auto"` lets the reversal lose half of the
         digits, `(1 / |1 - beta|)^k = eps^(-1/2)`: 12 steps at beta = 1/2 and 5 at 0.8 in float32;
-        for a beta that is traced, that of `|1 - beta| = 1/10`. `None` is the textbook sweep: only
-        z0 is known, nothing is checked, and after n steps the early states carry a relative error
-        of about `eps |1 - beta|^-n` (0.25 after 22 steps at beta = 1/2 in float32), and so, up to
-        the contraction of f, does the gradient.
+        for a traced beta, as for `|1 - beta| = 1/10`. `None` is the textbook sweep: only z0 is
+        known, and nothing is checked. After n steps the early states have a relative error of about
+        `eps |1 - beta|^-n` (0.25 after 22 steps at beta = 1/2 in float32); up to the contraction of
+        f, the gradient has it too.
 
-    **Cost:** backwards, one evaluation of `f` with its VJP a step; exact, one more evaluation.
-    Kept from forwards to backwards per entry of z: two states (8 bytes in float32); exact,
-    `log2(d)` bits a step in whole 4-byte words with room for `max_steps`; floating point, two
-    states every k steps. In the sweep, five copies of `z` and one of the parameters, whatever the
-    number of steps, and under `jax.vmap` too one of those that examples share. Through Optimistix's
-    front door the steps are taken a second time for the record.
+    **Cost:** backwards, one evaluation of `f` with its VJP per step; in the exact mode one more
+    evaluation. Stored for the backward pass, per entry of z: two states (8 bytes in float32); in
+    the exact mode `log2(d)` bits per step in whole 4-byte words, with room for `max_steps` steps;
+    in the floating-point mode two states every k steps. In the sweep, five copies of `z` and one of
+    the parameters, for any number of steps; under `jax.vmap` too, only one of those that examples
+    share. Called by Optimistix, the steps are taken a second time for the record.
 
     Forward mode differentiates the recurrence as it runs. Higher derivatives, in any order of
     modes, differentiate it from its start by checkpoints: `sqrt(max_steps)` states.
 
     **When not to use it:** at a converged fixed point, where `deqjax.ImplicitAdjoint` needs no
-    steps; for an `f` that cannot be reproduced (`deqjax.RecursiveCheckpointAdjoint`).
+    steps; for an `f` that cannot be reproduced (use `deqjax.RecursiveCheckpointAdjoint`).
 
     **Raises:** `ValueError` with a solver other than `deqjax.Reversible`, for an `on_failure` or
     `segment` that is none of the above, or in the exact mode through Optimistix with no
@@ -95,7 +95,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         if not (k is None or k == "auto" or is_int(k)):
             raise ValueError(
                 f'ReversibleAdjoint expects segment to be "auto", None or an int of at least 1, '
-                f"got {k!r}; it is the number of steps between two stored states."
+                f"got {k!r}; pass the number of steps between two stored states."
             )
 
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
@@ -108,7 +108,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             out, rec = recorded(stop_gradient(flat))
         else:
             most = check_ceiling(
-                "ReversibleAdjoint", p.max_steps, ", for which there has to be room"
+                "ReversibleAdjoint", p.max_steps, ", which sets the size of the record"
             )
             out = primal_fn((*stop_gradient(inputs), lax_while))
             budget = Budget(most, LoopResult(*out[1][:3]).num_steps, 0, fixed=True)
@@ -118,7 +118,7 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     def check_solver(self, solver: Any) -> None:
         """Raises `ValueError` for another solver than `Reversible`."""
-        # The class itself: a subclass may mix by another rule, which would be undone wrongly.
+        # Only the class itself: a subclass may mix by another rule, which would be undone wrongly.
         if type(solver) is not Reversible:
             raise ValueError(
                 f"ReversibleAdjoint expects the solver deqjax.Reversible, got "
@@ -135,7 +135,7 @@ class ReversibleAdjoint(AbstractAdjoint):
 
 
 def _of_steps(on_failure: str, out: PyTree, inputs: tuple, t_inputs: tuple) -> PyTree:
-    """The tangent of z by the steps taken, as `attach` wants it."""
+    """The tangent of z by the steps taken, in the form that `attach` expects."""
     del out
     (flat, rec), (t_flat, _) = inputs, t_inputs
     if rec is None:  # Optimistix's loop has recorded nothing

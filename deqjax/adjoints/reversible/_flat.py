@@ -1,4 +1,4 @@
-"""A solve in a form to which `jax.vmap` can add a batch axis without multiplying what is shared."""
+"""A solve in a form to which `jax.vmap` can add a batch axis without copying shared arrays."""
 
 import dataclasses
 import functools as ft
@@ -21,9 +21,9 @@ Arrays = list[Array]
 class Flat(eqx.Module):
     """The solve of `z = f(arrays, z)`, with every array that f depends on in one list.
 
-    Two forms of f: the one that is iterated, and the one that is differentiated, which under
-    `jax.vmap(jax.grad(...))` has a copy per example of what the other shares between examples. The
-    bits of f may differ between the two: matrix products of other shapes round otherwise.
+    There are two forms of f: `f` is iterated, `own_f` is differentiated. Under
+    `jax.vmap(jax.grad(...))`, `own_f` has a copy per example of arrays that `f` shares between
+    examples. Their bits may differ: matrix products of other shapes round differently.
     """
 
     f: Callable[[Arrays, PyTree], PyTree] = eqx.field(static=True)
@@ -34,7 +34,7 @@ class Flat(eqx.Module):
     tape: AbstractTape
     own_f: Callable[[Arrays, PyTree], PyTree] = eqx.field(static=True)
     to_own: Callable[[Arrays], Arrays] = eqx.field(static=True)
-    # For each array of that form and each problem axis, whether it has an entry per problem.
+    # For each array of `own_f` and each problem axis, whether it has an entry per problem.
     per_problem: tuple[tuple[bool, ...], ...] = eqx.field(static=True)
 
     def inputs(self, while_loop: Callable) -> tuple:
@@ -44,10 +44,10 @@ class Flat(eqx.Module):
         return fn, self.solver, self.z0, self.arrays, budget, while_loop
 
     def mapped(self, size: int, batched: Any, own: Sequence[bool]) -> "Flat":
-        """The batch of solves under `jax.vmap`, as one solve with a batch axis more.
+        """The batch of solves under `jax.vmap`, as one solve with one more batch axis.
 
-        `batched` tells which leaves have that axis, in front. Arrays that do not have it stay
-        shared between examples, and so do their cotangents but of those that are `own`.
+        `batched` says which leaves have that axis, in front. Arrays without it stay shared between
+        examples, and so do their cotangents, except those of `own` arrays.
         """
         spread = ft.partial(with_axis, size)
         in_axes = [0 if b else None for b in batched.arrays]
@@ -72,11 +72,11 @@ class Flat(eqx.Module):
 
 
 def _with_problems(size: int, budget: Budget, batched: bool) -> Budget:
-    """The budget of a batch of solves; `batched` tells whether each has a limit of its own."""
+    """The budget of a batch of solves; `batched` says whether each has a limit of its own."""
     rank, limit = budget.rank + 1, budget.limit
     if limit.ndim or batched:  # else one for all problems
         limit = with_axis(size, limit, batched)
-        # Its axes are the leading ones of the problems: others have to be there to line up.
+        # Its axes are the leading problem axes: axes of length 1 make it line up with the others.
         limit = limit.reshape(limit.shape + (1,) * (rank - limit.ndim))
     return dataclasses.replace(budget, limit=limit, rank=rank)
 
@@ -84,7 +84,7 @@ def _with_problems(size: int, budget: Budget, batched: bool) -> Budget:
 def flatten(
     fn: Callable, args: PyTree, solver: Any, z0: PyTree, budget: Budget, tape: AbstractTape
 ) -> Flat:
-    """The solve of `z = fn(z, args)[0]`; `fn` a pytree of all arrays that it closes over."""
+    """The solve of `z = fn(z, args)[0]`; `fn` is a pytree of all arrays that it closes over."""
     dynamic, static = eqx.partition((fn, args), eqx.is_array)
     arrays, treedef = jax.tree.flatten(dynamic)
 
@@ -97,7 +97,7 @@ def flatten(
 
 
 def with_axis(size: int, tree: PyTree, batched: PyTree) -> PyTree:
-    """`tree`, each of its arrays with the batch axis in front, where those `batched` have it."""
+    """`tree` with the batch axis in front of each array; the `batched` ones have it already."""
 
     def leaf(x, batched):
         return jnp.broadcast_to(x, (size, *x.shape)) if eqx.is_array(x) and not batched else x
@@ -108,7 +108,7 @@ def with_axis(size: int, tree: PyTree, batched: PyTree) -> PyTree:
 def batchable(call: Callable) -> Callable:
     """`call(flat, own, record, gz)`, for which `jax.vmap` is the same call of the mapped solve.
 
-    Without it, the loop inside would carry one copy per example of what its examples share, and
+    Otherwise, the loop inside would carry one copy per example of arrays that examples share, and
     mask f by conditions that differ between examples.
     """
 
@@ -122,6 +122,7 @@ def batchable(call: Callable) -> Callable:
             flat, record, gz = rebuild(leaves)
             return call(flat, own, record, gz)
 
+        # Under `jax.vmap`: the same call, of the mapped solve.
         @primal.def_vmap
         def _(size, batched, *leaves):
             flat, record, gz = rebuild(leaves)
@@ -130,7 +131,7 @@ def batchable(call: Callable) -> Callable:
             if any(jax.tree.leaves((b_flat, b_record))):
                 record = with_axis(size, record, b_record)
                 out = wrapped(flat.mapped(size, b_flat, own), own, record, gz)
-            else:  # several cotangents of one solve, which stays one
+            else:  # several cotangents of one solve
                 out = jax.vmap(lambda gz: call(flat, own, record, gz))(gz)
             return out, jax.tree.map(lambda _: True, out)
 

@@ -1,9 +1,9 @@
 """The derivative of the steps of the reversible iteration, as one linear operation.
 
-It is a primitive because its transpose is not what transposing it would give: the transpose is the
-backward sweep, which needs the last two states and not the ones between. And under `jax.vmap` the
-whole is again one such operation, of the mapped solve, so that what examples share has one
-cotangent; `jax.custom_vjp` would make one per example.
+It is a primitive in order to have its own transpose: the backward sweep, which needs the last two
+states and not the ones between. Under `jax.vmap` it is again one such operation, of the mapped
+solve, so that an array that examples share has one cotangent; `jax.custom_vjp` would make one per
+example.
 """
 
 import functools as ft
@@ -27,7 +27,7 @@ from ._sweep import Cotangents, Record, judged, sweep
 
 
 def steps(flat: Flat, diff: Cotangents, num_steps: Any, while_loop: Callable) -> PyTree:
-    """`s[n]` by the real recurrence, as a function of `diff`: that whose derivative is meant."""
+    """`s[n]` by the real recurrence, as a function of `diff`: the function to differentiate."""
     arrays = [x if new is None else new
               for x, new in zip(flat.to_own(flat.arrays), diff.arrays, strict=True)]  # fmt: skip
     beta = flat.solver.relaxation if diff.beta is None else diff.beta
@@ -45,13 +45,13 @@ def chosen(flat: Flat, own: Sequence[bool]) -> Cotangents:
 
 
 def linear(flat: Flat, record: Record, tangents: Cotangents, on_failure: str) -> PyTree:
-    """The tangent of `s[n]` for those of arrays, z0 and beta; its transpose is `backward`."""
+    """The tangent of `s[n]` from those of arrays, z0 and beta; its transpose is `backward`."""
     return eqxi.filter_primitive_bind(_linear_p, flat, record, tangents, on_failure)
 
 
 @eqx.filter_custom_jvp
 def backward(flat: Flat, own: Sequence[bool], record: Record, gz: PyTree) -> tuple[Cotangents, Any]:
-    """`sweep`, with derivatives of its own."""
+    """`sweep`, with its own derivative rule."""
     return sweep(flat, own, record, gz)
 
 
@@ -60,8 +60,8 @@ def _backward_jvp(primals, tangents):
     flat, own, record, gz = primals
     t_flat, _, _, t_gz = tangents
 
-    # The states are functions of what is perturbed here too: differentiate the recurrence from
-    # its start, by checkpoints, since reversal would amplify the rounding of their tangents.
+    # The states depend on the perturbed values too: differentiate the recurrence from its start,
+    # by checkpoints, since reversal would amplify the rounding of the states' tangents.
     moving, still = eqx.partition(flat, eqx.is_inexact_array)
 
     def vjp(moving, gz):
@@ -131,7 +131,7 @@ def _batch(inputs, axes):
     front = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in places]
     flat, record, t, on_failure = jax.tree.unflatten(treedef, front)
     b_flat, b_record, b_t, _ = jax.tree.unflatten(treedef, [a is not None for _, a in places])
-    # An array with a tangent per example has to be one per example itself, and the reverse.
+    # An array with a tangent per example needs a copy per example, and the reverse.
     own = [
         t is not None and (b or c)
         for t, b, c in zip(t.arrays, b_flat.arrays, b_t.arrays, strict=True)

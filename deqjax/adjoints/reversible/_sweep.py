@@ -30,18 +30,18 @@ from ._flat import Flat, batchable
 
 
 class Record(eqx.Module):
-    """The record that a forward loop leaves to the backward sweep."""
+    """The record that a forward loop leaves for the backward sweep."""
 
     pair: Pair  # the last two states
     tape: PyTree
     num_steps: Int[Array, "..."]
-    lost: Bool[Array, "..."]  # a step could not be taken, and so not be undone
+    lost: Bool[Array, "..."]  # a step could not be taken, and so cannot be undone
 
 
 class Cotangents(eqx.Module):
     """Cotangents of the differentiated arrays (None for the others), of z0 and of beta.
 
-    Tangents and the primals themselves are kept in the same form; arrays in that of `own_f`.
+    Tangents and primals have the same form; the arrays are those of `own_f`.
     """
 
     arrays: Sequence[Array | None]
@@ -53,7 +53,7 @@ class _Sweep(NamedTuple):
     k: Int[Array, ""]  # steps that are not yet undone
     y: PyTree  # s[k-1]
     z: PyTree  # s[k]
-    words: PyTree  # what the tape wants to be carried
+    words: PyTree  # carried for the tape
     gy: PyTree  # cotangents of the two states
     gz: PyTree
     gp: list[Array]  # cotangents of the arrays
@@ -63,13 +63,13 @@ class _Sweep(NamedTuple):
 
 @batchable
 def run(flat: Flat, own: Sequence[bool], record: None, gz: None) -> tuple[PyTree, LoopResult]:
-    """`iterate`, recording."""
+    """`iterate`, with a record."""
     del own, record, gz
     return iterate(flat.inputs(lax_while))
 
 
 def recorded(flat: Flat) -> tuple[tuple[PyTree, LoopResult], Record]:
-    """The result of `iterate`, and the record of it."""
+    """The result of `iterate`, and its record."""
     out = run(flat, [False] * len(flat.arrays))
     z, loop = out
     state = loop.state
@@ -84,7 +84,7 @@ def sweep(
 ) -> tuple[Cotangents, Float[Array, "..."]]:
     """The cotangents of a solve whose value has cotangent `gz`, and the mismatch of its reversal.
 
-    The mismatch has one entry per problem. `own` are the arrays that are differentiated.
+    The mismatch has one entry per problem. `own` marks the arrays that are differentiated.
     """
     params, others = eqx.partition(flat.to_own(flat.arrays), list(own))
     memory = per_problem(flat.solver.blank, flat.budget.rank)(flat.z0)
@@ -98,10 +98,10 @@ def sweep(
         gz = select(active, c.gz, _zeros(c.gz)) if waits else c.gz
         y = flat.solver.view(c.y, flat.z0)
         fy, dp, dy = _pulled_back(flat, params, others, y, gz)
-        if flat.tape.isolated:  # to the bits that the forward loop saw
+        if flat.tape.isolated:  # with the bits that the forward loop had
             fy, _ = isolate(lambda y, arrays: (flat.f(arrays, y), None), i)(y, flat.arrays)
 
-        # Undo the step, and pass its cotangents on; a problem that waits keeps what it has.
+        # Undo the step, and pass its cotangents on; a problem that waits keeps its own.
         first, pair = c.k == record.num_steps, (c.y, c.z)
         before, words, gap = flat.tape.undo(
             flat.solver, record.tape, c.words, i, first, pair, fy, start, flat.budget.rank
@@ -114,6 +114,7 @@ def sweep(
         y, z, gy, gz, words, gbeta, gap = vary((*new, words, gbeta, gap), axes)
         return _Sweep(c.k - 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, gap)
 
+    # Sweep from the last step to the first.
     init = _last(flat, record, params, gz, total, axes)
     end = lax_while(lambda c: c.k > 0, body, init)
     out = Cotangents(cast(end.gp, params), add(end.gy, end.gz), _of_relaxation(flat, end.gbeta))
@@ -122,9 +123,9 @@ def sweep(
 
 
 def _trips(flat: Flat, record: Record, params: PyTree, axes: Axes) -> tuple[Int[Array, ""], bool]:
-    """The steps that the sweep takes, and whether a problem may have to wait for its own."""
-    # Inside shard_map the VJP of f sums over devices what f closes over and what does not vary:
-    # then all devices have to take part in each, so they sweep as often as the slowest.
+    """The number of steps of the sweep, and whether a problem may have to wait for its own."""
+    # Inside shard_map the VJP of f sums over devices the cotangents of closed-over arrays that do
+    # not vary. All devices have to take part in each sum, and sweep as often as the slowest.
     collective = any(mesh_axes(x) != axes for x in jax.tree.leaves(params))
     budget = flat.budget
     total = budget.limit if budget.uniform else jnp.max(record.num_steps, initial=0)
@@ -136,7 +137,7 @@ def _last(
     flat: Flat, record: Record, params: PyTree, gz: PyTree, total: Int[Array, ""], axes: Axes
 ) -> _Sweep:
     """The carry at the end of the solve, where the sweep begins."""
-    # Sums over steps are kept in float32 or wider, and like the sums over devices inside f.
+    # Sums over steps are in float32 or wider, and vary over the mesh axes of the parameters.
     gp = jax.tree.map(lambda x: vary(jnp.zeros_like(widen(x)), mesh_axes(x)), params)
     gbeta = jnp.zeros(record.num_steps.shape, dot(gz, gz).dtype)
     gap = jnp.zeros(record.num_steps.shape, jnp.float32)
@@ -159,7 +160,7 @@ def _pulled_back(flat: Flat, params: PyTree, others: PyTree, y: PyTree, gz: PyTr
 def _plus_relaxation(
     flat: Flat, gbeta: Inexact[Array, "..."], gz: PyTree, fy: PyTree, before: PyTree
 ) -> Inexact[Array, "..."]:
-    """The cotangent of beta with that of one step, `<gz, f(y) - s[k-1]>`, if beta is an array."""
+    """Adds that of one step, `<gz, f(y) - s[k-1]>`, to the cotangent of an array beta."""
     if not eqx.is_array(flat.solver.relaxation):
         return gbeta
     one = lambda g, fy, x: dot(conjugate(g), lincomb(1, fy, -1, x))
@@ -167,7 +168,7 @@ def _plus_relaxation(
 
 
 def _of_relaxation(flat: Flat, gbeta: Inexact[Array, "..."]) -> Array | None:
-    """The cotangent in the shape of beta: one that problems share has the sum of theirs."""
+    """The cotangent in the shape of beta: a beta that problems share gets the sum of theirs."""
     beta = flat.solver.relaxation
     if not eqx.is_array(beta):
         return None
@@ -181,9 +182,9 @@ def _zeros(tree: PyTree) -> PyTree:
 def judged(
     flat: Flat, out: Cotangents, gap: Float[Array, "..."], gz: PyTree, on_failure: str
 ) -> Cotangents:
-    """`out` if every reversal has ended where it has to, and otherwise what `on_failure` says.
+    """`out`, treated as `on_failure` says if a reversal did not end where it has to.
 
-    A problem whose cotangent is zero adds nothing to any other, wherever its reversal has ended.
+    A problem whose cotangent is zero does not affect any other, wherever its reversal ended.
     """
     used = per_problem(lambda gz: max_abs(gz) != 0, flat.budget.rank)(opaque(gz))
     wrong = used & ~(gap <= flat.tape.bound(flat.z0))
@@ -196,11 +197,12 @@ def judged(
         if x is None:
             return None
         bad = jnp.any(wrong, tuple(i for i, has in enumerate(has_axis) if not has))
-        # An array that all devices of a shard_map share has one cotangent, their sum.
+        # An array that all devices of a shard_map share has one cotangent, the sum of theirs.
         missing = tuple(mesh_axes(bad) - mesh_axes(x))
         bad = jax.lax.pmax(bad, missing) if missing else bad
         return select(bad, jnp.full_like(x, jnp.nan), x)
 
+    # Poison the cotangents that a wrong reversal has part in.
     rank = wrong.ndim
     own_axes = lambda x: (True,) * x.ndim + (False,) * (rank - x.ndim)
     return Cotangents(

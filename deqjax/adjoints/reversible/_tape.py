@@ -1,7 +1,7 @@
-"""The record of the way forward from which the reversible iteration is run backwards.
+"""The record of the forward loop, from which the reversible iteration runs backwards.
 
-Step i goes from `s[i-1], s[i]` to `s[i+1]`. A tape is a pytree like the state whose leaves have an
-axis of rows behind the batch axes.
+Step i goes from `s[i-1], s[i]` to `s[i+1]`. A tape is a pytree like the state; its leaves have an
+axis of rows after the batch axes.
 """
 
 import math
@@ -19,7 +19,7 @@ from ...solvers._grid import Grid
 
 
 class Digits(AbstractTape):
-    """The remainders that a step of the exact mode divides away, packed in 32-bit words."""
+    """The remainders that the divisions of the exact mode drop, packed in 32-bit words."""
 
     grid: Grid
 
@@ -47,7 +47,7 @@ class Digits(AbstractTape):
     def undo(self, solver, tape, words, i, first, pair, fy, start, rank):
         d, m = np.uint32(self.grid.d), self.grid.per_word
         stored = jax.tree.map(lambda x: _row(x, i // m, rank), tape)
-        # A word is read when its last digit is due, and used up on the way to its first.
+        # A word is read when its last digit is needed, and used up down to its first.
         words = select(first | (i % m == m - 1), stored, words)
         digits = jax.tree.map(lambda x: x % d, words)
         words = jax.tree.map(lambda x: x // d, words)
@@ -69,7 +69,7 @@ class Digits(AbstractTape):
 
 
 class Segments(AbstractTape):
-    """Every `length`-th pair of states of the floating-point mode; `None`: z0 alone."""
+    """Every `length`-th pair of states of the floating-point mode; `None`: only z0."""
 
     length: int | None = eqx.field(static=True)
 
@@ -107,7 +107,7 @@ class Segments(AbstractTape):
             known = first | second
             stored = jax.tree.map(lambda x: _row(x, jnp.maximum(k, 0), rank), tape)
         gap = jnp.where(known, per_problem(_relative_gap, rank)(raw, stored, pair), 0)
-        # A state that is known is put in its place, where reversal has amplified rounding the most.
+        # A known state replaces the reversed one, where reversal has amplified rounding the most.
         return jax.tree.map(lambda a, b: jnp.where(known, a, b), stored, raw), words, gap
 
     def final_gap(self, pair, start, rank):
@@ -131,7 +131,7 @@ def _unit(z0: PyTree) -> float:
 def segment_length(beta: Any, z0: PyTree) -> int:
     """Steps that lose half of the digits of `z0`: `(1 / |1 - beta|)^k = eps^(-1/2)`, at least 1.
 
-    A beta that is traced is taken for one with `|1 - beta|` of at least 1/10.
+    For a traced beta, `|1 - beta|` is assumed to be at least 1/10.
     """
     shrink = 0.1 if eqx.is_array(beta) else abs(1 - beta)
     return max(1, int(math.log(_unit(z0)) / 2 / math.log(shrink)))

@@ -35,30 +35,30 @@ def reversible_vjp(
     """The solve and the backward pass of `deqjax.ReversibleAdjoint` as one plain function.
 
     With g the cotangent of the value `s[n]`: `(ds[n]/dtheta)^T g`, for the arrays theta of `fn`,
-    of `args` and of `z0`, by the steps taken; and how the reversal went.
+    of `args` and of `z0`, by the steps taken; and the outcome of the reversal.
 
     **Arguments:**
 
     - `fn`, `solver`, `z0`, `args`, `batched`, `max_steps`, `steps`: as in `deqjax.fixed_point`.
     - `cotangent`: of the structure, shapes and dtypes of `z0`.
-    - `adjoint`: how to reverse, and what to do with a gradient that cannot be trusted.
+    - `adjoint`: the way to reverse, and the treatment of a gradient that cannot be trusted.
 
-    **Returns:** `((d_fn, d_args, d_z0), stats)`. `d_fn` has the structure of `fn` if that is a
-    pytree with inexact arrays (an Equinox module), `None` elsewhere; if `fn` is a plain function,
-    it is a list of the cotangents of the inexact arrays it closes over, in order of first use.
-    `stats` has, with one entry per problem,
+    **Returns:** `((d_fn, d_args, d_z0), stats)`. If `fn` is a pytree with inexact arrays (an
+    Equinox module), `d_fn` has its structure, with `None` for the other leaves. If `fn` is a plain
+    function, `d_fn` is a list of the cotangents of the inexact arrays that it closes over, in order
+    of first use. `stats` has, with one entry per problem,
 
     - `"value"`: `s[n]`; `"result"`, `"num_steps"`, `"num_fn_evals"`, `"residual"`, `"overflow"` and
         `"max_steps"`: as in `deqjax.fixed_point`.
-    - `"reversal_residual"`: exact mode, the largest difference of the initial states that the sweep
-        arrives at and the true ones, 0 if and only if they are equal; floating point, the largest
-        difference from a state that is known, relative to the size of the states. Infinite after
-        a step that the integers could not take.
-    - `"trusted"`: whether that is within the bound of `adjoint`.
+    - `"reversal_residual"`: in the exact mode, the largest difference between the initial states
+        at which the sweep arrives and the true ones, 0 if and only if they are equal; in the
+        floating-point mode, the largest difference from a known state, relative to the size of the
+        states. Infinite after a step that the integers could not take.
+    - `"trusted"`: whether the reversal residual is within the bound of `adjoint`.
 
     **Cost:** that of the solve and of `adjoint`.
 
-    **When not to use it:** inside a loss; there `deqjax.fixed_point` with the adjoint does this.
+    **When not to use it:** inside a loss, where `deqjax.fixed_point` with the adjoint does this.
 
     **Raises:** `ValueError` as `deqjax.fixed_point` and `deqjax.ReversibleAdjoint` do, if the
     cotangent is not shaped like `z0`, or if `fn` both holds and closes over inexact arrays.
