@@ -142,7 +142,7 @@ def check_steps(steps: Any, max_steps: int, shape: tuple[int, ...]) -> Int[Array
     if known and not np.all((steps >= 0) & (steps <= max_steps)):
         raise ValueError(
             f"fixed_point expects 0 <= steps <= max_steps={max_steps}, got steps={steps}; "
-            f"raise max_steps, which is the ceiling."
+            f"pass such a budget, or raise max_steps, which is the ceiling."
         )
     return jnp.asarray(steps, jnp.int32)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lineax
 from jaxtyping import PyTree
 
-from .._checks import float_state
+from .._checks import check_int, float_state
 from .._program import run
 from .._solution import RESULTS
 from .._tree import as_real, conjugate, from_real, lincomb, strong
@@ -52,8 +52,8 @@ class ImplicitAdjoint(AbstractImplicitAdjoint):
         1e4 g and misses a tenth of g, as in a singular system; or, in the default iteration, if the
         last steps show that 3 % of y or more may be rounding.
     - `y0`: the start of the linear solve, of the structure of z. `None` is g, which is also the
-        start of problems whose y0 is not finite. Useful if g and J are close to those of an earlier
-        solve (`stats["solution"]` of `deqjax.implicit_vjp`).
+        start of problems whose y0 is not finite or whose g is 0. Useful if g and J are close to
+        those of an earlier solve (`stats["solution"]` of `deqjax.implicit_vjp`).
 
     The guarantee is on the residual, which is measured. The gradient's relative error is up to
     `||(I - J)^-1||` times the residual. This factor is `1 / (1 - rho(J))` if J is normal, and can
@@ -199,8 +199,9 @@ def implicit_vjp(
         )
     z, cotangent = float_state(z), strong(cotangent)
     check_cotangent("implicit_vjp", z, cotangent)
-    if max_steps < 1:
-        raise ValueError(f"implicit_vjp expects max_steps >= 1, got {max_steps}; pass more steps.")
+    max_steps = check_int(
+        "implicit_vjp", "max_steps", max_steps, "it is the ceiling of the linear solve."
+    )
     own, form = arrays_of("implicit_vjp", fn, z, args)
     inputs = (own, z, cotangent, adjoint, max_steps, int(batched), condition)
     d, stats = run(_implicit_vjp, *inputs)

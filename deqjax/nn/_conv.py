@@ -35,13 +35,14 @@ class Conv2d(eqx.Module):
     (ceil(H / stride), ceil(W / stride), out_channels) in the same dtype. `jax.vmap` merges the
     examples into one convolution whose kernel cotangent is one sum, in float32 or wider.
 
-    **Cost:** on a CPU, 3 x 3 at stride 1 with at least 32 channels and 8 pixels per side is
-    computed by minimal filtering (Winograd), in 0.4 to 0.9 of the time of the direct sums, with ten
-    more copies of x. The rounding of minimal filtering is relative to the largest entry of the
-    result, and no larger than that of the direct sums; in the kernel's cotangent it is up to three
-    times as large. Under `jax.default_matmul_precision("highest")`, as in every certificate, the
-    direct sums are used. Any other convolution costs the same as the stock one forward; the image
-    cotangent at stride 2 is computed at the input's resolution: four times the necessary products.
+    **Cost:** on a CPU, 3 x 3 at stride 1 with at least 32 channels and 8 pixels per side, in
+    float32 or wider, is computed by minimal filtering (Winograd), in 0.4 to 0.9 of the time of the
+    direct sums, with ten more copies of x. The rounding of minimal filtering is relative to the
+    largest entry of the result, and no larger than that of the direct sums; in the kernel's
+    cotangent it is up to three times as large. Under `jax.default_matmul_precision("highest")`, as
+    in every certificate, the direct sums are used. Any other convolution costs the same as the
+    stock one forward; the image cotangent at stride 2 is computed at the input's resolution: four
+    times the necessary products.
     On accelerators the stock rules are lowered.
 
     **When not to use it:** for one kernel per example (correct, but as slow as the stock grouped

@@ -3,9 +3,9 @@
 For numbers of one sign, the relative errors of sums and products in any order add up and are never
 amplified: with unit roundoff u, a sum of m products has an error of at most `m u / (1 - m u)`
 (Higham, Accuracy and stability of numerical algorithms, 2nd ed., 2002, equation 3.5). A function
-passes on `|u sigma'(u) / sigma(u)|` of the error of its argument, bounded by 1 or less for each
-function in the table of `_rounding_rules.py`, and adds its own error. `_signs.py` proves that
-numbers have one sign; where this depends on arrays, it proves so when f runs.
+passes on `|u sigma'(u) / sigma(u)|` of the error of its argument, for which the table of
+`_rounding_rules.py` has a bound, and adds its own error. `_signs.py` proves that numbers have one
+sign; where this depends on arrays, it proves so when f runs.
 """
 
 import math

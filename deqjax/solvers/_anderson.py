@@ -23,8 +23,9 @@ class Anderson(AbstractSecantSolver):
     least value, or at which f is not finite, is taken back: the next iterate is the Picard step
     from the last accepted one, the window is emptied, and Picard steps follow, one after the first
     such failure and up to eight after later ones. A step is at most 1000 times as long as the
-    longest Picard step of the window. A step of more than twice that length is taken back too if g
-    then points backwards and has not shrunk by a tenth; the next step may be a quarter as long.
+    longest Picard step of the window. A step of at least twice that length, or one that was cut, is
+    taken back too if g then points backwards and has not shrunk by a tenth; the next step may be a
+    quarter as long.
 
     **Arguments:**
 

@@ -9,7 +9,7 @@ from .._checks import check_int, renamed
 from ._base import Number
 from ._secant import AbstractSecantSolver, Rule
 
-# For the roundings of a Gram matrix in float32; without it two parallel steps are a breakdown.
+# Without a ridge two parallel steps are a breakdown. Below eps it is eps, as always in float32.
 _RIDGE = 1e-10
 
 

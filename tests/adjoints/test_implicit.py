@@ -298,6 +298,11 @@ def test_half_precision_needs_no_more_terms():
 
 def test_implicit_vjp_refuses():
     z = jnp.ones(2)
-    for bad in (dict(cotangent=jnp.ones(3)), dict(cotangent=None), dict(max_steps=0)):
+    for bad in (
+        dict(cotangent=jnp.ones(3)),
+        dict(cotangent=None),
+        dict(max_steps=0),
+        dict(max_steps=2.5),
+    ):
         with pytest.raises(ValueError, match="implicit_vjp expects"):
             deqjax.implicit_vjp(lambda z, _: z / 2, z, None, **(dict(cotangent=z) | bad))

@@ -45,14 +45,14 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     - `on_failure`: the result of a gradient whose reversal failed: `"nan"`, `"raise"` a run-time
         error, `"keep"` no change. In the exact mode, the reversal fails if it does not end exactly
-        at z0; in the floating-point mode, if it misses a stored state by more than `10 sqrt(eps)`
-        of its size. `deqjax.reversible_vjp` reports the outcome.
+        at z0; in the floating-point mode, if it misses a stored state by more than `10 sqrt(u)`
+        of its size, with u the unit roundoff. `deqjax.reversible_vjp` reports the outcome.
     - `segment`: k, only for the floating-point mode. `"auto"` lets the reversal lose half of the
-        digits, `(1 / |1 - beta|)^k = eps^(-1/2)`: 12 steps at beta = 1/2 and 5 at 0.8 in float32;
-        for a traced beta, as for `|1 - beta| = 1/10`. `None` is the textbook sweep: only z0 is
-        known, and nothing is checked. After n steps the early states have a relative error of about
-        `eps |1 - beta|^-n` (0.25 after 22 steps at beta = 1/2 in float32); up to the contraction of
-        f, the gradient has it too.
+        digits, `(1 / |1 - beta|)^k = u^(-1/2)`: 12 steps at beta = 1/2 and 5 at 0.8 in float32;
+        for a beta that is an array, as for `|1 - beta| = 1/10`. `None` is the textbook sweep: only
+        z0 is known, and nothing is checked. After n steps the early states have a relative error of
+        about `u |1 - beta|^-n` (0.25 after 22 steps at beta = 1/2 in float32); up to the
+        contraction of f, the gradient has it too.
 
     **Cost:** backwards, one evaluation of `f` with its VJP per step; in the exact mode one more
     evaluation. Stored for the backward pass, per entry of z: two states (8 bytes in float32); in

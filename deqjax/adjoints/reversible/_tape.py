@@ -129,9 +129,9 @@ def _unit(z0: PyTree) -> float:
 
 
 def segment_length(beta: Any, z0: PyTree) -> int:
-    """Steps that lose half of the digits of `z0`: `(1 / |1 - beta|)^k = eps^(-1/2)`, at least 1.
+    """Steps that lose half of the digits of `z0`: `(1 / |1 - beta|)^k = u^(-1/2)`, at least 1.
 
-    For a traced beta, `|1 - beta|` is assumed to be at least 1/10.
+    u is the unit roundoff. For an array as beta, `|1 - beta|` is assumed to be at least 1/10.
     """
     shrink = 0.1 if eqx.is_array(beta) else abs(1 - beta)
     return max(1, int(math.log(_unit(z0)) / 2 / math.log(shrink)))
