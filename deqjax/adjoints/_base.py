@@ -190,14 +190,6 @@ def _implicit(adjoint: Any, rewrite_fn: Callable, out: PyTree, inputs: tuple, t_
     return adjoint.tangent(at, unpack(inputs), LoopResult(*extras[:3]))
 
 
-def check_damped(adjoint: Any) -> None:
-    """Raises `ValueError` unless the fields of a phantom gradient are right."""
-    name, steps, damp = type(adjoint).__name__, adjoint.steps, adjoint.damp
-    check_int(name, "steps", steps, "use deqjax.JacobianFreeAdjoint() for one undamped step.")
-    if not 0 <= damp < 1:
-        raise ValueError(f"{name} expects damp in [0, 1), got {damp}; pass 0 for a plain step.")
-
-
 def check_linear(adjoint: Any) -> None:
     """Raises `ValueError` unless the fields of an adjoint that solves a linear system are right."""
     name, how = type(adjoint).__name__, adjoint.on_failure

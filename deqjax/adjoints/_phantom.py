@@ -1,13 +1,30 @@
 import equinox as eqx
 import jax
+from equinox import AbstractVar
 from jaxtyping import PyTree
 
+from .._checks import check_int
 from .._iterate import LoopResult
 from .._tree import add, lincomb, scale
-from ._base import AbstractFixedPointAdjoint, Linearisation, Problem, check_damped
+from ._base import AbstractFixedPointAdjoint, Linearisation, Problem
 
 
-class PhantomAdjoint(AbstractFixedPointAdjoint):
+class AbstractPhantom(AbstractFixedPointAdjoint):
+    """A gradient of a few damped steps."""
+
+    steps: AbstractVar[int]
+    damp: AbstractVar[float]
+
+    def __check_init__(self):
+        name, steps, damp = type(self).__name__, self.steps, self.damp
+        check_int(name, "steps", steps, "use deqjax.JacobianFreeAdjoint() for one undamped step.")
+        if not 0 <= damp < 1:
+            raise ValueError(
+                f"{name} expects damp in [0, 1), got {damp}; pass 0 for a plain step."
+            )
+
+
+class PhantomAdjoint(AbstractPhantom):
     """The gradient of a few damped steps from the solution: the phantom gradient, unrolled.
 
         z[0] = z*,    z[k+1] = damp z[k] + (1 - damp) f(z[k]),    dz* := dz[steps]  with z[0] held
@@ -34,9 +51,6 @@ class PhantomAdjoint(AbstractFixedPointAdjoint):
     steps: int = eqx.field(static=True, default=5)
     damp: float = eqx.field(static=True, default=0.5)
 
-    def __check_init__(self):
-        check_damped(self)
-
     def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
         del problem, loop
 
@@ -47,7 +61,7 @@ class PhantomAdjoint(AbstractFixedPointAdjoint):
         return jax.jvp(unrolled, (at.moving,), (at.tangents,))[1]
 
 
-class NeumannPhantomAdjoint(AbstractFixedPointAdjoint):
+class NeumannPhantomAdjoint(AbstractPhantom):
     """The first terms of a damped Neumann series: the phantom gradient without unrolling.
 
         dz* := (1 - damp) sum_{k < steps} B^k (df/dtheta) dtheta,    B = damp I + (1 - damp) J
@@ -68,9 +82,6 @@ class NeumannPhantomAdjoint(AbstractFixedPointAdjoint):
 
     steps: int = eqx.field(static=True, default=5)
     damp: float = eqx.field(static=True, default=0.5)
-
-    def __check_init__(self):
-        check_damped(self)
 
     def tangent(self, at: Linearisation, problem: Problem, loop: LoopResult) -> PyTree:
         del problem, loop

@@ -53,7 +53,17 @@ def masks_of(tree: PyTree, key: PRNGKeyArray) -> PyTree:
     return jax.tree.map(node, tree, is_leaf=is_mask)
 
 
-class AbstractPositiveCell(AbstractNonnegative):
+class AbstractCertified(eqx.Module):
+    """A cell that knows a theorem by which its fixed point is enclosed."""
+
+    @abc.abstractmethod
+    def certify(
+        self, z: PyTree, x: PyTree, *, batched: bool = False, fan_in: int | None = None
+    ) -> Enclosure:
+        """Encloses the fixed point near z, for the injected x; `fan_in` as in `deqjax.certify`."""
+
+
+class AbstractPositiveCell(AbstractNonnegative, AbstractCertified):
     """A cell made of `sigma(W z + x)`, `W >= 0`, with x as positive as sigma needs it."""
 
     weight: AbstractVar[Weight]

@@ -9,7 +9,7 @@ import paramax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._checks import check_size, number
-from ..positive import Enclosure
+from ._base import AbstractCertified
 from ._monotonicity import certify
 from ._splitting import ForwardBackward, Matrix, PeacemanRachford, lipschitz
 
@@ -38,7 +38,7 @@ class MonotoneWeight(paramax.AbstractUnwrappable[Array]):
         return (1 - self.margin) * eye - self.a.T @ self.a + (self.b - self.b.T)
 
 
-class MonotoneLinear(eqx.Module):
+class MonotoneLinear(AbstractCertified):
     """The cell `relu(W z + x)` with one fixed point, whatever W has learnt, of either sign.
 
         W = (1 - m) I - A^T A + B - B^T
@@ -101,14 +101,7 @@ class MonotoneLinear(eqx.Module):
         """`relu(W z + x)` of one example."""
         return jax.nn.relu(paramax.unwrap(self.weight) @ z + x)
 
-    def certify(
-        self,
-        z: Float[Array, "*b n"],
-        x: Float[Array, "*b n"],
-        *,
-        batched: bool = False,
-        fan_in: int | None = None,
-    ) -> Enclosure:
+    def certify(self, z, x, *, batched=False, fan_in=None):
         """Encloses the fixed point by strong monotonicity; see `nn.PeacemanRachford.certify`."""
         del fan_in
         return certify(self.weight, z, x, batched)

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ..positive import Enclosure, Properties, StrictlyPositive, qualify
+from ..positive import Properties, StrictlyPositive, qualify
 from ._base import (
     AbstractPositiveCell,
     Nonnegative,
@@ -30,14 +30,7 @@ class AbstractPositiveConcave(AbstractPositiveCell):
         """`sigma(x)`, which is f(0) without the product: below the fixed point."""
         return self.activation(x)
 
-    def certify(
-        self,
-        z: Float[Array, "*s"],
-        x: Float[Array, "*s"],
-        *,
-        batched: bool = False,
-        fan_in: int | None = None,
-    ) -> Enclosure:
+    def certify(self, z, x, *, batched=False, fan_in=None):
         """Encloses the fixed point by `deqjax.certify`, whose hypotheses hold by construction."""
         return certify_concave(self, z, x, batched=batched, fan_in=fan_in)
 

@@ -7,11 +7,11 @@ import jax
 import paramax
 from jaxtyping import PyTree
 
-from ..positive import Enclosure, StrictlyPositive
-from ._base import certify_concave
+from ..positive import StrictlyPositive
+from ._base import AbstractCertified, certify_concave
 
 
-class PositiveConcave(eqx.Module):
+class PositiveConcave(AbstractCertified):
     """Your own cell for `nn.DEQ`, with its input made positive once before the solve.
 
         f(z) = cell(z, inject(x))
@@ -73,8 +73,6 @@ class PositiveConcave(eqx.Module):
             )
         return out
 
-    def certify(
-        self, z: PyTree, x: PyTree, *, batched: bool = False, fan_in: int | None = None
-    ) -> Enclosure:
+    def certify(self, z, x, *, batched=False, fan_in=None):
         """Encloses the fixed point by `deqjax.certify`, whose hypotheses are not checked."""
         return certify_concave(self, z, x, batched=batched, fan_in=fan_in)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from .._checks import number
 from .._problem import point
 from .._tree import widen
-from ..positive import Enclosure
+from ._base import AbstractCertified
 from ._monotonicity import certify
 
 Matrix = paramax.AbstractUnwrappable[Array] | Float[Array, "n n"]
@@ -72,7 +72,7 @@ class Resolvent(paramax.AbstractUnwrappable[Operator]):
         return Operator(jnp.linalg.inv(eye + wide * (eye - w)).astype(weight.dtype), step)
 
 
-class AbstractSplitting(eqx.Module):
+class AbstractSplitting(AbstractCertified):
     """The base of the two splittings: W, and a step."""
 
     operator: AbstractVar[Any]
@@ -91,14 +91,7 @@ class AbstractSplitting(eqx.Module):
     def readout(self, z: Float[Array, " n"], /) -> Float[Array, " n"]:
         """The solution z*, from the fixed point of the splitting."""
 
-    def certify(
-        self,
-        z: Float[Array, "*b n"],
-        x: Float[Array, "*b n"],
-        *,
-        batched: bool = False,
-        fan_in: int | None = None,
-    ) -> Enclosure:
+    def certify(self, z, x, *, batched=False, fan_in=None):
         """Encloses z* by strong monotonicity, for either splitting and any step.
 
             ||z - z*||_2 <= ||r||_2 / m,        r the least residual of the inclusion

@@ -50,14 +50,7 @@ class AbstractSubhomogeneous(AbstractPositiveCell):
         y = self.activation(self.product(z) + x)
         return y / jnp.max(y) if self.normalise else y
 
-    def certify(
-        self,
-        z: Float[Array, "*s"],
-        x: Float[Array, "*s"],
-        *,
-        batched: bool = False,
-        fan_in: int | None = None,
-    ) -> Enclosure:
+    def certify(self, z, x, *, batched=False, fan_in=None):
         """Encloses the fixed point by the contraction of f, normalised or not.
 
             d(z*, f(z)) <= rate / (1 - rate) d(f(z), z),         d(y, z) = max |log(y / z)|
