@@ -126,7 +126,14 @@ def stored(fn, p, z0, g, beta):
     return jax.jit(lambda p, z0, g: jax.vjp(last, p, z0)[1](g))(p, z0, g)
 
 
-@pytest.mark.parametrize("name", CELLS)
+QUICK = {"tanh-1", "relu-2", "gelu-3", "silu-4", "softplus-5", "batched-tanh-3", "mlp-4"}
+QUICK |= {"batched-mlp-4", "convolution-4-4", "batched-convolution", "attention-3-4"}
+assert QUICK < set(CELLS)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CELLS]
+)
 def test_every_cell_is_reversed_to_the_bit(name):
     fn, p, z0, g, solver, options = build(name)
     inside = lambda z, _: fn(z, p)

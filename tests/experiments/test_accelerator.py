@@ -40,6 +40,7 @@ def test_smoke(tmp_path):
     assert {line["verdict"] for line in checked} == {"ok"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_program_lowers_for_accelerators(module, section):
     with jax.numpy_dtype_promotion("standard"):  # JAX's own attention in bfloat16 is not strict

@@ -57,7 +57,6 @@ def test_the_same_start(make, nonnegative, dtype, getkey):
 
 @ways
 @cells
-@pytest.mark.optimised
 def test_a_row_of_zeros(make, nonnegative, getkey):
     cell = make(3, nonnegative=nonnegative, key=getkey())
     # softplus is exactly 0 there, in float32.

@@ -136,7 +136,6 @@ def picards(p):
     return COUNTS[p.name]
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize(
     "solver",
     [
