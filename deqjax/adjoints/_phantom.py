@@ -19,9 +19,7 @@ class AbstractPhantom(AbstractFixedPointAdjoint):
         name, steps, damp = type(self).__name__, self.steps, self.damp
         check_int(name, "steps", steps, "use deqjax.JacobianFreeAdjoint() for one undamped step.")
         if not 0 <= damp < 1:
-            raise ValueError(
-                f"{name} expects damp in [0, 1), got {damp}; pass 0 for a plain step."
-            )
+            raise ValueError(f"{name} expects damp in [0, 1), got {damp}; pass 0 for a plain step.")
 
 
 class PhantomAdjoint(AbstractPhantom):

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from equinox import AbstractVar
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._solution import Solution
-from ..nn import Conv2d
+from ..nn import DEQ, Conv2d
 
 
 class Solve(NamedTuple):
@@ -35,6 +36,17 @@ class Predicted(NamedTuple):
 
     logits: Float[Array, "b l v"]
     solves: tuple[Solve, ...]  # one per equilibrium layer, in the order of `deqs`
+
+
+class AbstractClassifier(eqx.Module):
+    """An image classifier of stages, each with one equilibrium layer."""
+
+    stages: AbstractVar[tuple[Any, ...]]
+
+    @property
+    def deqs(self) -> tuple[DEQ, ...]:
+        """The equilibrium layers, in the order of `solves`."""
+        return tuple(stage.deq for stage in self.stages)
 
 
 ImageShape = tuple[int, int, int]

@@ -13,6 +13,7 @@ from ..adjoints import AbstractAdjoint, ReversibleAdjoint
 from ..nn import DEQ, Conv2d, GroupNorm
 from ..solvers import Reversible
 from ._base import (
+    AbstractClassifier,
     Classified,
     Downsample,
     ImageShape,
@@ -88,7 +89,7 @@ class Stage(eqx.Module):
     deq: DEQ
 
 
-class ImplicitResNet(eqx.Module):
+class ImplicitResNet(AbstractClassifier):
     """An image classifier: at each scale one equilibrium layer with a skip; linear head.
 
         x[1] = relu(BN(conv(images)));   x[i+1] = downsample(x[i] + DEQ_i(x[i]))
@@ -204,11 +205,6 @@ class ImplicitResNet(eqx.Module):
             compute_dtype=compute_dtype,
             key=key,
         )
-
-    @property
-    def deqs(self) -> tuple[DEQ, ...]:
-        """The equilibrium layers, in the order of `solves`."""
-        return tuple(stage.deq for stage in self.stages)
 
     def __call__(self, images: Float[Array, "b h w c"], state: eqx.nn.State) -> Classified:
         """Classifies a batch."""

@@ -16,6 +16,7 @@ from ..adjoints import AbstractAdjoint, ImplicitAdjoint
 from ..nn import DEQ, Conv2d, PositiveConcaveConv2d, PositiveConcaveLinear
 from ..solvers import FixedPointIteration
 from ._base import (
+    AbstractClassifier,
     Classified,
     ImageShape,
     Solve,
@@ -50,7 +51,7 @@ class Stage(eqx.Module):
         return y, state, Solve(x, sol)
 
 
-class PositiveConcaveNet(eqx.Module):
+class PositiveConcaveNet(AbstractClassifier):
     """An image classifier whose equilibrium layers have exactly one fixed point each.
 
         linear   flatten, linear(size), BN, DEQ, BN, linear
@@ -211,11 +212,6 @@ class PositiveConcaveNet(eqx.Module):
         # Not functools.partial, which compares by identity: each new model would compile again.
         pool = eqx.Partial(average_pool, window=window)
         return cls(tuple(stages), pool, head, image_shape)
-
-    @property
-    def deqs(self) -> tuple[DEQ, ...]:
-        """The equilibrium layers, in the order of `solves`."""
-        return tuple(stage.deq for stage in self.stages)
 
     def __call__(self, images: Float[Array, "b h w c"], state: eqx.nn.State) -> Classified:
         """Classifies a batch."""
