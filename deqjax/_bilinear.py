@@ -85,7 +85,7 @@ def dense(
     """
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
         raise ValueError(
-            f"The product expected x of shape (..., {w.shape[0]}) for a weight of shape {w.shape}, "
+            f"The product expects x of shape (..., {w.shape[0]}) for a weight of shape {w.shape}, "
             f"got {x.shape}; pass x as (..., in) and the weight as (in, out)."
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -23,7 +23,7 @@ from ._tree import is_traced
 
 # An array inside the program with more entries is not compared: a program would keep it.
 _LARGEST = 1024
-# A derivative rule may call its own function; the same rule is traced so many times.
+# A derivative rule may call its own function; the same rule is traced at most this many times.
 _DEEPEST = 2
 # The libraries whose functions, objects and modules read nothing that changes.
 _LIBRARIES = frozenset(
@@ -202,7 +202,7 @@ def _of_library(x: Any) -> bool:
 
 
 def _function(fn: types.FunctionType, depth: int) -> Hashable:
-    """The code of a function that reads only its arguments, libraries, and such functions."""
+    """The code of a function that reads only its arguments, libraries, and other such functions."""
     if not _changes(fn):
         return fn
     if fn.__closure__ or depth > 4:

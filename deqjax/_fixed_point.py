@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Int, PyTree
 
-from ._iterate import LoopResult, Memory, iterate
+from ._iterate import LoopResult, LoopState, iterate
 from ._problem import (
     Budget,
     OptimistixSolver,
@@ -127,12 +127,12 @@ def solve(
         fn, z0, args, _ = convert(fn, z0, args, has_aux=has_aux)
         check_unmapped(solver, fn, z0, args)
         return run(_solve_optimistix, fn, solver, z0, args, adjoint, max_steps)
-    prepared, budget, requested = prepare(solver, z0, batched, max_steps, steps)
+    solver, budget, requested = prepare(solver, z0, batched, max_steps, steps)
     budget = dataclasses.replace(budget, best=best)
-    with precision_of(prepared):
-        fn, z0, args, axes = convert(fn, z0, args, prepared, budget, has_aux=has_aux)
-    prepared, budget = vary((prepared, budget), axes)
-    return run(_solve, fn, prepared, z0, args, budget, requested, adjoint)
+    with precision_of(solver):
+        fn, z0, args, axes = convert(fn, z0, args, solver, budget, has_aux=has_aux)
+    solver, budget = vary((solver, budget), axes)
+    return run(_solve, fn, solver, z0, args, budget, requested, adjoint)
 
 
 def _solve(fn, solver, z0, args, budget, requested, adjoint) -> Solution:
@@ -174,7 +174,7 @@ def _solve_optimistix(fn, solver, z0, args, adjoint, max_steps) -> Solution:
     fz, aux = evaluate(fn, z, args)
     budget = Budget(max_steps, num_steps, rank=0, fixed=False)
     yes = jnp.asarray(True)
-    loop = LoopResult(num_steps, yes, Memory(None, ~yes, jnp.asarray(0.0)))
+    loop = LoopResult(num_steps, yes, LoopState(None, ~yes, jnp.asarray(0.0)))
     ours, stats = outcome(z, fz, loop, yes, yes, budget)
     result = RESULTS.where(ours == RESULTS.successful, result, ours)
     return Solution(value=z, result=result, aux=aux, stats=stats, state=None)

@@ -59,8 +59,8 @@ class AbstractTape(eqx.Module):
         """The mismatch up to which a reversal is trusted."""
 
 
-class Memory(eqx.Module):
-    """The memory of the solver after the last step, in the place where Optimistix has it."""
+class LoopState(eqx.Module):
+    """The state after the last step, with the solver's memory where Optimistix has it."""
 
     memory: PyTree
     overflow: Bool[Array, "..."]
@@ -73,7 +73,7 @@ class LoopResult(NamedTuple):
 
     num_steps: Int[Array, "..."]
     outcome: Any  # whether the tolerance was met; for Optimistix's loop, its result code
-    state: Any  # a `Memory`; for Optimistix's loop, the solver's state, which has a memory too
+    state: Any  # a `LoopState`; for Optimistix's loop, the solver's state, which has a memory too
 
 
 class _Carry(NamedTuple):
@@ -116,7 +116,7 @@ def iterate(inputs: tuple) -> tuple[PyTree, LoopResult]:
     init = vary(_first(solver, z0, budget, tracks_best), axes)
     c = while_loop(going, body, init, max_steps=budget.max_steps + tracks_best)
     z, error = _returned(c, budget)
-    return z, LoopResult(c.num_steps, error < 1, Memory(c.memory, c.overflow, error, c.tape))
+    return z, LoopResult(c.num_steps, error < 1, LoopState(c.memory, c.overflow, error, c.tape))
 
 
 def _first(solver: Any, z0: PyTree, budget: Budget, tracks_best: bool) -> _Carry:
@@ -133,10 +133,9 @@ def _first(solver: Any, z0: PyTree, budget: Budget, tracks_best: bool) -> _Carry
     # The error has the dtype that the solver's norm returns.
     dtype = jax.eval_shape(lambda: measured(solver, z, z, rank)).dtype
     error = jnp.full(shape, jnp.inf, dtype)
-    stopped = status.failed | (budget.limit < 0) if tracks_best else status.failed
     best = (z, error) if tracks_best else None
     count, zero = jnp.zeros(shape, jnp.int32), jnp.asarray(0, jnp.int32)
-    return _Carry(zero, z, memory, record, count, stopped, status.overflow, error, best, no)
+    return _Carry(zero, z, memory, record, count, status.failed, status.overflow, error, best, no)
 
 
 def _after(c: _Carry, out: Step, solver: Any, budget: Budget) -> _Carry:

@@ -27,7 +27,7 @@ class Budget(eqx.Module):
     """The limits on a solve's steps, the number of problem axes, and the tape of the loop."""
 
     max_steps: int = eqx.field(static=True)
-    # Steps allowed, one number or one per problem, at most max_steps; -1: no evaluation either.
+    # Steps allowed, one number or one per problem, from 0 to max_steps.
     limit: Int[Array, "..."]
     rank: int = eqx.field(static=True)  # the number of leading state axes that enumerate problems
     fixed: bool = eqx.field(static=True)  # both tolerances are zero: take exactly `limit` steps
@@ -53,7 +53,7 @@ def convert(
         out = fn(z, args)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise ValueError(
-                f"With has_aux=True fn is expected to return a pair (z', aux), got "
+                f"With has_aux=True fixed_point expects fn to return a pair (z', aux), got "
                 f"{type(out).__name__}; return a pair, or leave has_aux out."
             )
         fz, aux = out if has_aux else (out, None)

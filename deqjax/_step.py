@@ -19,9 +19,11 @@ class AbstractMemory(eqx.Module):
 
     @abc.abstractmethod
     def kept(self, moves: Bool[Array, "..."], active: Bool[Array, "..."], old: Self) -> Self:
-        """The memory after a pass of the loop; `moves` marks the problems that take the step.
+        """The memory after a step of the loop, which `moves` some problems and not others.
 
-        `active` marks the problems that had not stopped before the pass; `old` is the memory then.
+        `active` are the problems that had not stopped before the step, `old` is the memory before
+        it. All arrays have the axes of `moves` in front. Not called where every problem moves, nor
+        by Optimistix's loop.
         """
 
 

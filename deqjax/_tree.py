@@ -125,7 +125,7 @@ def quotient(a: Inexact[Array, "*s"], b: Inexact[Array, "*s"]) -> Inexact[Array,
 
 
 def per_problem(fn: Callable, rank: int) -> Callable:
-    """Maps `fn` of one problem over `rank` leading axes of every array, except of scalars."""
+    """Maps `fn` of one problem over `rank` leading axes of every array, except scalars."""
     for _ in range(rank):
         fn = eqx.filter_vmap(fn, in_axes=lambda x: 0 if eqx.is_array(x) and x.ndim else None)
     return fn

@@ -8,18 +8,18 @@ os.environ["XLA_FLAGS"] = (
 
 import itertools
 
+import fast_compile
 import jax
 import pytest
-import quick
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Most of the time goes into compilation; what is promised to the last bit is marked `optimised`.
 jax.config.update("jax_disable_most_optimizations", True)
-quick.install()
+fast_compile.install()
 
 
-# Of programs that take so long to compile: most of the suite's take less than a second.
+# Programs that take 0.03 s or more are kept: most of the suite's take less than a second.
 _CACHED = {"min_compile_time_secs": 0.03, "min_entry_size_bytes": -1}
 
 

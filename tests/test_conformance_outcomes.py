@@ -107,6 +107,7 @@ def test_codes(make):
                 jax.block_until_ready(run(True).value)
 
 
+@pytest.mark.optimised
 @solvers
 def test_mixed_batch(make):
     """Each example meets its own tolerance in its own number of steps, whoever is beside it."""

@@ -180,7 +180,7 @@ REFUSED = [
     (dict(fn=lambda z, _: (z, z)), "structure, shapes and dtypes of z0"),
     (dict(fn=lambda z, _: jnp.stack([z, z])), "structure, shapes and dtypes of z0"),
     (dict(fn=lambda z, _: z.astype(jnp.bfloat16)), "structure, shapes and dtypes of z0"),
-    (dict(fn=lambda z, _: z, has_aux=True), "expected to return a pair"),
+    (dict(fn=lambda z, _: z, has_aux=True), "expects fn to return a pair"),
     (dict(z0=True), "floating-point arrays.* got a leaf of type bool"),
     (dict(z0=jnp.asarray([True])), "floating-point"),
     (dict(z0="0"), "floating-point"),

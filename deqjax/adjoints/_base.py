@@ -101,7 +101,7 @@ class AbstractFixedPointAdjoint(AbstractAdjoint):
         del tags
         self.check_solver(unpack(inputs).solver)
         out = primal_fn((*stop_gradient(inputs), lax_while))
-        z, extras = attach(out, inputs, eqx.Partial(_implicit, self, rewrite_fn))
+        z, extras = attach(out, inputs, eqx.Partial(_tangent_of, self, rewrite_fn))
         return z, no_gradient(extras)
 
 
@@ -176,7 +176,7 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
         return solved(matvec, b, by(False), by(True))
 
 
-def _implicit(adjoint: Any, rewrite_fn: Callable, out: PyTree, inputs: tuple, t_inputs: PyTree):
+def _tangent_of(adjoint: Any, rewrite_fn: Callable, out: PyTree, inputs: tuple, t_inputs: PyTree):
     """The tangent of z by the residual of the inputs, in the form that `attach` expects."""
     z, extras = out
     is_none = lambda x: x is None
@@ -203,12 +203,12 @@ def check_linear(adjoint: Any) -> None:
         check_int(name, "max_steps", steps, "pass None for the ceiling of the solve.")
 
 
-def check_ceiling(name: str, max_steps: int | None, room: str = "") -> int:
+def check_ceiling(name: str, max_steps: int | None, reason: str = "") -> int:
     """Returns `max_steps`, or raises `ValueError` for None, which Optimistix allows."""
     if max_steps is None:
         raise ValueError(
             f"{name} expects a number as max_steps, got None; choose a ceiling on the number of "
-            f"steps{room}."
+            f"steps{reason}."
         )
     return max_steps
 

@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import PyTree
 
 from .._iterate import LoopResult
-from .._tree import per_problem
+from .._tree import per_problem, stop_gradient
 from ..solvers import Broyden
 from ..solvers._secant import Secants, inverse
 from ._base import (
@@ -13,7 +13,6 @@ from ._base import (
     Problem,
     check_linear,
     solved,
-    stop_gradient,
 )
 from ._linear_solve import LinearMap, by_iteration, judged
 

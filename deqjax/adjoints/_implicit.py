@@ -200,7 +200,7 @@ def implicit_vjp(
     z, cotangent = float_state(z), strong(cotangent)
     check_cotangent("implicit_vjp", z, cotangent)
     max_steps = check_int(
-        "implicit_vjp", "max_steps", max_steps, "it is the ceiling of the linear solve."
+        "implicit_vjp", "max_steps", max_steps, "pass the ceiling of the linear solve."
     )
     own, form = arrays_of("implicit_vjp", fn, z, args)
     inputs = (own, z, cotangent, adjoint, max_steps, int(batched), condition)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Inexact, Int, PyTree
 from .._step import AbstractMemory
 from .._tree import dot, lincomb, quotient, select, two_norm
 from ..solvers._base import AbstractSolver, Number
-from ..solvers._secant import combine, products
+from ..solvers._window import combine, products
 
 # Above this rate GMRES needs fewer products than the series, by a half and more.
 _SLOW = 0.7

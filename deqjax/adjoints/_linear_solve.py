@@ -15,7 +15,7 @@ from .._problem import Budget
 from .._solution import RESULTS
 from .._tree import add, cast, lincomb, max_abs, mesh_axes, per_problem, select, unify, vary, widen
 from ..solvers import AbstractSolver
-from ._krylov import Krylov, inverse_bound
+from ._krylov import Krylov, Window, inverse_bound
 from ._residual import (
     AbstractMeasure,
     Residual,
@@ -42,7 +42,7 @@ class _Linear(AbstractSolver):
         del memory
         return self.measure.error(z, fz)
 
-    def seen(self, z: PyTree) -> PyTree:
+    def in_units(self, z: PyTree) -> PyTree:
         """Returns z in the units in which the method sees it."""
         return z if self.unit is None else jax.tree.map(jnp.divide, z, self.unit)
 
@@ -50,7 +50,7 @@ class _Linear(AbstractSolver):
         return self.inner.blank(z0)
 
     def mix(self, z, fz, memory):
-        z, memory = self.inner.mix(self.seen(z), self.seen(fz), memory)
+        z, memory = self.inner.mix(self.in_units(z), self.in_units(fz), memory)
         return z if self.unit is None else jax.tree.map(jnp.multiply, z, self.unit), memory
 
     def status(self, memory):
@@ -73,25 +73,28 @@ def by_iteration(
     `solver=None` sums the Neumann series, and continues with a Krylov method if the series stalls.
     `sharper` turns the relative residual into a measure that says more.
     """
-    size, unit = _scaled(b, rank)
-    start = unit if y0 is None else _warm(y0, b, size, unit, rank)
+    size, scaled_b = _scaled(b, rank)
+    start = scaled_b if y0 is None else _warm(y0, b, size, scaled_b, rank)
 
     # The measure that y has to meet, and the units in which its leaves are compared.
     if tol is None and solver is not None:
         tol = solver.rtol
     coupled = coupling(matvec, b, rank)
     measure = sharper(residual_of(b, tol, coupled))
-    seen = None if coupled is None else per_problem(units, rank)(start, coupled)
+    leaf_units = None if coupled is None else per_problem(units, rank)(start, coupled)
 
     # Iterate on `b / size`.
-    def fn(y, unit):
+    def fn(y, scaled_b):
         product = matvec(cast(y, b))
-        return jax.tree.map(lambda y, r, u: u + (y - widen(r)), y, product, unit), None
+        return jax.tree.map(lambda y, r, b: b + (y - widen(r)), y, product, scaled_b), None
 
-    method = _Linear(inner=Krylov() if solver is None else solver, measure=measure, unit=seen)
+    inner = Krylov() if solver is None else solver
+    method = _Linear(inner=inner, measure=measure, unit=leaf_units)
     budget = Budget(max_steps, jnp.asarray(max_steps, jnp.int32), rank, fixed=False)
-    y, (num_steps, _, state) = iterate((fn, method, start, unit, budget, lax_while))
-    inverse = _inverse_norm(state, rank if solver is None else None)
+    y, (num_steps, _, state) = iterate((fn, method, start, scaled_b, budget, lax_while))
+    inverse = vary(jnp.ones_like(state.error), mesh_axes(state.error))  # nothing known
+    if solver is None:
+        inverse = _inverse_norm(state.memory, inverse, rank)
 
     # Judge each problem, and give its y the size that was taken out.
     def outcome(measure, error, y, b, coupled, inverse):
@@ -102,7 +105,7 @@ def by_iteration(
     def restore(y, s, b):
         return jax.tree.map(lambda y, b: (y * s.astype(y.dtype)).astype(b.dtype), y, b)
 
-    stats = per_problem(outcome, rank)(measure, state.error, y, unit, coupled, inverse)
+    stats = per_problem(outcome, rank)(measure, state.error, y, scaled_b, coupled, inverse)
     return per_problem(restore, rank)(y, size, b), {"num_steps": num_steps} | stats
 
 
@@ -117,20 +120,21 @@ def _divided(x: PyTree, size: Inexact[Array, ""]) -> PyTree:
     return jax.tree.map(lambda x: x / size.astype(x.dtype), x)
 
 
-def _warm(y0: PyTree, b: PyTree, size: Inexact[Array, "..."], unit: PyTree, rank: int) -> PyTree:
+def _warm(
+    y0: PyTree, b: PyTree, size: Inexact[Array, "..."], scaled_b: PyTree, rank: int
+) -> PyTree:
     """`y0 / size`; the default start instead where y0 is not finite, or b, and hence y, is 0."""
-    warm = per_problem(_divided, rank)(cast(y0, unit), size)
+    warm = per_problem(_divided, rank)(cast(y0, scaled_b), size)
     usable = per_problem(lambda b, y: (max_abs(b) > 0) & jnp.isfinite(max_abs(y)), rank)
-    return select(usable(b, y0), warm, unit)
+    return select(usable(b, y0), warm, scaled_b)
 
 
-def _inverse_norm(state: Any, rank: int | None) -> Inexact[Array, "..."]:
-    """A lower bound on the norm of A's inverse from the window of `Krylov`; 1 for other methods."""
-    one = vary(jnp.ones_like(state.error), mesh_axes(state.error))
-    if rank is None:
-        return one
+def _inverse_norm(
+    window: Window, unknown: Inexact[Array, "..."], rank: int
+) -> Inexact[Array, "..."]:
+    """A lower bound on the norm of A's inverse; `unknown` while no problem has left the series."""
     of = lambda window: per_problem(inverse_bound, rank)(window)
-    return jax.lax.cond(jnp.any(state.memory.slow), of, lambda _: one, state.memory)
+    return jax.lax.cond(jnp.any(window.slow), of, lambda _: unknown, window)
 
 
 def by_lineax(

@@ -109,6 +109,7 @@ def _check_indices(indices: Any, max_steps: int) -> tuple[int, ...]:
     if any(a >= b for a, b in itertools.pairwise((0, *indices, max_steps))):
         raise ValueError(
             f"fixed_point_path expects increasing indices from 1 to max_steps - 1 = "
-            f"{max_steps - 1}, got {tuple(indices)}; leave out max_steps, which comes by itself."
+            f"{max_steps - 1}, got {tuple(indices)}; sort them, and leave out max_steps, whose "
+            f"solution is always returned."
         )
     return tuple(map(int, indices))

@@ -157,7 +157,7 @@ class ImplicitResNet(AbstractClassifier):
         widths = (width,) * len(channels) if isinstance(width, int) else tuple(width)
         if len(widths) != len(channels) or not channels:
             raise ValueError(
-                f"ImplicitResNet expected one width for each of its scales, got channels={channels}"
+                f"ImplicitResNet expects one width for each of its scales, got channels={channels}"
                 f" and width={width}; give as many of both, or one width for all."
             )
         types = {"dtype": dtype, "compute_dtype": compute_dtype}

@@ -151,7 +151,7 @@ class AbstractLanguageModel(eqx.Module):
         temperature = temperature if temperature > 1e-30 else 0.0
         if temperature > 0 and key is None:
             raise ValueError(
-                f"generate expected a key for temperature {temperature}, got None; pass "
+                f"generate expects a key for temperature {temperature}, got None; pass "
                 f"key=jax.random.key(0), or temperature=0 for the likeliest tokens."
             )
         if positions is not None and total > positions.shape[0]:

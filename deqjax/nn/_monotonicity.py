@@ -31,7 +31,7 @@ def certify(weight: Any, z: Any, x: Float[Array, "*b n"], batched: bool) -> Encl
     margin = getattr(weight, "margin", None)
     if margin is None:
         raise ValueError(
-            f"certify expected a weight with a margin, by which I - W is strongly monotone, got "
+            f"certify expects a weight with a margin, by which I - W is strongly monotone, got "
             f"{type(weight).__name__}; use the weight of an nn.MonotoneLinear, not yet unwrapped."
         )
     z = point_like(z, x, batched)

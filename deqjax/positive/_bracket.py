@@ -51,7 +51,7 @@ def at_least(fy: Float[Array, "*b n"], slack: Slack) -> Float[Array, "*b n"]:
 def narrow(
     bracket: Bracket, y: Float[Array, "*b n"], fy: Float[Array, "*b n"], slack: Slack
 ) -> tuple[Bracket, Bool[Array, "*b"], Bool[Array, "*b"]]:
-    """The bracket that `f(y)` narrows, whether y is an upper point, and whether a lower point."""
+    """The bracket narrowed by f(y); whether y is an upper point; whether it is a lower point."""
     high, low = at_most(fy, slack), at_least(fy, slack)
     # A y beyond a bound on z* needs no test: f is monotone, and z* is f(z*).
     above = jnp.all(high <= y, -1) | jnp.all(y >= bracket.upper, -1)

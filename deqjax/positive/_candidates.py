@@ -101,7 +101,7 @@ def _compared(
 
 def _end(sign: int, c: Candidates, base: Float[Array, "*b n"], margin: Float[Array, "*b n"]) -> End:
     """The upper end (sign 1) or the lower one (-1) that term, sum, weight and product give."""
-    # J at the lower point is above J at z, by about the relative distance of the two points.
+    # J at the lower point is above J at z, by a small multiple of their relative distance.
     away = 0.0 if sign > 0 else 4 * _largest(jnp.abs(c.sum) / base)[..., None]
     room = c.weight - c.product * (1 + away)
 

@@ -113,7 +113,7 @@ def check_hypotheses(
     """
     if not callable(cell):
         raise ValueError(
-            f"check_hypotheses expected a cell(z, x), got {cell!r}; pass the cell of an nn.DEQ, "
+            f"check_hypotheses expects a cell(z, x), got {cell!r}; pass the cell of an nn.DEQ, "
             f"not its parameters."
         )
     check_int("check_hypotheses", "samples", samples, "pass the number of points to draw.")

@@ -37,7 +37,7 @@ class StrictlyPositive:
     def __post_init__(self):
         if not all(0 < number(value) < math.inf for value in (self.floor, self.sharpness)):
             raise ValueError(
-                f"A positive concave cell expected floor > 0 and sharpness > 0, finite Python "
+                f"A positive concave cell expects floor > 0 and sharpness > 0, finite Python "
                 f"numbers, got floor={self.floor!r} and sharpness={self.sharpness!r}; use 1e-3 and "
                 f"5: its input has to stay positive and finite."
             )

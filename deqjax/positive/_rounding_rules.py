@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from .._bilinear import asks_highest
 from ._equations import constants, refusal, terms
 
-# The share of a relative error that each function passes on, for arguments >= 0 (or of either sign,
-# if it is odd), and the error of XLA's version in units in the last place: the largest over 4e6
-# points log-uniform in [1e-10, 60] on a CPU, float32 and float64, rounded up (tanh 4.9 and 7.0, erf
-# 4.9, expm1 5.9, log1p 3.6, logistic 1.8, atan 1.4, softplus 2.6). Not measured on other devices.
+# The factor of a relative error that each function passes on, for arguments >= 0 (or of either
+# sign, if it is odd), and the error of XLA's version in units in the last place: the largest over
+# 4e6 points log-uniform in [1e-10, 60] on a CPU, float32 and float64, rounded up (tanh 4.9 and 7.0,
+# erf 4.9, expm1 5.9, log1p 3.6, logistic 1.8, atan 1.4, softplus 2.6). Not measured on other
+# devices.
 _FUNCTIONS = {
     **dict.fromkeys(("tanh", "erf", "expm1"), (1.0, 8)),
     **dict.fromkeys(("log1p", "atan", "logistic", "softplus"), (1.0, 4)),
@@ -37,7 +38,7 @@ _FAST_PRODUCTS = 2.0**-7
 class Operation(NamedTuple):
     """An operation on numbers, some of which have an error."""
 
-    name: str  # of the function that an error names
+    name: str  # the public function named in an error
     eqn: Any
     kind: str
     errors: list[float | None]  # of the operands

@@ -38,8 +38,21 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     """A fixed-point method as a pure mixing rule `(z, f(z), memory) -> (z_next, memory)`.
 
     A rule never calls `f` and never measures anything; it acts on one problem, and
-    `deqjax.fixed_point(..., batched=True)` maps it over the batch. Subclasses define `blank` and
-    `mix`, and extend `requirements` for the fields they add.
+    `deqjax.fixed_point(..., batched=True)` maps it over the batch. A subclass defines
+
+    - `blank` and `mix`, of one problem;
+
+    and may override
+
+    - `status`, `error` and `start`, of one problem: whether the method can continue, what the
+        tolerances are compared with, and the first iterate;
+    - `requirements`: the ranges of the fields that it adds;
+    - `prepared` and `stats`, of the whole batch, as the certified solvers do;
+    - the constants `returns_best` and `precision`.
+
+    Optimistix's own loop calls neither `start` nor `stats`; inside `deqjax.ImplicitAdjoint` only
+    `blank`, `mix` and `status` are called. A memory is a pytree of arrays; a part that is not to be
+    frozen entry by entry is a `deqjax.solvers.AbstractMemory`.
     """
 
     # Optimistix declares float here; a user may trace these fields.

@@ -134,7 +134,7 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def stats(self, fn, z, args, memory, failed, rank):
         """The bracket of the solve; for a failed problem no wider than `deqjax.certify` of z."""
-        stats = per_problem(lambda solver, *at: solver._told(*at), rank)(self, z, memory)
+        stats = per_problem(lambda solver, *at: solver._bracket_stats(*at), rank)(self, z, memory)
         fn, z, args = stop_gradient((fn, z, args))
         axes = mesh_axes(fn, z, args, stats, self)
         slack, at = self.margin(z), flat(z, rank)
@@ -150,7 +150,7 @@ class AbstractCertifiedSolver(AbstractSolver):
             bracket = jax.lax.cond(jnp.any(failed), better, lambda bracket: bracket, bracket)
         return {**stats, **per_problem(_bounds, rank)(z, bracket)}
 
-    def _told(self, z: PyTree, memory: Any) -> dict[str, Any]:
+    def _bracket_stats(self, z: PyTree, memory: Any) -> dict[str, Any]:
         """The stats of one problem that its memory gives."""
         bracket, done = jax.lax.stop_gradient(self.proved(memory))
         limited = self.limited(memory) & ~done & consistent(bracket)

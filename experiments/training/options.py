@@ -69,7 +69,8 @@ def filled(config: C, values: dict[str, Any]) -> C:
 
 def recorded(config: Session) -> dict[str, Any]:
     """The options that have to be the same when a run is resumed: those beside its session."""
-    session = {field.name for field in dataclasses.fields(type(config).__bases__[0])}
+    kind = next(c for c in type(config).__mro__[1:] if issubclass(c, Session))
+    session = {field.name for field in dataclasses.fields(kind)}
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in session}
 
 

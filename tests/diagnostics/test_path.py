@@ -150,7 +150,7 @@ def test_a_reversible_path_in_half_precision(exact):
         ((1.5,), "a sequence of ints"),
         ((0, 2), "increasing indices from 1 to max_steps - 1 = 6"),
         ((3, 3), "increasing"),
-        ((7,), "comes by itself"),
+        ((7,), "solution is always returned"),
     ],
 )
 def test_bad_indices_raise(indices, words):

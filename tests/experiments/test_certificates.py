@@ -19,6 +19,7 @@ def smoke(tmp_path_factory):
     return json.loads((path / "out" / "results.json").read_text()), path / "out"
 
 
+@pytest.mark.slow
 def test_every_promise_is_measured(smoke):
     results, _ = smoke
     table = {line["claim"]: line for line in results["claims"]}
@@ -51,6 +52,7 @@ def test_every_promise_is_measured(smoke):
         assert set(found) == {bound}, text
 
 
+@pytest.mark.slow
 def test_tables_and_plot(smoke):
     results, out = smoke
     table = (out / "table.md").read_text()

@@ -62,6 +62,7 @@ def begins(table, text):
     return found
 
 
+@pytest.mark.slow
 def test_every_promise_of_the_solvers_is_measured(solvers):
     results, _ = solvers
     table = bounds(results)
@@ -87,6 +88,7 @@ def test_every_promise_of_the_solvers_is_measured(solvers):
     )
 
 
+@pytest.mark.slow
 def test_without_jaxopt_its_rows_and_claims_say_so(solvers):
     results, out = solvers
     rows = results["evaluations"]
@@ -99,6 +101,7 @@ def test_without_jaxopt_its_rows_and_claims_say_so(solvers):
     assert "not installed" in table and (out / "residuals.png").stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_a_history_is_what_the_front_door_counts(solvers):
     results, _ = solvers
     tol = results["runs"]["evaluations"]["config"]["tol"]
@@ -109,6 +112,7 @@ def test_a_history_is_what_the_front_door_counts(solvers):
             assert row["evaluations"] == row["steps"] * row.get("every", 1)
 
 
+@pytest.mark.slow
 def test_every_adjoint_is_compared(adjoints):
     results, out = adjoints
     rows = results["adjoints"]
@@ -128,6 +132,7 @@ def test_every_adjoint_is_compared(adjoints):
     assert "not installed" in table and (out / "gradients.png").stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_every_promise_of_the_adjoints_is_measured(adjoints):
     results, _ = adjoints
     table = bounds(results)

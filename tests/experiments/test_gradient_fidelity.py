@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
     return path / "out"
 
 
+@pytest.mark.slow
 def test_every_promise_is_measured(folder):
     results = json.loads((folder / "results.json").read_text())
     lines = {line["claim"]: line for line in results["claims"]}
@@ -54,6 +55,7 @@ def test_every_promise_is_measured(folder):
             assert line["holds"] is not False, line
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_at_every_depth(folder):
     results = json.loads((folder / "results.json").read_text())
     rows = results["errors"]
@@ -65,6 +67,7 @@ def test_every_method_is_measured_at_every_depth(folder):
     assert all(row["error"] < 1e-5 for row in rows if row["method"] == "checkpointed")
 
 
+@pytest.mark.slow
 def test_the_tables_are_printed_and_the_plot_is_drawn(folder):
     table = (folder / "table.md").read_text()
     assert table in (folder / "said.txt").read_text()

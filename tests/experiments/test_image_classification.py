@@ -64,6 +64,7 @@ def arrays(folder):
     return step, {name: np.asarray(raw(leaf)) for name, leaf in leaves.items()}
 
 
+@pytest.mark.slow
 def test_without_options_compares_four_models(default):
     folder, output = default
     assert "test accuracy" in output and "f backward" in output
@@ -83,6 +84,7 @@ def test_without_options_compares_four_models(default):
         assert arrays(path)[0] == 12
 
 
+@pytest.mark.slow
 def test_certificates_of_positive_concave_networks(default):
     folder, output = default
     for row in (re.split(r" {2,}", line) for line in output.splitlines() if "runs/" in line):
@@ -98,12 +100,14 @@ def test_certificates_of_positive_concave_networks(default):
         assert line["solve_evaluations"][0] >= 1
 
 
+@pytest.mark.slow
 def test_the_baseline_has_the_parameters_of_the_implicit_network(default):
     rows = [re.split(r" {2,}", line) for line in default[1].splitlines() if "runs/" in line]
     counts = {row[0]: row[1] for row in rows}
     assert counts["RevDEQ (implicit-resnet)"] == counts["explicit resnet"]
 
 
+@pytest.mark.slow
 def test_multi_scale(run, tmp_path):
     """With the one cycle and the smoothed labels that are its defaults, and in bfloat16."""
     model = "implicit-resnet-multiscale"
@@ -116,6 +120,7 @@ def test_multi_scale(run, tmp_path):
     assert all(line["results"]["successful"] == 32 for line in metrics(path) if "loss" in line)
 
 
+@pytest.mark.slow
 def test_resuming_is_bit_for_bit(default, run, tmp_path):
     options = ("--model", "pc-linear", "--checkpoint-every", "2")
     succeed(run(tmp_path, *options, "--stop-after", "5"))  # in the middle of an epoch
@@ -141,17 +146,20 @@ def test_resuming_is_bit_for_bit(default, run, tmp_path):
     assert "learning_rate was 0.003 and is now 0.5" in said
 
 
+@pytest.mark.slow
 def test_a_taken_name_is_not_overwritten(run, tmp_path):
     (tmp_path / "runs" / "digits-pc-linear-kind2-0-smoke").mkdir(parents=True)
     output = succeed(run(tmp_path, "--model", "pc-linear", "--kind", "2", "--stop-after", "1"))
     assert "runs/digits-pc-linear-kind2-0-smoke-2/" in output
 
 
+@pytest.mark.slow
 def test_resuming_nothing_is_refused(run, tmp_path):
     said = fail(run(tmp_path, "--model", "resnet", "--resume"))
     assert "--resume expected a run" in said and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run, tmp_path):
     said = fail(run(tmp_path, "--model", "implicit-resnet", "--learning-rate", "1e38"))
     lines = metrics(tmp_path / "runs" / "digits-implicit-resnet-0-smoke")
@@ -160,17 +168,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run, tmp_pat
     assert "expected a finite" in said and re.search(r"ended so: 16 \w+", said)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(run, tmp_path):
     # Smoke runs have a batch of 16.
     said = fail(run(tmp_path, "--model", "pc-linear", devices=3))
     assert "divides by the 3 devices" in said and "--batch-size" in said
 
 
+@pytest.mark.slow
 def test_an_activation_of_the_other_kind_is_refused(run, tmp_path):
     said = fail(run(tmp_path, "--model", "pc-linear", "--kind", "2", "--activation", "tanh"))
     assert "Expected an activation of kind 2 for pc-linear, got tanh" in said
 
 
+@pytest.mark.slow
 def test_missing_data_is_explained(run, tmp_path):
     said = fail(run(tmp_path, "--dataset", "svhn_cropped", TFDS_DATA_DIR=str(tmp_path)))
     assert "Expected svhn_cropped prepared by TensorFlow Datasets" in said
@@ -185,6 +196,7 @@ def test_a_folder_of_data_that_is_not_there_is_not_called_prepared():
     assert "under /nowhere; got no folder mnist there." in said and "already" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "options", "expected"),
     [
@@ -203,6 +215,7 @@ def test_tfds_data(run, tmp_path, dataset, options, expected):
     assert ("test accuracy" in output) == (dataset != "cifar10")
 
 
+@pytest.mark.slow
 def test_real_data_is_read_or_explained(run, tmp_path):
     """With TFDS_DATA_DIR set, CIFAR-10 is there; without, the script says what to do."""
     options = ("--dataset", "cifar10", "--model", "pc-linear", "--stop-after", "1")

@@ -39,6 +39,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_without_options_a_revdeq_is_compared_with_its_block(default):
     folder, output = default
     rows = [re.split(r" {2,}", x) for x in output.splitlines() if x.endswith("smoke/")]
@@ -65,6 +66,7 @@ def test_without_options_a_revdeq_is_compared_with_its_block(default):
         assert all(line["tokens_per_second"] > 0 for line in steps)
 
 
+@pytest.mark.slow
 def test_words_of_wikitext_in_parts_on_eight_devices(run, tmp_path):
     """Published tokens, a batch taken in two parts, split over devices: what one device has."""
     text = " the cat sat on the mat . \n = Heading = \n the dog sat . \n" * 60
@@ -82,6 +84,7 @@ def test_words_of_wikitext_in_parts_on_eight_devices(run, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_resuming_is_bit_for_bit_and_of_the_same_text(run, default, tmp_path):
     straight = default[0] / "runs" / "pydoc-explicit-0-smoke"
     options = ("--model", "explicit", "--stop-after", "5", "--checkpoint-every", "2")
@@ -128,6 +131,7 @@ def test_the_papers_preset_and_ways_of_computing():
     assert model.vocabulary.positions is None
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(run, tmp_path):
     process = run(tmp_path, "--batch-size", "12", devices=8)
     said = " ".join(process.stderr.split())

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quick import FLAGS
+from fast_compile import FLAGS
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "tests" / "helpers" / "tiny_run.py"

@@ -101,7 +101,7 @@ def test_downsampling_against_stock_convolutions(getkey):
 
 @pytest.mark.parametrize(("channels", "width"), [((8, 16), (1,)), (8, (1, 2)), ((), 1)])
 def test_as_many_widths_as_scales(channels, width, getkey):
-    with pytest.raises(ValueError, match="expected one width for each of its scales"):
+    with pytest.raises(ValueError, match="expects one width for each of its scales"):
         build(getkey(), channels=channels, width=width)
 
 

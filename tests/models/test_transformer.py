@@ -256,7 +256,7 @@ def test_errors_say_what_to_do(getkey):
         (lambda: model.generate(prompt[:0], 1), "at least one token, got"),
         (lambda: model.generate(prompt[None], 1), "use jax.vmap"),
         (lambda: build(getkey(), Transformer, blocks=0), "at least one block"),
-        (lambda: model.generate(prompt, 1, temperature=1.0), "expected a key"),
+        (lambda: model.generate(prompt, 1, temperature=1.0), "expects a key"),
         (lambda: model.generate(prompt, 1, temperature=-1.0), "number of at least 0"),
         (lambda: tolerant.generate(prompt, 1), "fixed number of steps"),
         (lambda: build(getkey(), heads=3), "heads to divide width"),

@@ -115,7 +115,7 @@ def test_shardings(getkey):
 
 def test_shapes_that_do_not_fit_are_refused(getkey):
     x, w = problem(getkey)
-    with pytest.raises(ValueError, match=r"expected x of shape \(\.\.\., 4\).*got \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"expects x of shape \(\.\.\., 4\).*got \(5, 3\)"):
         dense(x, w.T)
 
 

@@ -68,9 +68,9 @@ def test_what_does_not_qualify_raises(getkey, other):
 
 def test_bad_fields_raise(getkey):
     for field in ("floor", "sharpness"):
-        with pytest.raises(ValueError, match=f"expected floor > 0.*{field}=0"):
+        with pytest.raises(ValueError, match=f"expects floor > 0.*{field}=0"):
             PositiveConcaveLinear(3, key=getkey(), **{field: 0.0})  # pyright: ignore
-        with pytest.raises(ValueError, match=f"expected floor > 0.*{field}=inf"):
+        with pytest.raises(ValueError, match=f"expects floor > 0.*{field}=inf"):
             PositiveConcaveConv2d(3, key=getkey(), **{field: np.inf})  # pyright: ignore
     for kernel_size in (2, 3.0, 0):
         with pytest.raises(ValueError, match="odd kernel_size"):

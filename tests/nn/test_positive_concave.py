@@ -113,5 +113,5 @@ def test_what_can_be_seen_raises(getkey):
     ):
         with pytest.raises(ValueError, match="structure, shapes and dtypes of z"):
             jax.eval_shape(PositiveConcave(wrong), z, z)
-    with pytest.raises(ValueError, match="expected floor > 0"):
+    with pytest.raises(ValueError, match="expects floor > 0"):
         PositiveConcave(f, StrictlyPositive(0.0))

@@ -151,7 +151,7 @@ def test_too_large_a_mu_raises(getkey):
             SubhomogeneousConv2d(3, 3, activation, normalise=True, key=getkey())
     with pytest.raises(ValueError, match="something is known"):
         SubhomogeneousLinear(3, lambda u: u, key=getkey())
-    with pytest.raises(ValueError, match="expected floor > 0"):
+    with pytest.raises(ValueError, match="expects floor > 0"):
         SubhomogeneousLinear(3, floor=0.0, key=getkey())
     with pytest.raises(ValueError, match="odd kernel_size"):
         SubhomogeneousConv2d(3, 2, key=getkey())

@@ -191,7 +191,7 @@ def test_what_monotonicity_asks_for():
     for c in refused:
         assert not c.holds and c.relative_error == jnp.inf
         assert jnp.all(c.lower == 0) and jnp.all(c.upper == jnp.inf)
-    with pytest.raises(ValueError, match="expected a weight with a margin"):
+    with pytest.raises(ValueError, match="expects a weight with a margin"):
         deqjax.nn.PeacemanRachford(paramax.unwrap(cell.weight)).certify(z, x)
 
 

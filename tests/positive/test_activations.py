@@ -148,7 +148,7 @@ def test_bad_numbers_raise():
             Power(*numbers)  # pyright: ignore
     for number in (0.0, True, math.inf, math.nan, jnp.ones(())):
         for field in ("floor", "sharpness"):
-            with pytest.raises(ValueError, match="expected floor > 0"):
+            with pytest.raises(ValueError, match="expects floor > 0"):
                 positive.StrictlyPositive(**{field: number})  # pyright: ignore
 
 

@@ -123,6 +123,7 @@ def test_pytrees_and_images(getkey):
 
 
 @pytest.mark.x64
+@pytest.mark.optimised
 def test_rounding_does_not_cost_the_bound():
     """A first step that rounding refuses, from a z above z* in some entries: more of t v alone."""
     p = concave("relu6", 1.01, 1e-3, n=80, batch=64)

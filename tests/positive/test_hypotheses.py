@@ -200,7 +200,7 @@ def test_under_transformations(getkey):
 
 def test_bad_input_raises():
     f = lambda z, x: jnp.tanh(z + x)
-    with pytest.raises(ValueError, match=r"expected a cell\(z, x\)"):
+    with pytest.raises(ValueError, match=r"expects a cell\(z, x\)"):
         check(jnp.ones(3), jnp.ones(3))
     for samples in (0, 1.5, True):
         with pytest.raises(ValueError, match="samples to be an int"):

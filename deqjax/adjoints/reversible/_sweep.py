@@ -160,7 +160,7 @@ def _pulled_back(flat: Flat, params: PyTree, others: PyTree, y: PyTree, gz: PyTr
 def _plus_relaxation(
     flat: Flat, gbeta: Inexact[Array, "..."], gz: PyTree, fy: PyTree, before: PyTree
 ) -> Inexact[Array, "..."]:
-    """Adds that of one step, `<gz, f(y) - s[k-1]>`, to the cotangent of an array beta."""
+    """Adds one step's term, `<gz, f(s[k-1]) - s[k-2]>`, to the cotangent of an array beta."""
     if not eqx.is_array(flat.solver.relaxation):
         return gbeta
     one = lambda g, fy, x: dot(conjugate(g), lincomb(1, fy, -1, x))
