@@ -34,9 +34,9 @@ def _resolve(config: Config) -> Config:
     assert model is not None and dataset is not None
     values = dataclasses.asdict(family(model, dataset))
     if config.preset is not None:
-        # Of another network or data set than the preset's, what that one's family has stays.
+        # With another network or data set than the preset's, the values of its family stay.
         values |= changes(PRESETS[config.preset])
-    # A kind asks for its own activation, unless the preset's is one of it.
+    # A kind needs an activation of its own, unless the preset's is of that kind.
     if config.kind is not None and kind_of(values["activation"]) != config.kind:
         values["activation"] = "tanh" if config.kind == 1 else "sigmoid"
     if config.smoke:

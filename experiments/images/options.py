@@ -22,7 +22,7 @@ Activation = Literal["tanh", "softsign", "relu6", "sigmoid"]
 CONCAVE: tuple[Model, ...] = ("pc-linear", "pc-single", "pc-multi")
 REVERSIBLE: tuple[Model, ...] = ("implicit-resnet", "implicit-resnet-multiscale")
 EXPLICIT: tuple[Model, ...] = ("resnet", "resnet-multiscale")
-# What `deqjax.positive.qualify` says of each, which is slow to import for an answer to a typo.
+# As `deqjax.positive.qualify` says, which would be slow to import to answer a typo.
 KINDS: dict[Activation, Literal[1, 2]] = {"tanh": 1, "softsign": 1, "relu6": 1, "sigmoid": 2}
 
 
@@ -68,12 +68,12 @@ class Config(Session, Training):
     epochs: Count | None = None
     """Passes over the training split."""
     batch_size: Count = 64
-    """Images a step, over all devices: the papers'."""
+    """Images per step, over all devices: the papers'."""
     schedule: Literal["cosine", "milestone", "one-cycle"] | None = None
     """cosine: to 0 at the last step; milestone: x0.1 at one moment, the pcDEQ paper's; one-cycle:
     from a 25th up in the first 0.3 of the steps, then down to nothing."""
     milestone: Annotated[Share | None, Only("schedule", ("milestone",))] = None
-    """The share of the epochs after which that moment is."""
+    """The share of the epochs after which the learning rate falls."""
     epsilon: Positive = 1e-6
     """AdamW's. At 1e-8 gradients of pure rounding (of a bias that batch normalisation takes out
     again) become full steps, and the loss depends on the number of devices from the second on."""

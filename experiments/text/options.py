@@ -70,7 +70,7 @@ class Config(TextSession, Training):
     steps: Count | None = None
     """Steps to take instead of epochs."""
     batch_size: Count | None = None
-    """Windows a step, over all devices."""
+    """Windows per step, over all devices."""
     warmup: Whole = 100
     """Steps from a rate of 0 to its peak, at most a tenth of all; then a cosine down to a tenth."""
     epsilon: Positive = 1e-8

@@ -32,7 +32,7 @@ def records(
         ) from None
     except Exception as error:  # TFDS raises six kinds for data that is absent or of other format
         where = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-        # Of a folder that is not there its own words are that it is prepared, or what it knows.
+        # TFDS calls a missing folder prepared, or lists what it knows; we say that it is missing.
         there = (tfds.core.Path(where).expanduser() / name).exists()
         got = f"{type(error).__name__}: {error}" if there else f"no folder {name} there."
         raise SystemExit(

@@ -97,7 +97,7 @@ def _about(p: Batch, dtype: str, which: str, false: dict, z: np.ndarray, said: d
             "x": p.x[j].tolist(),
             "z": z[j].tolist(),
             "solution": [str(v) for v in p.solution[j]],
-            # Of the bracket of the radius the examples are the last axis.
+            # The examples are the last axis of the bracket of the radius.
             "said": {k: np.asarray(v)[(..., j) if k == "spectral_radius" else j].tolist()
                      for k, v in said.items()},
         }
