@@ -53,12 +53,14 @@ def getkey():
 
 
 @pytest.fixture(autouse=True)
-def precision(request):
-    """float64 for tests marked `x64`; off elsewhere, as users have it."""
+def compilation(request):
+    """float64 for tests marked `x64`, and XLA as users have it for those marked `optimised`."""
     marked = lambda name: request.node.get_closest_marker(name) is not None
     jax.config.update("jax_disable_most_optimizations", not marked("optimised"))
     with jax.enable_x64(marked("x64")):
         yield
+    # As in the fixtures of a module, which are made before those of its first test.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True, scope="module")
