@@ -38,6 +38,7 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)  # for the scripts that tests start
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """All cores, up to eight: a worker holds gigabytes of programs. One file runs by itself."""
     files = {argument.partition("::")[0] for argument in config.args}
@@ -56,6 +57,8 @@ def getkey():
 def compilation(request):
     """float64 for tests marked `x64`, and XLA as users have it for those marked `optimised`."""
     marked = lambda name: request.node.get_closest_marker(name) is not None
+    if marked("optimised"):
+        jax.clear_caches()  # in which programs are not told apart by this setting
     jax.config.update("jax_disable_most_optimizations", not marked("optimised"))
     with jax.enable_x64(marked("x64")):
         yield
