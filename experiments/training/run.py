@@ -128,8 +128,11 @@ class RunFolder:
     def _event(self, line: Mapping[str, Any]) -> None:
         """A writer without a thread, in which an error would be lost."""
         if self._events is None:
-            (self.path / "tensorboard").mkdir(exist_ok=True)
-            self._events = EventsWriter(str(self.path / "tensorboard" / "events"))
+            folder = self.path / "tensorboard"
+            folder.mkdir(exist_ok=True)
+            # Its files are named by the second, in which another session may have begun too.
+            session = len([*folder.iterdir()])
+            self._events = EventsWriter(str(folder / f"events.session{session:04}"))
             # What an earlier session wrote of steps that are taken again is not to be drawn.
             start = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(step=self._restored + 1, session_log=start))
