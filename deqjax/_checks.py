@@ -19,6 +19,12 @@ def number(value: Any) -> float:
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
+def to_numbers(owner: Any, *names: str) -> None:
+    """Makes these fields of a frozen dataclass Python floats."""
+    for name in names:
+        object.__setattr__(owner, name, number(getattr(owner, name)))
+
+
 def is_int(value: Any, least: float = 1) -> bool:
     """Whether `value` is a known integer of at least `least`."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least

@@ -117,7 +117,7 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         unit="tokens",
     )
     if last["step"] == total:
-        # What is shown is of the checkpoint of the lowest validation loss.
+        # The summary is that of the checkpoint with the lowest validation loss.
         state = folder.best(state)
         if is_main():
             lines = [x for x in folder.metrics() if x.get("eval_loss") is not None]

@@ -46,7 +46,7 @@ WAYS = {
     "reversible-checkpoint": (REVERSIBLE, deqjax.RecursiveCheckpointAdjoint()),
 }
 WAYS |= {f"linear-{k}": (PICARD, deqjax.ImplicitAdjoint(s, tol=None)) for k, s in LINEAR.items()}
-# What is the implicit gradient to rounding, and not an approximation.
+# The implicit gradient to rounding, and no approximation.
 EXACT = [k for k, (_, adjoint) in WAYS.items() if isinstance(adjoint, deqjax.ImplicitAdjoint)]
 STEPS = 40
 

@@ -5,19 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix
 import pytest
+from registry import BEST, SOLVERS
 
 import deqjax
 from deqjax import RESULTS
 
 from bench import problems as _p
 
-SOLVERS = {
-    "picard": deqjax.FixedPointIteration,
-    "anderson": deqjax.Anderson,
-    "broyden": deqjax.Broyden,
-    "broyden-search": lambda *tol: deqjax.Broyden(*tol, line_search=True),
-}
-solvers = pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS)
+solvers = pytest.mark.parametrize("make", [SOLVERS[name] for name in BEST], ids=BEST)
 
 
 def relative(z, fz):
@@ -97,7 +92,7 @@ def test_codes(make):
     ]
     for code, fn, n in outcomes:
         run = lambda throw, fn=fn, n=n: deqjax.fixed_point(
-            fn, make(1e-4, 1e-4), jnp.asarray([0.5]), max_steps=n, throw=throw
+            fn, make(1e-4), jnp.asarray([0.5]), max_steps=n, throw=throw
         )
         assert run(False).result == code
         if code == RESULTS.successful:
@@ -112,7 +107,7 @@ def test_codes(make):
 def test_mixed_batch(make):
     """Each example meets its own tolerance in its own number of steps, whoever is beside it."""
     p = _p.mixed(easy=7).astype(jnp.float32)
-    solver = make(1e-4, 1e-4)
+    solver = make(1e-4)
 
     @jax.jit
     def run(z0, args):
@@ -142,7 +137,7 @@ def test_mixed_batch(make):
 def test_vmap_is_a_python_loop(make):
     """Values, steps and gradients; grad of vmap and vmap of grad."""
     p = _p.mixed(easy=3).astype(jnp.float64)
-    solver = make(1e-10, 1e-10)
+    solver = make(1e-10)
     fn = lambda z, args: args[0] @ z + args[1]
 
     def one(z0, args):
@@ -166,14 +161,14 @@ def test_steps_per_problem_and_none(make):
     p = _p.mixed(easy=3).astype(jnp.float32)
     budget = jnp.asarray([0, 1, 2, 3])
     sol = deqjax.fixed_point(
-        p.fn, make(1e-7, 1e-7), p.z0, p.args, batched=True, max_steps=8, steps=budget
+        p.fn, make(1e-7), p.z0, p.args, batched=True, max_steps=8, steps=budget
     )
     assert sol.stats["num_steps"].tolist() == [0, 1, 2, 3]
     assert bool(jnp.all(sol.result == RESULTS.nonlinear_max_steps_reached))
     assert bool(jnp.all(sol.value[0] == p.z0[0]))
     np.testing.assert_allclose(sol.value[1], p.args[1][1], rtol=1e-6)
     fixed = deqjax.fixed_point(
-        p.fn, make(0.0, 0.0), p.z0, p.args, batched=True, max_steps=8, steps=budget
+        p.fn, make(0.0), p.z0, p.args, batched=True, max_steps=8, steps=budget
     )
     assert bool(jnp.all(fixed.result == RESULTS.successful))
     assert fixed.stats["num_steps"].tolist() == [0, 1, 2, 3]
@@ -183,7 +178,7 @@ def test_steps_per_problem_and_none(make):
 def test_through_the_door_of_optimistix(make):
     """The cap and a NaN: codes, and no exception."""
     options = dict(max_steps=4, throw=False)
-    run = lambda fn: optimistix.fixed_point(fn, make(1e-6, 1e-6), jnp.ones(2), **options)
+    run = lambda fn: optimistix.fixed_point(fn, make(1e-6), jnp.ones(2), **options)
     assert run(lambda z, _: jnp.sqrt(z**2 + 1)).result == RESULTS.nonlinear_max_steps_reached
     assert run(lambda z, _: z * jnp.nan).result != RESULTS.successful
     assert run(lambda z, _: 0.5 * z).result == RESULTS.successful
@@ -194,7 +189,7 @@ def test_traced_zero_tolerances_ask_for_steps(make):
     """As static ones do, and though no measure can tell which iterate is the best."""
     fn = lambda z, b: jnp.tanh(0.5 * z) + b
     b = jnp.asarray([1.0, -0.3])
-    solve = lambda tol: deqjax.fixed_point(fn, make(tol, tol), jnp.zeros(2), b, max_steps=3)
+    solve = lambda tol: deqjax.fixed_point(fn, make(tol), jnp.zeros(2), b, max_steps=3)
     traced, static = jax.jit(solve)(0.0), solve(0.0)
     assert traced.result == RESULTS.successful
     assert traced.stats["num_steps"] == 3

@@ -17,41 +17,20 @@ import optimistix
 import pytest
 from dense import dense, tree
 from problems import relative_error
+from registry import ADJOINTS, SOLVERS
 
 import deqjax
 from deqjax import RESULTS
 
 from bench import problems as _p
 
-ANDERSON = deqjax.Anderson(1e-12, 1e-12, depth=10)
-BROYDEN = deqjax.Broyden(1e-12, 1e-12)
-FLOAT = deqjax.Reversible(1e-12, 1e-12, beta=0.8, exact=False)
-# Each with the gradient that it promises, of a dense problem.
-ADJOINTS = {
-    "implicit": (ANDERSON, deqjax.ImplicitAdjoint(tol=1e-12), lambda d: d.implicit()),
-    "gmres": (
-        ANDERSON,
-        deqjax.ImplicitAdjoint(lineax.GMRES(1e-12, 1e-12)),
-        lambda d: d.implicit(),
-    ),
-    "checkpointed": (
-        deqjax.FixedPointIteration(1e-12, 1e-12),
-        deqjax.RecursiveCheckpointAdjoint(),
-        lambda d: d.implicit(),
-    ),
-    "reversible": (FLOAT, deqjax.ReversibleAdjoint(), lambda d: d.implicit()),
-    "phantom": (ANDERSON, deqjax.PhantomAdjoint(), lambda d: d.phantom(5, 0.5)),
-    "neumann": (ANDERSON, deqjax.NeumannPhantomAdjoint(), lambda d: d.phantom(5, 0.5)),
-    "jacobian-free": (ANDERSON, deqjax.JacobianFreeAdjoint(), lambda d: d.phantom(1, 0.0)),
-    "shine": (BROYDEN, deqjax.BroydenAdjoint(tol=1e-12), lambda d: d.implicit()),
-}
-
 
 @pytest.mark.x64
 @pytest.mark.parametrize("name", ADJOINTS)
 def test_aux_closed_over_tracers_and_a_loss_on_some_leaves(name):
     """All at once, with a z0 made of parameters; "exact" to the digits of a float64."""
-    solver, adjoint, closed = ADJOINTS[name]
+    way = ADJOINTS[name]
+    solver, adjoint = SOLVERS[way.solver](1e-12), way.adjoint(1e-12)
     (d,) = tree()
     # The cotangent of a loss of leaf "b" alone, in which aux has its part.
     g = d.g | {"a": np.zeros(3)}
@@ -67,16 +46,13 @@ def test_aux_closed_over_tracers_and_a_loss_on_some_leaves(name):
         return jnp.vdot(one, sol.aux["twice"]) / 2 + jnp.vdot(two, sol.value["b"][1])
 
     grad = jax.jit(jax.grad(loss))(p.args, None)
-    assert relative_error(grad, closed(d)) < 1e-8
+    assert relative_error(grad, way.promised(d)) < 1e-8
 
 
 @pytest.mark.parametrize("name", ["anderson", "broyden", "picard"])
 def test_zero_tolerance_and_zero_steps_are_what_they_say(name):
-    make = dict(
-        anderson=deqjax.Anderson, broyden=deqjax.Broyden, picard=deqjax.FixedPointIteration
-    )[name]
     fn = lambda z, _: jnp.cos(z)
-    run = lambda **options: deqjax.fixed_point(fn, make(0.0, 0.0), jnp.ones(3), **options)
+    run = lambda **options: deqjax.fixed_point(fn, SOLVERS[name](0.0), jnp.ones(3), **options)
     sol = run(max_steps=9)
     assert int(sol.stats["num_steps"]) == 9
     assert sol.result == RESULTS.successful
@@ -90,7 +66,7 @@ def test_zero_tolerance_and_zero_steps_are_what_they_say(name):
 def test_a_loss_of_statistics_is_refused_or_right(name):
     """The residual has its gradient, beside that of the value: no term is dropped in silence."""
     solver = deqjax.Broyden(rtol=0.0, atol=0.0)
-    adjoint = ADJOINTS[name][1] if name == "phantom" else deqjax.BroydenAdjoint(tol=1e-3)
+    adjoint = ADJOINTS[name].adjoint(1e-3)
     fn = lambda z, b: 0.5 * jnp.sin(z) + b
 
     def loss(b, c):

@@ -91,10 +91,18 @@ def batch_norm(
     return jnp.moveaxis(y, 1, -1), state
 
 
-def convolution(dtype: DTypeLike | None, compute_dtype: DTypeLike | None) -> Callable[..., Conv2d]:
-    """`nn.Conv2d` without a bias."""
+class Layers(NamedTuple):
+    """Makes the layers of a block in the dtypes of its model."""
+
+    conv: Callable[..., Conv2d]
+    norm: Callable[[int], eqx.nn.BatchNorm]
+
+
+def layers(dtype: DTypeLike | None, compute_dtype: DTypeLike | None) -> Layers:
+    """`nn.Conv2d` without a bias, and batch normalisation."""
     # As in the references: a norm with its own shift follows each convolution.
-    return partial(Conv2d, use_bias=False, dtype=dtype, compute_dtype=compute_dtype)
+    conv = partial(Conv2d, use_bias=False, dtype=dtype, compute_dtype=compute_dtype)
+    return Layers(conv, partial(make_batch_norm, dtype=dtype))
 
 
 class Stem(eqx.Module):
@@ -103,17 +111,9 @@ class Stem(eqx.Module):
     conv: Conv2d
     norm: eqx.nn.BatchNorm
 
-    def __init__(
-        self,
-        before: int,
-        after: int,
-        *,
-        dtype: DTypeLike | None,
-        compute_dtype: DTypeLike | None,
-        key: PRNGKeyArray,
-    ):
-        self.conv = convolution(dtype, compute_dtype)(before, after, key=key)
-        self.norm = make_batch_norm(after, dtype)
+    def __init__(self, make: Layers, before: int, after: int, *, key: PRNGKeyArray):
+        self.conv = make.conv(before, after, key=key)
+        self.norm = make.norm(after)
 
     def __call__(self, x: Float[Array, "b h w i"], state: eqx.nn.State) -> Lifted:
         """Lifts a batch of images."""
@@ -136,21 +136,12 @@ class Downsample(eqx.Module):
     conv2: Conv2d
     shortcut: Conv2d
 
-    def __init__(
-        self,
-        before: int,
-        after: int,
-        *,
-        dtype: DTypeLike | None,
-        compute_dtype: DTypeLike | None,
-        key: PRNGKeyArray,
-    ):
+    def __init__(self, make: Layers, before: int, after: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 3)
-        conv = convolution(dtype, compute_dtype)
-        self.norm1, self.norm2 = (make_batch_norm(n, dtype) for n in (before, after))
-        self.conv1 = conv(before, after, 3, 2, key=keys[0])
-        self.conv2 = conv(after, after, key=keys[1])
-        self.shortcut = conv(before, after, 1, 2, key=keys[2])
+        self.norm1, self.norm2 = make.norm(before), make.norm(after)
+        self.conv1 = make.conv(before, after, 3, 2, key=keys[0])
+        self.conv2 = make.conv(after, after, key=keys[1])
+        self.shortcut = make.conv(before, after, 1, 2, key=keys[2])
 
     def __call__(self, x: Float[Array, "b h w i"], state: eqx.nn.State) -> Lifted:
         """Downsamples a batch."""

@@ -22,7 +22,7 @@ from ._base import (
     adaptive_average_pool,
     check_image_shape,
     check_images,
-    convolution,
+    layers,
 )
 
 _FIXED_DEPTH = Reversible(beta=0.8, rtol=0.0, atol=0.0)
@@ -69,7 +69,7 @@ class ResidualCell(eqx.Module):
     ):
         key1, key2 = jax.random.split(key)
         inner = width * channels
-        conv = convolution(dtype, compute_dtype)
+        conv = layers(dtype, compute_dtype).conv
         self.conv1 = conv(channels, inner, key=key1)
         self.conv2 = conv(inner, channels, key=key2)
         self.norm1 = GroupNorm(groups, inner, dtype=dtype)
@@ -161,11 +161,12 @@ class ImplicitResNet(AbstractClassifier):
                 f" and width={width}; give as many of both, or one width for all."
             )
         types = {"dtype": dtype, "compute_dtype": compute_dtype}
+        make = layers(**types)
         *keys, head_key = jax.random.split(key, 2 * len(channels) + 1)
         rows, columns, depth = image_shape
         stages = []
         for i, (before, here) in enumerate(pairwise((depth, *channels))):
-            lift = (Downsample if i else Stem)(before, here, **types, key=keys[2 * i])
+            lift = (Downsample if i else Stem)(make, before, here, key=keys[2 * i])
             cell = ResidualCell(here, widths[i], groups, **types, key=keys[2 * i + 1])
             stages.append(Stage(lift, DEQ(cell, solver, adjoint, max_steps=max_steps)))
             if i:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._checks import number
+from .._checks import number, to_numbers
 from ._base import AbstractActivation, Properties
 
 
@@ -113,7 +113,7 @@ class Shifted(AbstractActivation):
                 f"Shifted expects a Python number above 0 as shift, got {self.shift!r}; without a "
                 f"shift, use {name(self.base)} itself."
             )
-        object.__setattr__(self, "shift", number(self.shift))
+        to_numbers(self, "shift")
 
     def __call__(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
         """`sigma(u) + shift`."""
@@ -152,8 +152,7 @@ class Power(AbstractActivation):
                 f"{self.exponent!r} and {self.offset!r}; pass a smaller exponent, since from 1 on "
                 f"a fixed point need not exist, and an offset of at least 0."
             )
-        object.__setattr__(self, "exponent", number(self.exponent))
-        object.__setattr__(self, "offset", number(self.offset))
+        to_numbers(self, "exponent", "offset")
 
     def __call__(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
         """`(u + offset)^exponent`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import PyTree
 
-from .._checks import number
+from .._checks import number, to_numbers
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class StrictlyPositive:
                 f"numbers, got floor={self.floor!r} and sharpness={self.sharpness!r}; use 1e-3 and "
                 f"5: its input has to stay positive and finite."
             )
-        object.__setattr__(self, "floor", number(self.floor))
-        object.__setattr__(self, "sharpness", number(self.sharpness))
+        to_numbers(self, "floor", "sharpness")
 
     def __call__(self, x: PyTree) -> PyTree:
         """Applies the map to each entry."""

@@ -134,11 +134,11 @@ class AbstractCertifiedSolver(AbstractSolver):
 
     def stats(self, fn, z, args, memory, failed, rank):
         """The bracket of the solve; for a failed problem no wider than `deqjax.certify` of z."""
-        stats = per_problem(lambda solver, *at: solver._bracket_stats(*at), rank)(self, z, memory)
+        closing = lambda solver, memory: solver._closing(memory)
+        bracket, limited = stop_gradient(per_problem(closing, rank)(self, memory))
         fn, z, args = stop_gradient((fn, z, args))
-        axes = mesh_axes(fn, z, args, stats, self)
+        axes = mesh_axes(fn, z, args, bracket, self)
         slack, at = self.margin(z), flat(z, rank)
-        bracket = Bracket(flat(stats["lower"], rank), flat(stats["upper"], rank))
         f = lambda x: flat(evaluate(fn, unflat(x, z), args)[0], rank)
 
         def better(bracket):
@@ -148,13 +148,12 @@ class AbstractCertifiedSolver(AbstractSolver):
         # For a jax.custom_vjp function JAX forms no product with J, and there is no certificate.
         if not calls(trace(fn, z, args).jaxpr, "custom_vjp_call"):
             bracket = jax.lax.cond(jnp.any(failed), better, lambda bracket: bracket, bracket)
-        return {**stats, **per_problem(_bounds, rank)(z, bracket)}
+        return {**per_problem(_bounds, rank)(z, bracket), "rounding_limited": limited}
 
-    def _bracket_stats(self, z: PyTree, memory: Any) -> dict[str, Any]:
-        """The stats of one problem that its memory gives."""
-        bracket, done = jax.lax.stop_gradient(self.proved(memory))
-        limited = self.limited(memory) & ~done & consistent(bracket)
-        return {**_bounds(jax.lax.stop_gradient(z), bracket), "rounding_limited": limited}
+    def _closing(self, memory: Any) -> tuple[Bracket, Bool[Array, ""]]:
+        """The last bracket of one problem, and whether rounding ended its solve."""
+        bracket, done = self.proved(memory)
+        return bracket, self.limited(memory) & ~done & consistent(bracket)
 
 
 def _bounds(z: PyTree, bracket: Bracket) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _pydoc() -> Source:
     cut = text.index("\n\n", len(text) * 9 // 10) + 2
     return _held(
         {"train": text[:cut], "validation": text[cut:]},
-        # Its figures can be compared within one version alone, so that this has to be named.
+        # Figures compare within one version of the text only, so the version is named.
         f"pydoc_data.topics of CPython {platform.python_version()} (its text differs from version "
         "to version); validation: the last tenth, from a paragraph on",
     )

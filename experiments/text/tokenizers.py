@@ -52,7 +52,7 @@ class Tokenizer(abc.ABC):
         return np.dtype(next(d for d in small if self.size - 1 <= np.iinfo(d).max))
 
     def encode(self, text: str) -> np.ndarray:
-        # Its default newline leaves every character as it is, and ends lines at "\n" alone.
+        # StringIO's default newline keeps every character, and ends lines at "\n" only.
         return self.encode_lines(io.StringIO(text))
 
     def encode_lines(self, lines: Iterable[str]) -> np.ndarray:

@@ -28,8 +28,8 @@ def examine(run: Path) -> int:
         if record.exists():
             fault = changed(folder, record)
         else:
-            # Of a run that was killed in between, or of an older version: whether its arrays can
-            # be read is seen when they are.
+            # A killed run or an older version left no record: reading the arrays will show whether
+            # they are whole.
             needed = (folder / "_CHECKPOINT_METADATA", folder / "metrics" / "metrics")
             broken = [x for x in needed if not x.is_file() or parsed(x.read_bytes()) is None]
             fault = f"{str(broken[0].relative_to(folder))!r} damaged or missing" if broken else None
@@ -57,7 +57,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep: int, aside: int):
         self._run, self._saving, self.aside = run, 0, aside
-        # What a step donates is copied before `save` returns; the bytes go to disk beside the
+        # `save` copies donated arrays before it returns, and writes to disk beside the
         # training. Orbax writes beside and renames, so a killed run leaves whole checkpoints only.
         eval_loss = lambda metrics: metrics.get("eval_loss", math.inf)
         kept = [LatestN(keep), BestN(n=1, get_metric_fn=eval_loss, reverse=True)]

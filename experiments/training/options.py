@@ -79,7 +79,7 @@ def check_names(configs: list[C]) -> None:
     names = [str(c.name) for c in configs]
     for name in names:
         inside = name not in ("", ".", "..") and Path(name).name == name
-        # Of the 255 bytes that file systems allow some are left for the -2 of a name that is taken.
+        # File systems allow 255 bytes; some are left for the -2 of a name that is taken.
         if not (inside and name.isprintable() and len(name.encode()) <= 240):
             raise SystemExit(
                 f"Expected a --name that is that of a folder, at most 240 bytes on one line, got "

@@ -130,10 +130,10 @@ class RunFolder:
         if self._events is None:
             folder = self.path / "tensorboard"
             folder.mkdir(exist_ok=True)
-            # Its files are named by the second, in which another session may have begun too.
+            # Event files are named by the second, and two sessions may begin in one.
             session = len([*folder.iterdir()])
             self._events = EventsWriter(str(folder / f"events.session{session:04}"))
-            # What an earlier session wrote of steps that are taken again is not to be drawn.
+            # TensorBoard then drops the points of an earlier session's steps that are taken again.
             start = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(step=self._restored + 1, session_log=start))
         for path, value in jax.tree_util.tree_leaves_with_path(dict(line)):

@@ -41,7 +41,7 @@ def test_an_example_that_leaves_the_range(tol, fails):
     code = RESULTS.nonlinear_divergence if overflow else RESULTS.nonfinite
     for i, expected in enumerate([RESULTS.successful, code, RESULTS.successful]):
         assert (sol.result == expected)[i]
-    # Of a NaN at a fixed depth the value is NaN, as in floating point.
+    # At a fixed depth a NaN stays in the value, as in floating point.
     held = sol.value if overflow or tol else sol.value[::2]
     assert finite(held) and jnp.all(jnp.abs(held) <= 128)
     out, stats = deqjax.reversible_vjp(
@@ -93,7 +93,7 @@ def noisy(size):
         return np.asarray(size * np.sin(calls["f"]), np.float32)
 
     def fn(z, a):
-        # Of z, so that it is not taken out of the loop; no derivative is asked of it.
+        # Depends on z, so that it is not taken out of the loop; it has no derivative.
         shape = jax.ShapeDtypeStruct((), jnp.float32)
         noise = jax.pure_callback(draw, shape, jax.lax.stop_gradient(z))
         return jnp.tanh(a[0] @ z + a[1]) + noise

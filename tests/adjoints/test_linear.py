@@ -49,7 +49,7 @@ def test_a_gradient_that_is_all_rounding_is_none():
         j = j.astype(np.float32)
         g = ((np.eye(16) - j).T @ rng.standard_normal(16)).astype(np.float32)
         assert jnp.all(jnp.isnan(run(j, g)))
-    # What is as near to singular in its eigenvalues, but normal, is still solved.
+    # A normal J whose eigenvalues are as near to 1 is still solved.
     j, g = np.float32(symmetric(16, 0.9999, rng)), np.float32(rng.standard_normal(16))
     assert relative_error(run(j, g), exact(j, g)[0]) < 2e-2
 

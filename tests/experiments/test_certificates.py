@@ -26,7 +26,7 @@ def test_every_promise_is_measured(smoke):
     for line in table.values():
         known = line["bound"] is not None and line["measured"] is not None
         assert line["holds"] is (line["measured"] <= line["bound"] if known else None), line
-    # What the size of the problem and the machine's mood have no say in.
+    # Claims that neither the problem's size nor the machine's load can change.
     for text, bound in {
         "bounds of error that are too small": 0,
         "tanh, rho(W) 1, x about 0.0001, float32: share of examples said": 0,

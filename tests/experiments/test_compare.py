@@ -81,7 +81,7 @@ def test_every_promise_of_the_solvers_is_measured(solvers):
         "attention, solve and gradient: time of our best": 0.5,
     }.items():
         assert bound in begins(table, text), text
-    # What does not depend on the machine's mood holds at any size.
+    # Claims that no machine's load can change hold at any size.
     kept = "Anderson: evaluations", "Broyden: evaluations", "mixed batch", "evaluations counted"
     assert all(
         line["holds"] is not False for line in results["claims"] if line["claim"].startswith(kept)

@@ -24,8 +24,8 @@ from training.options import Session, recorded
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "image_classification.py"
 
-# Of the commands in the README of the paper's authors: activation, learning rate, epochs, weight
-# decay, batch, milestone; of their networks: the widths.
+# From the README of the paper's authors: data, model, kind, learning rate, epochs, weight decay,
+# milestone; from their networks: the widths.
 PAPER = {
     "mnist-multi-softsign": ("mnist", "pc-multi", 1, 5e-4, 40, 1.5e-2, 30, (12, 24, 48)),
     "svhn-single-sigmoid": ("svhn_cropped", "pc-single", 2, 5e-4, 80, 2e-2, 70, (125,)),
@@ -69,8 +69,8 @@ def test_the_papers_other_networks(name, features):
 def test_every_preset_is_whole(name):
     config = options("--preset", name)
     assert config.name == f"{name}-0" and None not in (config.shift, config.max_steps)
-    # Of the pcDEQ paper's settings one moves and mirrors images, as far as its authors' code does;
-    # the RevDEQ paper's do.
+    # One of the pcDEQ paper's settings moves and mirrors images as its authors' code does, and all
+    # of the RevDEQ paper's.
     augmented = (config.shift, config.mirror) == (4, True)
     assert augmented == (name.endswith("augmented") or "revdeq" in name)
     if "short" not in name and not augmented:

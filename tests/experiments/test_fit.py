@@ -66,7 +66,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_bit_for_bit(
     said = capsys.readouterr().out
     assert f"Expected checkpoint {damaged} of" in said and "tiny goes on from step" in said
     assert metrics(tmp_path / "tiny") == metrics(folder)
-    # Of the points of steps that were taken twice, TensorBoard draws the second.
+    # TensorBoard draws the second of two points of one step.
     assert events(tmp_path / "tiny") == events(folder)
     assert [step for step, _ in events(folder)] == [*range(1, 21)]
 

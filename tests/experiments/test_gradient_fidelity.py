@@ -48,7 +48,7 @@ def test_every_promise_is_measured(folder):
         expected = None if line["bound"] is None else line["measured"] <= line["bound"]
         assert line["holds"] is expected, line
 
-    # What does not depend on the machine's mood holds at any size.
+    # Claims that no machine's load can change hold at any size.
     kept = "exact: reversal residual", "exact: bytes", "exact: other", "float: temporary"
     for claim, line in lines.items():
         if claim.startswith(kept):

@@ -136,7 +136,7 @@ def test_resuming_is_bit_for_bit(default, run, tmp_path):
         np.testing.assert_array_equal(resumed[name], expected[name], err_msg=name)
     assert sorted(int(x.name) for x in (path / "checkpoints").iterdir()) == [10, 12]
 
-    # Of a complete run nothing is left to do.
+    # A complete run has nothing left to do.
     before = (path / "metrics.jsonl").read_bytes()
     assert "certified" in succeed(run(tmp_path, *options, "--resume"))
     assert (path / "metrics.jsonl").read_bytes() == before

@@ -74,7 +74,7 @@ def test_false_certificates_are_counted(module):
     beside = certificates.judged(truth, z, held, said | {"lower": 1.01 * z})
     assert beside["false"] == 3 and beside["worst"][0]["what"] == ["lower end"]
     assert certificates.judged(truth, z, ~held, said | {"lower": 1.01 * z})["false"] == 0
-    # What a solver says of its bounds counts whatever its result; its tolerance where it succeeds.
+    # A solver's bounds count whatever its result; its tolerance, where it succeeds.
     assert certificates.judged(truth, z, ~held, said | {"lower": 1.01 * z}, 0.1)["false"] == 3
     assert certificates.judged(truth, 1.1 * z, held, said, 0.05)["false"] == 3
     assert certificates.judged(truth, 1.1 * z, ~held, said, 0.05)["false"] == 0

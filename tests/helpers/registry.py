@@ -1,11 +1,14 @@
-"""The solvers of the conformance suite: a new one is one line here."""
+"""The solvers and adjoints that are tested alike: a new one is one line here."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import lineax
 import optimistix
 
 import deqjax
 
-# What needs rho(J) < 1, or an eigenvalue below 1 in the real part.
+# Those that need rho(J) < 1, or eigenvalues with a real part below 1.
 CONTRACTIVE = {"picard", "damped", "reversible", "reversible-exact", "their-picard", "best-picard"}
 
 
@@ -28,4 +31,32 @@ SOLVERS = {
     "dogleg": lambda tol: optimistix.Dogleg(tol, tol),
     "best-picard": lambda tol: optimistix.BestSoFarFixedPoint(theirs(tol)),
     "best-newton": lambda tol: optimistix.BestSoFarRootFinder(optimistix.Newton(tol, tol)),
+}
+# Ours that return the best iterate when steps run out.
+BEST = ("picard", "anderson", "broyden", "broyden-search")
+CERTIFIED = {"positive-concave": deqjax.PositiveConcaveSolver, "bracketing": deqjax.Bracketing}
+
+
+class Way(NamedTuple):
+    """A solver by its name, an adjoint, and the gradient that it promises of a dense problem."""
+
+    solver: str
+    adjoint: Callable
+    promised: Callable
+
+
+implicit = lambda d: d.implicit()
+ADJOINTS = {
+    "implicit": Way("anderson", lambda tol: deqjax.ImplicitAdjoint(tol=tol), implicit),
+    "gmres": Way("anderson", lambda tol: deqjax.ImplicitAdjoint(lineax.GMRES(tol, tol)), implicit),
+    "checkpointed": Way("picard", lambda _: deqjax.RecursiveCheckpointAdjoint(), implicit),
+    "reversible": Way("reversible", lambda _: deqjax.ReversibleAdjoint(), implicit),
+    "phantom": Way("anderson", lambda _: deqjax.PhantomAdjoint(), lambda d: d.phantom(5, 0.5)),
+    "neumann": Way(
+        "anderson", lambda _: deqjax.NeumannPhantomAdjoint(), lambda d: d.phantom(5, 0.5)
+    ),
+    "jacobian-free": Way(
+        "anderson", lambda _: deqjax.JacobianFreeAdjoint(), lambda d: d.phantom(1, 0.0)
+    ),
+    "shine": Way("broyden", lambda tol: deqjax.BroydenAdjoint(tol=tol), implicit),
 }

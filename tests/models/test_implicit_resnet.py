@@ -9,7 +9,7 @@ import pytest
 
 import deqjax
 from deqjax.models import ImplicitResNet
-from deqjax.models._base import Downsample, batch_norm
+from deqjax.models._base import Downsample, batch_norm, layers
 from deqjax.models._implicit_resnet import ResidualCell
 
 FIXED_DEPTH = deqjax.Reversible(beta=0.8, rtol=0.0, atol=0.0)
@@ -79,7 +79,7 @@ def test_each_scale_continues_the_one_before_at_half_its_resolution(getkey):
 
 def test_downsampling_against_stock_convolutions(getkey):
     make = eqx.nn.make_with_state(Downsample)
-    block, state = make(3, 5, dtype=None, compute_dtype=None, key=getkey())
+    block, state = make(layers(None, None), 3, 5, key=getkey())
     x = jax.random.normal(getkey(), (4, 6, 5, 3))
 
     def conv(conv, x, stride):
@@ -132,7 +132,7 @@ def test_bfloat16_convolutions(getkey):
 
     found = eqx.filter(found, eqx.is_array)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
-    # Of roundings by up to 2^-9 = 0.2 %, 16 after each other; 3.7 % is what they came to.
+    # 16 roundings in a row of up to 2^-9 = 0.2 % each came to 3.7 %.
     assert 1e-4 < relative(found, expected((wide, x, z0))) < 0.08
 
 

@@ -57,7 +57,7 @@ def test_the_contraction_factor(activation, normalise, getkey):
         @jax.vmap
         def ratio(key, cell=cell, x=x, shape=shape):
             scale, near, one, two = jax.random.split(key, 4)
-            # Of all sizes; some pairs close to each other, where the factor is that of J.
+            # Points of all sizes; some pairs are close, where the factor is that of J.
             y = 10 ** jax.random.uniform(scale, (), minval=-4.0, maxval=3.0)
             y = y * jnp.exp(jax.random.normal(one, shape))
             apart = 10 ** jax.random.uniform(near, (), minval=-4.0, maxval=0.5)

@@ -107,7 +107,7 @@ qualified = [f for f, known in PROPERTIES.items() if known.concave and known.sub
 
 @pytest.mark.parametrize(
     "activation",
-    # Of the names of one function, the first.
+    # The first of the names of one function.
     [
         *{f.__name__: f for f in reversed(qualified)}.values(),
         Shifted(jnp.tanh, 1.2),
@@ -150,10 +150,10 @@ def test_other_cells(getkey):
         cell = nn.PositiveConcaveConv2d(3, nonnegative=nonnegative, key=getkey())
         assert check(cell, x).holds
     assert check(nn.SubhomogeneousConv2d(3, key=getkey()), x).holds
-    # Of a user's own, with a parametrised weight, wrapped, and a state that is a pair.
+    # A user's own cell, wrapped, with a parametrised weight and a pair as state.
     weight = paramax.Parameterize(jnp.exp, jax.random.normal(getkey(), (5, 5)))
     assert check(nn.PositiveConcave(Pair(weight)), (x[0, :, 0], x[1, :, 1])).holds
-    # Of two dtypes.
+    # Two dtypes.
     two = lambda z, x: (jnp.tanh(z[0] + x[0]), jnp.log1p(z[1] + x[1]))
     assert check(two, (jnp.ones(2), jnp.ones(1, jnp.bfloat16))).holds
     # Division by the largest entry is not monotone.

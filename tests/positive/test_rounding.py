@@ -31,7 +31,7 @@ def test_sums_count_their_terms():
     assert units(lambda z, w: jax.nn.relu6(w @ z), z, w) == 7
     assert units(lambda z, _: z + jnp.sum(z), z) == 7 + 1
     np.testing.assert_allclose(units(lambda z, w: jnp.tanh(w @ z), z, w, fan_in=3), 12)
-    # What does not depend on z is taken as it comes.
+    # Arrays that do not depend on z count as exact.
     assert units(lambda z, w: z + w @ jnp.ones(7), z, w) == 1
 
 
@@ -165,7 +165,7 @@ def test_the_bound_is_above_what_happens(sigma):
 
 def test_precision_and_bodies():
     z, w = jnp.ones(5), jnp.ones((5, 5))
-    # Of another precision than the highest, whatever the platform here is, inputs are rounded.
+    # At less than the highest precision inputs are rounded, whatever the platform here.
     low = lambda z, w: jnp.matmul(w, z, precision="default")
     np.testing.assert_allclose(units(low, z, w), 5 + 2**17, rtol=1e-6)
     assert float(rounding(convert(lambda z, w: w @ z, z, w)[0], z, w, None)) > 2.0**-7

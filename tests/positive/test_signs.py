@@ -6,6 +6,7 @@ import numpy as np
 import optimistix
 import pytest
 from jax import lax
+from registry import CERTIFIED
 
 import deqjax
 from deqjax._bilinear import dense
@@ -14,7 +15,7 @@ from deqjax.nn._convolution import conv2d
 from deqjax.positive._rounding import rounding
 
 SUCCESS = deqjax.RESULTS.successful
-SOLVERS = [deqjax.PositiveConcaveSolver, deqjax.Bracketing]
+SOLVERS = list(CERTIFIED.values())
 root = lambda z: jnp.sqrt(1 + z)
 
 
@@ -203,7 +204,7 @@ def test_the_array_of_one_problem_counts_for_that_one(f):
     np.testing.assert_array_equal(
         np.isinf(counted(f, jnp.ones((4, 3)), x, rank=1)), [False, False, True, False]
     )
-    # What is shared counts for all, and so does what cannot be followed.
+    # A shared entry counts for every problem, and so does one that cannot be followed.
     shared = counted(lambda z, x: f(z, x) + x[2:3], jnp.ones((4, 3)), x, rank=1)
     turned = counted(lambda z, x: f(z[::-1], x)[::-1], jnp.ones((4, 3)), x[::-1], rank=1)
     assert np.all(np.isinf(shared)) and np.all(np.isinf(turned))

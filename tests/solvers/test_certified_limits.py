@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from concave import concave, relative
+from registry import CERTIFIED
 
 import deqjax
 from deqjax import Bracketing, PositiveConcaveSolver
 
-solvers = pytest.mark.parametrize("method", [PositiveConcaveSolver, Bracketing])
+solvers = pytest.mark.parametrize("method", CERTIFIED.values(), ids=CERTIFIED)
 SUCCESS = deqjax.RESULTS.successful
 
 

@@ -10,12 +10,13 @@ import optimistix
 import pytest
 from concave import SUPREMUM, concave, relative
 from jax.sharding import PartitionSpec as P
+from registry import CERTIFIED
 
 import deqjax
-from deqjax import Bracketing, PositiveConcaveSolver
+from deqjax import PositiveConcaveSolver
 from deqjax.nn import DEQ, PositiveConcaveConv2d, PositiveConcaveLinear
 
-solvers = pytest.mark.parametrize("method", [PositiveConcaveSolver, Bracketing])
+solvers = pytest.mark.parametrize("method", CERTIFIED.values(), ids=CERTIFIED)
 SUCCESS = deqjax.RESULTS.successful
 
 
@@ -150,7 +151,7 @@ def test_the_bracket_may_be_met_exactly():
     """A constant f: both ends are its value up to rounding, whatever z0 was."""
     f = lambda z, x: 0 * z + x
     x = jnp.array([0.3, 2.0])
-    for method in (PositiveConcaveSolver, Bracketing):
+    for method in CERTIFIED.values():
         sol = deqjax.fixed_point(f, method(rtol=1e-5), jnp.array([1.0, 7.0]), x)
         assert sol.result == SUCCESS
         np.testing.assert_allclose(sol.value, x, rtol=1e-6)
@@ -213,7 +214,7 @@ def test_pytrees_and_scalars():
     f = lambda z, a: {"a": jnp.sqrt(z["b"] + a), "b": jnp.sqrt(z["a"] + a)}
     truth = (1 + np.sqrt(5)) / 2
     z0 = {"a": jnp.zeros(()), "b": jnp.zeros(())}
-    for method in (PositiveConcaveSolver, Bracketing):
+    for method in CERTIFIED.values():
         sol = deqjax.fixed_point(f, method(rtol=1e-5), z0, jnp.asarray(1.0))
         assert sol.result == SUCCESS and sol.stats["lower"]["a"].shape == ()
         np.testing.assert_allclose(sol.value["a"], truth, rtol=1e-5)

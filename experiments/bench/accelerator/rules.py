@@ -36,7 +36,7 @@ Form = Callable[[Any, Any], Array]  # of z and what does not change
 LOOP = 8
 STOCK, FLIPPED = "stock", "flipped"
 _SLOWER = 1.05
-# Of the largest entry: products of TF32 or bfloat16 inputs may be taken in another order.
+# Relative to the largest entry: products of TF32 or bfloat16 inputs may be summed in any order.
 _ALLOWED = {"cpu": 1e-4}
 _OTHERWISE = 2e-2
 

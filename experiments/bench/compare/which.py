@@ -19,7 +19,7 @@ NOTE = (
 )
 REPORT = Report(NOTE)
 
-# What each needs, and what it is for; bias, memory and cost are measured.
+# The needs and uses of each; bias, memory and cost are measured.
 NEEDS = {
     "Implicit": "a converged z*; nothing else",
     "Implicit, series": "rho(J) below about 0.9",

@@ -18,7 +18,7 @@ from bench.timing import Calls, interleaved, median_ratio, ready
 SIZES = [(64, 28, 24), (64, 28, 32), (64, 28, 82), (64, 14, 48), (64, 7, 48),
          (16, 33, 64), (1, 32, 64), (64, 32, 128)]  # fmt: skip
 TINY = [(1, 8, 33)]
-# Of the stock cotangents alone, each evaluation in a loop takes a second at the larger sizes.
+# With stock cotangents an evaluation in a loop takes a second at the larger sizes.
 STOCK = {(64, 14, 48), *TINY}
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LONG = np.longdouble
-# What rounding does to one evaluation of `exact`, which nowhere cancels: a hundred roundings.
+# Rounding error of one evaluation of `exact`, which nowhere cancels: a hundred roundings.
 _ROUNDING = 100 * float(np.finfo(LONG).eps)
 # The most doubt of what is still a reference.
 _DOUBT = 1e-13

@@ -17,7 +17,7 @@ Exact reversal: error of (w, x, z0) by array, relative to it or to 3 % of all. L
 above the tolerance of the dtype. MiB, maps: of the process, after the calls less before."""
 REPORT = Report(NOTE)
 
-# What is promised: as many tried at least, none false. A smoke run promises the second alone.
+# Promised: at least so many tried, and none false. A smoke run promises only the second.
 CERTIFICATES, MIXED, FAMILIES, NORMALISED, PROGRAMS, KINDS, PLACES, GRADIENTS, CALLS = (
     10_000, 2_000, 12, 500, 300, 42, 19, 200, 2_000
 )  # fmt: skip
