@@ -107,9 +107,8 @@ class PositiveConcaveSolver(AbstractCertifiedSolver):
 
     **Cost:** one evaluation of f per step, two per attempt, one for the answer, and `2 depth + 12`
     copies of z. On ordinary problems the certificate costs three evaluations. If the tolerance is
-    not met and the stats are used, also the cost of `deqjax.certify`, beyond `num_fn_evals`. Every
-    matrix product in f uses the highest precision, on every platform; one that a `jax.custom_jvp`
-    rule adds to that certificate, the user's.
+    not met and the stats are used, also the cost of `deqjax.certify`, beyond `num_fn_evals`. Matrix
+    products in f have the highest precision on every platform, those of its derivative rules yours.
 
     **When not to use it:** for an f that is not positive concave (nothing then holds), in half
     precision (sums of some hundred terms have no certain digit), or in the first steps of training,
