@@ -11,6 +11,7 @@ import numpy as np
 import optimistix
 import pytest
 from problems import relative_error, suite
+from registry import cases
 
 import deqjax
 
@@ -58,7 +59,7 @@ def check(dtype, problem, solver, adjoint, reach=1.0):
 
 
 @pytest.mark.parametrize("solver", solvers(1.0))
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", cases(DTYPES, "float64"))  # see also test_conformance_solvers.py
 def test_implicit(dtype, solver):
     if dtype == jnp.bfloat16 and solver in ("newton", "chord"):
         return  # Lineax's dense factorisation has no bfloat16

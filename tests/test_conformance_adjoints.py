@@ -8,6 +8,7 @@ import optimistix
 import pytest
 from dense import affine, curved, flat, tree
 from problems import relative_error
+from registry import cases
 
 import deqjax
 
@@ -132,7 +133,7 @@ def test_fields_of_phantoms(kind):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", cases({name: name for name in DOORS}, "theirs"))
 @pytest.mark.parametrize("solver", ["anderson", "broyden", "damped", "reversible", "exact"])
 def test_checkpointed_steps_converge_to_the_implicit_gradient(solver, door):
     """The derivative of the iterates, of every solver of ours."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optimistix
 import pytest
 from conformance import FAMILIES, check
-from registry import SOLVERS
+from registry import SOLVERS, cases
 
 import deqjax
 
@@ -20,12 +20,17 @@ def test_float64(name, family):
     check(deqjax.fixed_point, name, 1e-10, jnp.float64, family)
 
 
+# What they have in common with another: the loop of Optimistix, a method with another option.
+MORE = "damped", "anderson-mixed", "broyden-search", "chord", "dogleg", "newton-krylov"
+each = pytest.mark.parametrize("name", cases({name: name for name in SOLVERS}, *MORE))
+
+
 @pytest.mark.x64
-@pytest.mark.parametrize("name", SOLVERS)
+@each
 def test_through_the_door_of_optimistix(name):
     check(optimistix.fixed_point, name, 1e-10, jnp.float64, "tree")
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@each
 def test_float32(name):
     check(deqjax.fixed_point, name, 1e-5, jnp.float32, "curved", limit=20)

@@ -6,6 +6,7 @@ import numpy as np
 import optimistix
 import pytest
 from problems import pytree, relative_error, tanh
+from registry import cases
 
 import deqjax
 
@@ -41,29 +42,24 @@ def test_reversible_in_optimistix_at_a_fixed_depth(beta):
     assert relative_error(grad(theirs), grad(ours)) < 1e-14
 
 
-ADJOINTS = [
-    deqjax.ImplicitAdjoint(),
-    deqjax.PositiveConcaveAdjoint(),
-    deqjax.RecursiveCheckpointAdjoint(),
-    optimistix.ImplicitAdjoint(),
-]
+ADJOINTS = {
+    "implicit": deqjax.ImplicitAdjoint(),
+    "positive-concave": deqjax.PositiveConcaveAdjoint(),
+    "checkpointed": deqjax.RecursiveCheckpointAdjoint(),
+    "their-implicit": optimistix.ImplicitAdjoint(),
+}
+SOLVERS = {
+    "picard": deqjax.FixedPointIteration(1e-12, 1e-12),
+    "anderson": deqjax.Anderson(1e-12, 1e-12, depth=3),
+    "broyden": deqjax.Broyden(1e-12, 1e-12, depth=4),
+    "reversible": deqjax.Reversible(1e-12, 1e-12, beta=0.7, exact=False),
+    "their-picard": optimistix.FixedPointIteration(1e-12, 1e-12),
+    "their-newton": optimistix.Newton(1e-12, 1e-12),
+}
 
 
-@pytest.mark.parametrize(
-    "adjoint", ADJOINTS, ids=lambda a: f"{type(a).__module__}"[:7] + type(a).__name__
-)
-@pytest.mark.parametrize(
-    "solver",
-    [
-        deqjax.FixedPointIteration(1e-12, 1e-12),
-        deqjax.Anderson(1e-12, 1e-12, depth=3),
-        deqjax.Broyden(1e-12, 1e-12, depth=4),
-        deqjax.Reversible(1e-12, 1e-12, beta=0.7, exact=False),
-        optimistix.FixedPointIteration(1e-12, 1e-12),
-        optimistix.Newton(1e-12, 1e-12),
-    ],
-    ids=lambda s: f"{type(s).__module__}"[:7] + type(s).__name__,
-)
+@pytest.mark.parametrize("adjoint", cases(ADJOINTS))
+@pytest.mark.parametrize("solver", cases(SOLVERS, "anderson", "reversible", "their-picard"))
 def test_every_pair_in_both_doors(solver, adjoint):
     for p in (pytree(0.6, dtype=np.float64),):
         ours = lambda args, p=p: (

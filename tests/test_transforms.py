@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from problems import matrix
+from registry import cases
 
 import deqjax
 
@@ -47,7 +48,9 @@ PAIRS = {
     ),
     "jacobian-free": (PICARD, deqjax.JacobianFreeAdjoint(), 200),
 }
-pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+# Further cases of an implicit solve, and of one step beyond it.
+MORE = "anderson", "neumann-phantom", "jacobian-free"
+pairs = pytest.mark.parametrize("pair", cases(PAIRS, *MORE))
 
 
 class Cell(eqx.Module):

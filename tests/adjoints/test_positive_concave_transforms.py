@@ -7,6 +7,7 @@ import numpy as np
 import optimistix
 import pytest
 from problems import relative_error
+from registry import cases
 
 import deqjax
 from deqjax.nn import DEQ, PositiveConcaveConv2d, PositiveConcaveLinear
@@ -38,8 +39,11 @@ def test_gradient_of_the_layer(getkey, linear):
     assert relative_error(grads, truth) < 3e-4
 
 
+DOORS = {"ours": deqjax.fixed_point, "theirs": optimistix.fixed_point}
+
+
 @pytest.mark.x64
-@pytest.mark.parametrize("door", [deqjax.fixed_point, optimistix.fixed_point])
+@pytest.mark.parametrize("door", cases(DOORS, "theirs"))
 def test_every_order_and_both_doors(door):
     """A pytree has the derivatives that `ImplicitAdjoint` gives, forwards and backwards."""
     p = _p.split(_p.positive(_p._tanh, 0.9, 0.1, n=8)).astype(np.float64)

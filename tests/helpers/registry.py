@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import lineax
 import optimistix
+import pytest
 
 import deqjax
 
@@ -32,6 +33,15 @@ SOLVERS = {
     "best-picard": lambda tol: optimistix.BestSoFarFixedPoint(theirs(tol)),
     "best-newton": lambda tol: optimistix.BestSoFarRootFinder(optimistix.Newton(tol, tol)),
 }
+
+
+def cases(table, *more):
+    """Parameters named as in `table`, of which `more` are slow: further cases of one kind."""
+    assert set(more) <= set(table), more
+    marks = lambda name: [pytest.mark.slow] if name in more else []
+    return [pytest.param(value, id=name, marks=marks(name)) for name, value in table.items()]
+
+
 # Ours that return the best iterate when steps run out.
 BEST = ("picard", "anderson", "broyden", "broyden-search")
 CERTIFIED = {"positive-concave": deqjax.PositiveConcaveSolver, "bracketing": deqjax.Bracketing}

@@ -118,7 +118,7 @@ def test_one_step_decreases_the_loss(name, getkey):
 
 
 @pytest.mark.x64  # float32 reversal amplifies the rounding by which two layouts differ
-@pytest.mark.parametrize("name", ["resnet", "multi"])
+@pytest.mark.parametrize("name", ["resnet", pytest.param("multi", marks=pytest.mark.slow)])
 def test_data_parallel(name, getkey):
     model, state = build(name, (4, 4, 1), getkey())
     # Away from the initial parameters of the residual cell: with all shifts zero its relu is at its

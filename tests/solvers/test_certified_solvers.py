@@ -10,13 +10,14 @@ import optimistix
 import pytest
 from concave import SUPREMUM, concave, relative
 from jax.sharding import PartitionSpec as P
-from registry import CERTIFIED
+from registry import CERTIFIED, cases
 
 import deqjax
 from deqjax import PositiveConcaveSolver
 from deqjax.nn import DEQ, PositiveConcaveConv2d, PositiveConcaveLinear
 
 solvers = pytest.mark.parametrize("method", CERTIFIED.values(), ids=CERTIFIED)
+DTYPES = {"float32": jnp.float32, "float64": jnp.float64}
 SUCCESS = deqjax.RESULTS.successful
 
 
@@ -37,7 +38,9 @@ def check(sol, p, rtol):
 
 @solvers
 @pytest.mark.x64
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    "dtype", cases({"float32": jnp.float32, "float64": jnp.float64}, "float64")
+)
 @pytest.mark.parametrize(
     "case",
     [("tanh", 1.0, 0.3), ("relu6", 1.0, 0.5), ("sigmoid", 3.0, 0.1), ("soft_sign", 1.0, 0.3)],
@@ -158,7 +161,7 @@ def test_the_bracket_may_be_met_exactly():
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("image", cases({"vector": False, "image": True}, "image"))
 def test_in_a_layer(getkey, image):
     """The layer's gradient is that of the fixed point, through either implicit adjoint."""
     if image:
