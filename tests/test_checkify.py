@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
+from registry import slow
 
 import deqjax
 from deqjax import (
@@ -52,7 +53,9 @@ TRACED = {
     "certified": (PositiveConcaveSolver, JacobianFreeAdjoint()),
 }
 KNOWN = ["implicit", "reversible", "reversible-float"]
-CASES = [(name, False) for name in TRACED] + [(name, True) for name in KNOWN]
+MORE = ["neumann", "bracketing", "reversible-float"]
+CASES = [(name, False) for name in TRACED] + [(name, True) for name in KNOWN[1:]]
+CASES = [case if case[0] not in MORE else slow(*case) for case in CASES] + [slow(KNOWN[0], True)]
 
 
 @pytest.mark.parametrize("name, known", CASES)

@@ -11,15 +11,18 @@ import numpy as np
 import optimistix
 import pytest
 from problems import relative_error, suite
-from registry import cases
+from registry import slow
 
 import deqjax
 
-DTYPES = {
-    "float32": np.float32,
-    "float64": pytest.param(np.float64, marks=pytest.mark.x64),
-    "bfloat16": jnp.bfloat16,
-}
+DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": jnp.bfloat16}
+
+
+def dtypes(*usual, more=()):
+    """Parameters, of which `more` are slow."""
+    wide = lambda name: [pytest.mark.x64] if name == "float64" else []
+    marks = lambda name: wide(name) + ([pytest.mark.slow] if name in more else [])
+    return [pytest.param(DTYPES[name], id=name, marks=marks(name)) for name in (*usual, *more)]
 
 
 def solvers(tol):
@@ -59,7 +62,7 @@ def check(dtype, problem, solver, adjoint, reach=1.0):
 
 
 @pytest.mark.parametrize("solver", solvers(1.0))
-@pytest.mark.parametrize("dtype", cases(DTYPES, "float64"))  # see also test_conformance_solvers.py
+@pytest.mark.parametrize("dtype", dtypes("float32", "bfloat16", more=["float64"]))
 def test_implicit(dtype, solver):
     if dtype == jnp.bfloat16 and solver in ("newton", "chord"):
         return  # Lineax's dense factorisation has no bfloat16
@@ -68,7 +71,7 @@ def test_implicit(dtype, solver):
 
 
 @pytest.mark.parametrize("iterative", [True, False], ids=["gmres", "dense"])
-@pytest.mark.parametrize("dtype", [DTYPES["float32"], DTYPES["float64"]])
+@pytest.mark.parametrize("dtype", dtypes("float32", "float64"))
 def test_implicit_by_lineax(dtype, iterative):
     tol = tolerance(dtype)
     linear = lineax.GMRES(tol, tol) if iterative else lineax.AutoLinearSolver(well_posed=None)
@@ -77,8 +80,10 @@ def test_implicit_by_lineax(dtype, iterative):
         check(dtype, problem, solver, deqjax.ImplicitAdjoint(linear))
 
 
-@pytest.mark.parametrize("solver", ["picard", "damped", "reversible-0.8", "reversible-1.2"])
-@pytest.mark.parametrize("dtype", [DTYPES["float32"], DTYPES["float64"]])
+@pytest.mark.parametrize(
+    "solver", ["picard", slow("damped"), "reversible-0.8", slow("reversible-1.2")]
+)
+@pytest.mark.parametrize("dtype", dtypes("float32", "float64"))
 def test_checkpointed(dtype, solver):
     # The derivative of the iterates converges at rho, up to a factor n: one decade of slack.
     for problem in suite(dtype):
@@ -90,7 +95,7 @@ def test_checkpointed(dtype, solver):
     "adjoint", [deqjax.ReversibleAdjoint(), deqjax.RecursiveCheckpointAdjoint()]
 )
 @pytest.mark.parametrize("beta", [0.5, 0.8, 1.2])
-@pytest.mark.parametrize("dtype", [DTYPES["float32"], DTYPES["float64"]])
+@pytest.mark.parametrize("dtype", dtypes("float32", more=["float64"]))
 def test_steps_taken(dtype, beta, adjoint):
     """At a fixed small depth the gradient is that of the unrolled iteration, in float64."""
     n = 6

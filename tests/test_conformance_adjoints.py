@@ -8,7 +8,7 @@ import optimistix
 import pytest
 from dense import affine, curved, flat, tree
 from problems import relative_error
-from registry import cases
+from registry import names, slow
 
 import deqjax
 
@@ -133,7 +133,7 @@ def test_fields_of_phantoms(kind):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("door", cases({name: name for name in DOORS}, "theirs"))
+@pytest.mark.parametrize("door", names(DOORS, "theirs"))
 @pytest.mark.parametrize("solver", ["anderson", "broyden", "damped", "reversible", "exact"])
 def test_checkpointed_steps_converge_to_the_implicit_gradient(solver, door):
     """The derivative of the iterates, of every solver of ours."""
@@ -203,7 +203,7 @@ def test_shine_needs_broyden():
             deqjax.BroydenAdjoint(**bad)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, slow(jnp.float16)])
 @pytest.mark.parametrize("solver", [deqjax.Anderson, deqjax.Broyden])
 def test_low_precision(solver, dtype):
     eps = float(jnp.finfo(dtype).eps)

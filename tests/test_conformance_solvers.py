@@ -8,21 +8,20 @@ import jax.numpy as jnp
 import optimistix
 import pytest
 from conformance import FAMILIES, check
-from registry import SOLVERS, cases
+from registry import SOLVERS, names
 
 import deqjax
+
+# Further cases: a method with another option, or one like another of Optimistix.
+MORE = "damped", "anderson-mixed", "broyden-search", "chord", "dogleg", "newton-krylov"
+each = pytest.mark.parametrize("name", names(SOLVERS, *MORE))
 
 
 @pytest.mark.x64
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", SOLVERS)
+@each
 def test_float64(name, family):
     check(deqjax.fixed_point, name, 1e-10, jnp.float64, family)
-
-
-# What they have in common with another: the loop of Optimistix, a method with another option.
-MORE = "damped", "anderson-mixed", "broyden-search", "chord", "dogleg", "newton-krylov"
-each = pytest.mark.parametrize("name", cases({name: name for name in SOLVERS}, *MORE))
 
 
 @pytest.mark.x64

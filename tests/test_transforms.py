@@ -49,7 +49,7 @@ PAIRS = {
     "jacobian-free": (PICARD, deqjax.JacobianFreeAdjoint(), 200),
 }
 # Further cases of an implicit solve, and of one step beyond it.
-MORE = "anderson", "neumann-phantom", "jacobian-free"
+MORE = "anderson", "phantom", "neumann-phantom", "jacobian-free"
 pairs = pytest.mark.parametrize("pair", cases(PAIRS, *MORE))
 
 

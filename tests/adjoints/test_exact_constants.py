@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import relative_error
+from registry import slow
 
 import deqjax
 
@@ -73,8 +74,10 @@ def stored(f, p, z0):
     return jax.lax.scan(step, (z0, z0), length=STEPS)[0][1]
 
 
-CASES = [(name, apart) for name in CELLS]
-CASES += [(name, how) for name in ("input", "exp") for how in (closed, mapped, batched)]
+MORE = "solve", "softmax", "norm", "gate", "deep"
+CASES = [slow(name, apart) if name in MORE else (name, apart) for name in CELLS]
+CASES += [("input", how) for how in (closed, mapped, batched)]
+CASES += [slow("exp", how) for how in (closed, mapped, batched)]
 
 
 @pytest.mark.parametrize("name, program", CASES)

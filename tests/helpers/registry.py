@@ -35,11 +35,20 @@ SOLVERS = {
 }
 
 
+def slow(*values, **how):
+    """Parameters of a further case of one kind."""
+    return pytest.param(*values, marks=pytest.mark.slow, **how)
+
+
 def cases(table, *more):
-    """Parameters named as in `table`, of which `more` are slow: further cases of one kind."""
+    """Parameters named as in `table`, of which `more` are slow."""
     assert set(more) <= set(table), more
-    marks = lambda name: [pytest.mark.slow] if name in more else []
-    return [pytest.param(value, id=name, marks=marks(name)) for name, value in table.items()]
+    return [(slow if k in more else pytest.param)(v, id=k) for k, v in dict(table).items()]
+
+
+def names(table, *more):
+    """The names in `table` as parameters, of which `more` are slow."""
+    return cases({name: name for name in table}, *more)
 
 
 # Ours that return the best iterate when steps run out.

@@ -6,6 +6,7 @@ import optax
 import paramax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from registry import names, slow
 
 import deqjax
 from deqjax.models import ImplicitResNet, PositiveConcaveNet
@@ -79,7 +80,7 @@ def test_no_batch_norm_inside_a_solve(name, getkey):
     assert count(model) > 0 and count(model.deqs) == 0
 
 
-@models
+@pytest.mark.parametrize("name", names(SMALL, "multi"))
 @pytest.mark.optimised
 def test_inference_ignores_batch_mates(name, getkey):
     model, state = build(name, (8, 8, 1), getkey())
@@ -118,7 +119,7 @@ def test_one_step_decreases_the_loss(name, getkey):
 
 
 @pytest.mark.x64  # float32 reversal amplifies the rounding by which two layouts differ
-@pytest.mark.parametrize("name", ["resnet", pytest.param("multi", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["resnet", slow("multi")])
 def test_data_parallel(name, getkey):
     model, state = build(name, (4, 4, 1), getkey())
     # Away from the initial parameters of the residual cell: with all shifts zero its relu is at its

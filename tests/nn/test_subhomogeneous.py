@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import paramax
 import pytest
+from registry import slow
 
 import deqjax
 from deqjax.nn import DEQ, SubhomogeneousConv2d, SubhomogeneousLinear
@@ -15,9 +16,9 @@ TANH = Shifted(jnp.tanh, 1.2)
 CASES = [
     (TANH, False),
     (jax.nn.sigmoid, False),
-    (jax.nn.hard_sigmoid, False),
+    slow(jax.nn.hard_sigmoid, False),
     (jnp.sqrt, False),
-    (Power(0.8, 0.1), False),
+    slow(Power(0.8, 0.1), False),
     (Shifted(jax.nn.relu6, 0.5), False),
     (Shifted(jnp.tanh, 1.603), True),
     (jax.nn.sigmoid, True),

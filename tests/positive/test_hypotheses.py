@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import paramax
 import pytest
+from registry import slow
 
 from deqjax import nn
 from deqjax.positive import PROPERTIES, Power, Shifted, check_hypotheses, saturating
@@ -48,7 +49,7 @@ def test_counterexamples_are_refused(name, x64):
     assert all(getattr(found, name).violation > 100 for name in broken)
 
 
-@pytest.mark.parametrize("slope", [10.0, 30.0, 60.0, 100.0])
+@pytest.mark.parametrize("slope", [10.0, slow(30.0), slow(60.0), 100.0])
 @pytest.mark.parametrize("x64", [False, pytest.param(True, marks=pytest.mark.x64)])
 @pytest.mark.parametrize("n", [1, 5])
 def test_points_reach_every_fixed_point(slope, x64, n):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import matrix, relative_error
+from registry import slow
 
 import deqjax
 from deqjax import RESULTS
@@ -139,12 +140,11 @@ def picards(p):
 @pytest.mark.parametrize(
     "solver",
     [
-        deqjax.Anderson(1e-8, 0.0),
-        deqjax.Anderson(1e-8, 0.0, depth=10),
-        deqjax.Broyden(1e-8, 0.0),
-        deqjax.Broyden(1e-8, 0.0, line_search=True),
+        pytest.param(deqjax.Anderson(1e-8, 0.0), id="anderson-5"),
+        slow(deqjax.Anderson(1e-8, 0.0, depth=10), id="anderson-10"),
+        pytest.param(deqjax.Broyden(1e-8, 0.0), id="broyden"),
+        slow(deqjax.Broyden(1e-8, 0.0, line_search=True), id="broyden-search"),
     ],
-    ids=["anderson-5", "anderson-10", "broyden", "broyden-search"],
 )
 def test_never_much_worse_than_picard(solver):
     """By 20 % or 2 evaluations, to the solvers' own test with rtol=1e-8, on the whole suite.
