@@ -5,7 +5,7 @@ from ._attention import (
     CausalAttention as CausalAttention,
     TransformerCell as TransformerCell,
 )
-from ._conv import Conv2d as Conv2d
+from ._conv import Conv1d as Conv1d, Conv2d as Conv2d
 from ._deq import DEQ as DEQ, shard_solves as shard_solves
 from ._dropout import VariationalDropout as VariationalDropout, draw_masks as draw_masks
 from ._linear import Linear as Linear

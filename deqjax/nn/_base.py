@@ -149,5 +149,5 @@ def check_kernel_size(kernel_size: int) -> None:
     if not is_int(kernel_size) or kernel_size % 2 == 0:
         raise ValueError(
             f"A convolution expects an odd kernel_size, got {kernel_size!r}; use the next odd "
-            "size: an even one has no centre and shifts the image by half a pixel."
+            "size: an even one has no centre and shifts its input by half a position."
         )
