@@ -1,6 +1,5 @@
 """The only solver loop: it steps, counts, freezes and stops. Also two `while` loops for it."""
 
-import abc
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
 from ._problem import Budget, problems
 from ._solution import too_large
@@ -16,47 +15,6 @@ from ._step import Step, freeze, isolate, measured, step
 from ._tree import mesh_axes, opaque, per_problem, select, vary
 
 WhileLoop = Callable[..., Any]
-Pair = tuple[PyTree, PyTree]  # two consecutive states; integers in the exact mode
-
-
-class AbstractTape(eqx.Module):
-    """A record of a forward loop, from which its steps are undone."""
-
-    @property
-    @abc.abstractmethod
-    def isolated(self) -> bool:
-        """Whether f has to give the same bits forwards and backwards."""
-
-    @abc.abstractmethod
-    def blank(self, pair: Pair, max_steps: int, rank: int) -> PyTree:
-        """The tape before the first step."""
-
-    @abc.abstractmethod
-    def push(self, tape: PyTree, i: Int[Array, ""], go: Bool[Array, "..."], pair: Pair) -> PyTree:
-        """Records step i, from `pair`, for the problems that `go`."""
-
-    def words(self, tape: PyTree, rank: int) -> PyTree:
-        """The words that a sweep carries, shaped like one row of a tape read digit by digit."""
-        del tape, rank
-
-    @abc.abstractmethod
-    def undo(
-        self, solver: Any, tape: PyTree, words: PyTree, i: Int[Array, ""],
-        first: Bool[Array, "..."], pair: Pair, fy: PyTree, start: PyTree, rank: int,
-    ) -> tuple[PyTree, PyTree, Float[Array, "..."]]:  # fmt: skip
-        """Undoes step i from `pair = (s[i], s[i+1])` and `fy = f(s[i])`.
-
-        `words` are carried from step to step and mean nothing in a problem's `first`. Returns
-        `s[i-1]`, the words, and the distance between the computed and the known values.
-        """
-
-    @abc.abstractmethod
-    def final_gap(self, pair: Pair, start: PyTree, rank: int) -> Float[Array, "..."]:
-        """The distance of the pair at a sweep's end from `(z0, z0)`, unless `undo` gave it."""
-
-    @abc.abstractmethod
-    def bound(self, z0: PyTree) -> float:
-        """The mismatch up to which a reversal is trusted."""
 
 
 class LoopState(eqx.Module):
@@ -122,13 +80,13 @@ def iterate(inputs: tuple) -> tuple[PyTree, LoopResult]:
 def _first(solver: Any, z0: PyTree, budget: Budget, tracks_best: bool) -> _Carry:
     """The carry before the first step."""
 
-    def start(z0):
+    def start(solver, z0):
         memory = solver.blank(z0)
         return solver.start(z0), memory, solver.status(memory)
 
     rank, tape, shape = budget.rank, budget.tape, problems(z0, budget.rank)
     no = jnp.zeros(shape, bool)
-    z, memory, status = per_problem(start, rank)(z0)
+    z, memory, status = per_problem(start, rank)(solver, z0)
     record = None if tape is None else tape.blank(solver.pair(z, memory), budget.max_steps, rank)
     # The error has the dtype that the solver's norm returns.
     dtype = jax.eval_shape(lambda: measured(solver, z, z, rank)).dtype
@@ -164,7 +122,8 @@ def _after(c: _Carry, out: Step, solver: Any, budget: Budget) -> _Carry:
     moves = ~stopped & within
     tape, record = budget.tape, c.tape
     if tape is not None:
-        record = tape.push(record, c.i, moves, solver.pair(c.z, c.memory))
+        after = solver.pair(out.z, out.memory)
+        record = tape.push(solver, record, c.i, moves, solver.pair(c.z, c.memory), after)
     z, memory = out.z, out.memory
     if not budget.uniform:
         z, memory = select(moves, z, c.z), freeze(moves, active, memory, c.memory)
@@ -192,6 +151,7 @@ def unrolled(fn: Callable, solver: Any, z0: PyTree, xs: PyTree) -> tuple[PyTree,
         out = step(fn, solver, z, x, memory)
         return (out.z, out.memory, bad | out.overflow | out.broken), out.aux
 
+    solver = solver.prepared(fn, z0, jax.tree.map(lambda x: x[0], xs), 0)
     memory = solver.blank(z0)
     status = solver.status(memory)
     init = (solver.start(z0), memory, status.overflow | status.failed)

@@ -32,7 +32,7 @@ class Budget(eqx.Module):
     rank: int = eqx.field(static=True)  # the number of leading state axes that enumerate problems
     fixed: bool = eqx.field(static=True)  # both tolerances are zero: take exactly `limit` steps
     best: bool = eqx.field(static=True, default=True)  # return the best iterate, if the solver can
-    tape: Any = None  # a deqjax._iterate.AbstractTape
+    tape: Any = None  # a deqjax._step.AbstractTape
 
     @property
     def uniform(self) -> bool:
@@ -192,6 +192,10 @@ def prepare(
     # Tolerances are arrays, so that another value does not recompile.
     tolerances = [jnp.asarray(x, jnp.result_type(float)) for x in (solver.rtol, solver.atol)]
     solver = eqx.tree_at(lambda s: (s.rtol, s.atol), solver, tolerances)
+    if batched:  # arrays of one problem, a beta per channel, get the batch axis; scalars are shared
+        shape = problems(z0, 1)
+        each = lambda x: jnp.broadcast_to(x, shape + x.shape)
+        solver = jax.tree.map(lambda x: each(x) if eqx.is_array(x) and x.ndim else x, solver)
     requested = check_steps(steps, max_steps, problems(z0, int(batched)))
     budget = Budget(max_steps, jnp.clip(requested, 0, max_steps), int(batched), fixed)
     return solver, budget, requested

@@ -1,4 +1,7 @@
-"""One step: evaluate, measure, mix. Nothing else calls the function whose fixed point is sought."""
+"""One step: evaluate, measure, mix. Nothing else calls the function whose fixed point is sought.
+
+Also the protocol of what a loop freezes and records step by step.
+"""
 
 import abc
 from collections.abc import Callable
@@ -7,11 +10,12 @@ from typing import Any, NamedTuple, Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Inexact, Int, PyTree
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from ._tree import opaque, per_problem, quotient, select, unify, widen
 
 Fn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+Pair = tuple[PyTree, PyTree]  # two consecutive states; integers in the exact mode
 
 
 class AbstractMemory(eqx.Module):
@@ -25,6 +29,56 @@ class AbstractMemory(eqx.Module):
         it. All arrays have the axes of `moves` in front. Not called where every problem moves, nor
         by Optimistix's loop.
         """
+
+
+class Mismatch(NamedTuple):
+    """How far a reversal was off, for each problem; the largest over the steps."""
+
+    gap: Float[Array, "..."]  # between computed and known states
+    guard: Float[Array, "..."]  # between two evaluations of f, over what guard digits can correct
+
+
+class AbstractTape(eqx.Module):
+    """A record of a forward loop, from which its steps are undone."""
+
+    @property
+    @abc.abstractmethod
+    def isolated(self) -> bool:
+        """Whether f has to give the same bits forwards and backwards."""
+
+    @abc.abstractmethod
+    def blank(self, pair: Pair, max_steps: int, rank: int) -> PyTree:
+        """The tape before the first step."""
+
+    @abc.abstractmethod
+    def push(
+        self, solver: Any, tape: PyTree, i: Int[Array, ""], go: Bool[Array, "..."],
+        pair: Pair, after: Pair,
+    ) -> PyTree:  # fmt: skip
+        """Records step i, from `pair` to `after`, for the problems that `go`."""
+
+    def words(self, tape: PyTree, rank: int) -> PyTree:
+        """The words that a sweep carries, shaped like one row of a tape read digit by digit."""
+        del tape, rank
+
+    @abc.abstractmethod
+    def undo(
+        self, solver: Any, tape: PyTree, words: PyTree, i: Int[Array, ""],
+        first: Bool[Array, "..."], pair: Pair, fy: PyTree, start: PyTree, rank: int,
+    ) -> tuple[PyTree, PyTree, Mismatch]:  # fmt: skip
+        """Undoes step i from `pair = (s[i], s[i+1])` and `fy = f(s[i])`.
+
+        `words` are carried from step to step and mean nothing in a problem's `first`. Returns
+        `s[i-1]`, the words, and the mismatch.
+        """
+
+    @abc.abstractmethod
+    def final_gap(self, pair: Pair, start: PyTree, rank: int) -> Float[Array, "..."]:
+        """The distance of the pair at a sweep's end from `(z0, z0)`, unless `undo` gave it."""
+
+    @abc.abstractmethod
+    def bound(self, z0: PyTree) -> float:
+        """The mismatch up to which a reversal is trusted."""
 
 
 class Step(NamedTuple):

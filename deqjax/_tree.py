@@ -16,8 +16,17 @@ Axes = frozenset[Any]
 
 
 def scale(a: Any, x: PyTree) -> PyTree:
-    """`a x` leaf by leaf, in the dtype of `x`; `a` is a float or a scalar array."""
-    return jax.tree.map(lambda x: jnp.asarray(a, x.dtype) * x, x)
+    """`a x` leaf by leaf, in the dtype of `x`.
+
+    `a` is a number, an array that broadcasts against each leaf, or a pytree prefix of `x` of these.
+    """
+    return jax.tree.map(lambda a, x: aligned(a, x) * x, jax.tree.broadcast(a, x), x)
+
+
+def aligned(a: Any, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """`a` in the dtype of `x`, with as many axes if it is no number."""
+    a = jnp.asarray(a, x.dtype)
+    return a.reshape((1,) * (x.ndim - a.ndim) + a.shape) if a.ndim else a
 
 
 def add(x: PyTree, y: PyTree) -> PyTree:
@@ -26,7 +35,7 @@ def add(x: PyTree, y: PyTree) -> PyTree:
 
 
 def lincomb(a: Any, x: PyTree, b: Any, y: PyTree) -> PyTree:
-    """`a x + b y` leaf by leaf, in the dtype of `x`; `a` and `b` are floats or scalar arrays."""
+    """`a x + b y` leaf by leaf, in the dtype of `x`; `a` and `b` are as in `scale`."""
     return add(scale(a, x), scale(b, y))
 
 

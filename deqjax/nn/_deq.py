@@ -36,7 +36,8 @@ class _Mapped(eqx.Module):
 class DEQ(eqx.Module):
     """A deep equilibrium layer: `z = cell(z, x)`, solved for z.
 
-    Parameters that `paramax` reparametrises are materialised once, before the solve. If the cell
+    Parameters of the cell, the solver and the predictor that `paramax` reparametrises are
+    materialised once, before the solve. If the cell
     has a method `inject`, the cell gets `inject(x)` as x, also computed once. The masks of its
     `nn.VariationalDropout` are drawn once, if there is a `key`. If the cell has a method `initial`,
     the solve starts at `initial(x)` of the injected x; if not, at zeros like the injected x. If the
@@ -138,8 +139,9 @@ class DEQ(eqx.Module):
         return solve(xs, z0, masks, steps)
 
     def _unwrapped(self) -> "DEQ":
-        cell, predictor = paramax.unwrap((self.cell, self.predictor))
-        return dataclasses.replace(self, cell=cell, predictor=predictor)
+        parts = (self.cell, self.solver, self.predictor)
+        cell, solver, predictor = paramax.unwrap(parts)
+        return dataclasses.replace(self, cell=cell, solver=solver, predictor=predictor)
 
     def _solve_apart(self, xs, z0, masks, steps) -> tuple[Any, Solution]:
         assert self.sharding is not None

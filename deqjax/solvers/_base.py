@@ -48,11 +48,14 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         tolerances are compared with, and the first iterate;
     - `requirements`: the ranges of the fields that it adds;
     - `prepared` and `stats`, of the whole batch, as the certified solvers do;
-    - the constants `returns_best` and `precision`.
+    - the constants `returns_best`, `precision` and `per_channel`.
 
-    Optimistix's own loop calls neither `start` nor `stats`; inside `deqjax.ImplicitAdjoint` only
-    `blank`, `mix` and `status` are called. A memory is a pytree of arrays; a part that is not to be
-    frozen entry by entry is a `deqjax.solvers.AbstractMemory`.
+    Array fields that are not scalars belong to one problem; `batched=True` repeats them.
+
+    Optimistix's own loop calls neither `start` nor `stats`, and `prepared` once more for its step;
+    inside `deqjax.ImplicitAdjoint` only `blank`, `mix` and `status` are called. A memory is a
+    pytree of arrays; a part that is not to be frozen entry by entry is a
+    `deqjax.solvers.AbstractMemory`.
     """
 
     # Optimistix declares float here; a user may trace these fields.
@@ -64,6 +67,8 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     returns_best: ClassVar[bool] = True
     # The precision of the matrix products in f; None: the user's setting.
     precision: ClassVar[str | None] = None
+    # The numerical fields that may be arrays of one problem, and not only scalars.
+    per_channel: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def blank(self, z0: PyTree) -> PyTree:
@@ -113,37 +118,36 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     def check(self) -> None:
         """Raises `ValueError` for a field whose value is known and out of its range."""
         for name, value, test, expectation in self.requirements():
-            if jnp.shape(value) != ():
+            if jnp.shape(value) != () and name not in self.per_channel:
                 raise ValueError(
                     f"{type(self).__name__} expects a scalar {name}, got shape {jnp.shape(value)}; "
                     f"pass a float or an array of shape ()."
                 )
             # Inside jit even a comparison of known arrays would be traced.
             with jax.ensure_compile_time_eval():
-                wrong = not is_traced(value) and not test(value)
+                wrong = not is_traced(value) and not jnp.all(test(value))
             if wrong:
                 raise ValueError(
-                    f"{type(self).__name__} expects {expectation}, got {name}={float(value)}; "
+                    f"{type(self).__name__} expects {expectation}, got {name}={value}; "
                     f"choose {name} in that range."
                 )
 
     def in_range(self) -> Bool[Array, ""]:
         """Whether `check` would pass, as an array, for fields whose values are traced."""
-        rows = [jnp.asarray(test(value)) for _, value, test, _ in self.requirements()]
-        return jnp.all(jnp.stack(rows))
+        return jnp.all(jnp.stack([jnp.all(test(x)) for _, x, test, _ in self.requirements()]))
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags) -> OptimistixState:
         """Optimistix: the state before the first step."""
         del options, f_struct, aux_struct, tags
         self.check()
-        memory = self.blank(y)
+        memory = self.prepared(fn, y, args, 0).blank(y)
         state = OptimistixState(memory, jnp.asarray(False), self.status(memory).failed)
         return vary(state, mesh_axes(fn, y, args))
 
     def step(self, fn, y, args, options, state, tags):
         """Optimistix: one evaluation and one mix."""
         del options, tags
-        out = step(fn, self, y, args, state.memory)
+        out = step(fn, self.prepared(fn, y, args, 0), y, args, state.memory)
         broken = out.broken | out.overflow
         return out.z, OptimistixState(out.memory, out.error < 1, broken), out.aux
 

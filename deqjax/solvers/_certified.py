@@ -83,8 +83,7 @@ class AbstractCertifiedSolver(AbstractSolver):
     def step(self, fn, y, args, options, state, tags):
         """Optimistix: as in `AbstractSolver`, with a check of the signs of the arrays in f."""
         self.margin(y)
-        whole = self.prepared(fn, y, args, 0)
-        return super(AbstractCertifiedSolver, whole).step(fn, y, args, options, state, tags)
+        return super().step(fn, y, args, options, state, tags)
 
     def start(self, z0: PyTree) -> PyTree:
         """`z0`, but `upper` in each entry that is not between 0 and `upper`."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import relative_error
+from registry import names
 
 import deqjax
 
@@ -97,7 +98,7 @@ shapes = (t, d), (d, 3 * d), (d, d), (d, 2 * d), (2 * d, d)
 CELLS[f"attention-{t}-{d}"] = cell(attention, (t, d), *shapes)
 
 
-def build(name):
+def build(name, guard=None):
     fn, state, shapes, batched, beta = CELLS[name]
     rng = np.random.default_rng(len(name))
 
@@ -111,7 +112,7 @@ def build(name):
 
     p = tuple(map(draw, shapes))
     z0, g = (jnp.asarray(rng.standard_normal(state), jnp.float32) for _ in range(2))
-    solver = deqjax.Reversible(rtol=0.0, atol=0.0, beta=beta)
+    solver = deqjax.Reversible(rtol=0.0, atol=0.0, beta=beta, guard_bits=guard)
     return fn, p, z0, g, solver, dict(batched=batched, max_steps=STEPS)
 
 
@@ -131,30 +132,36 @@ QUICK |= {"batched-mlp-4", "convolution-4-4", "batched-convolution", "attention-
 assert QUICK < set(CELLS)
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CELLS]
-)
+@pytest.mark.parametrize("name", names(CELLS, *(set(CELLS) - QUICK)))
 def test_every_cell_is_reversed_to_the_bit(name):
-    fn, p, z0, g, solver, options = build(name)
+    """By guard digits, and with f isolated; its arrays passed in, and closed over."""
+    fn, p, z0, g, guarded, options = build(name)
+    isolated = build(name, guard=0)[4]
     inside = lambda z, _: fn(z, p)
-    (_, d_args, d_z0), stats = deqjax.reversible_vjp(fn, solver, z0, p, g, **options)
-    (d_fn, _, d_start), closed = deqjax.reversible_vjp(inside, solver, z0, None, g, **options)
-    for out in (stats, closed):
+    (_, *found), stats = deqjax.reversible_vjp(fn, guarded, z0, p, g, **options)
+    (_, *alone), apart = deqjax.reversible_vjp(fn, isolated, z0, p, g, **options)
+    (d_fn, _, d_start), closed = deqjax.reversible_vjp(inside, isolated, z0, None, g, **options)
+    for out in (stats, apart, closed):
         assert jnp.all(out["reversal_residual"] == 0)
         assert jnp.all(out["trusted"])
         assert jnp.all(out["num_steps"] == STEPS)
-    truth = stored(fn, p, z0, g, solver.beta)
-    assert relative_error((d_args, d_z0), truth) < 1e-4
-    assert relative_error((d_fn, d_start), truth) < 1e-4
+    assert jnp.all(stats["guard"] < 0.25)
+    truth = stored(fn, p, z0, g, guarded.beta)
+    for grads in (found, alone, (d_fn, d_start)):
+        assert relative_error(tuple(grads), truth) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["mlp-6", "convolution-4-4"])
 def test_the_hazard_is_real(monkeypatch, name):
-    """Without its loop of one trip f has other bits in the sweep, and the gradient is refused."""
+    """Without its loop of one trip f has other bits in the sweep, and the gradient is refused.
+
+    So guard digits have something to correct.
+    """
     monkeypatch.setattr("deqjax.adjoints.reversible._tape.Digits.isolated", False)
     # None that has been compiled with the loop.
     monkeypatch.setattr("deqjax._program._programs", collections.OrderedDict())
-    fn, p, z0, g, solver, options = build(name)
+    fn, p, z0, g, solver, options = build(name, guard=0)
+    assert jnp.any(deqjax.reversible_vjp(fn, build(name)[4], z0, p, g, **options)[1]["guard"] > 0)
     grads, stats = deqjax.reversible_vjp(fn, solver, z0, p, g, **options)
     assert stats["reversal_residual"] > 0
     assert not stats["trusted"]

@@ -1,6 +1,5 @@
 """Where a reversal cannot be right: it says so, and no wrong number is returned for a gradient."""
 
-import collections
 import math
 
 import equinox as eqx
@@ -9,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix
 import pytest
-from problems import relative_error, tanh
+from problems import noisy, nothing_but_nan, relative_error, tanh
 
 import deqjax
 from deqjax import RESULTS, ReversibleAdjoint
 
-nothing_but_nan = lambda tree: all(jnp.all(jnp.isnan(x)) for x in jax.tree.leaves(tree))
 finite = lambda tree: all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree))
 
 
@@ -82,23 +80,6 @@ def test_nan_of_f_is_no_overflow_at_a_fixed_depth():
     )
     assert not stats["overflow"]
     assert not any(jnp.isfinite(x) for x in jax.tree.leaves(out))
-
-
-def noisy(size):
-    """A cell that draws anew at each call, and at each call something else."""
-    calls = collections.Counter()
-
-    def draw(z):
-        calls["f"] += 1
-        return np.asarray(size * np.sin(calls["f"]), np.float32)
-
-    def fn(z, a):
-        # Depends on z, so that it is not taken out of the loop; it has no derivative.
-        shape = jax.ShapeDtypeStruct((), jnp.float32)
-        noise = jax.pure_callback(draw, shape, jax.lax.stop_gradient(z))
-        return jnp.tanh(a[0] @ z + a[1]) + noise
-
-    return fn
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -9,7 +9,8 @@ import pytest
 from processes import measured
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "gradient_fidelity.py"
-METHODS = {"exact", "float", "float64 state", "segmented", "checkpointed", "implicit", "phantom"}
+METHODS = {"exact", "isolated", "float", "float64 state", "segmented", "checkpointed"}
+METHODS |= {"implicit", "phantom"}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,16 @@ def test_every_promise_is_measured(folder):
         "exact: other bytes kept": {0},
         "float: temporary memory at": {0.02},
         "float: time per evaluation / floor": {1.05, 0.93, 0.88, None},
-        "exact: time per evaluation / (floor + one f)": {1.1},
+        "exact: time / that of the float state": {1.02},
+        "isolated: time per evaluation / (floor + one f)": {1.1},
         "float: time / that of RevDEQ's scheme": {None},
-        "exact: the same, floor and f in a loop": {None},
+        "isolated: the same, floor and f in a loop": {None},
+        "isolated: reversal residual": {0},
+        "exact: share of the guard used": {0.5},
+        "exact: temporary bytes / (those of isolated": {1.0},
+        "exact, noise of 1e-7: reversal residual": {0},
+        "exact, sums in a new order: share of the guard": {0.5},
+        "isolated, noise of 1e-7: failures not caught": {0},
         "f: time / its matrix products": {None},
         "f with its VJP: time / their": {None},
         "float: seconds of jax.vmap": {None},
@@ -50,6 +58,7 @@ def test_every_promise_is_measured(folder):
 
     # Claims that no machine's load can change hold at any size.
     kept = "exact: reversal residual", "exact: bytes", "exact: other", "float: temporary"
+    kept += "exact: share", "exact: temporary", "exact, ", "isolated, ", "isolated: reversal"
     for claim, line in lines.items():
         if claim.startswith(kept):
             assert line["holds"] is not False, line
@@ -85,11 +94,12 @@ def test_what_is_not_finite_is_no_success(module, tmp_path):
             "method": method,
             "error": 1e-7 if method == "checkpointed" else bad,
             "residual": r,
+            "guard": r,
         }
         for method, bad, r in (("exact", float("nan"), 0.0), ("checkpointed", 0.0, float("nan")))
     ]
-    residual, ratio = report.claims({"errors": rows})
-    assert residual["holds"] is True and ratio["holds"] is False
+    residual, guard, ratio = report.claims({"errors": rows})
+    assert residual["holds"] is True is guard["holds"] and ratio["holds"] is False
     rows[0]["residual"] = float("nan")
     assert report.claims({"errors": rows})[0]["holds"] is False
     assert "not finite" in report.error_table(rows)
@@ -99,7 +109,7 @@ def test_what_is_not_finite_is_no_success(module, tmp_path):
 
 
 def test_words_of_digits(module):
-    digits = module("bench.fidelity.memory").digits_per_word
+    digits = module("bench.digits").digits_per_word
     assert [digits(d) for d in (2, 5, 10, -5)] == [32, 13, 9, 13]
 
 

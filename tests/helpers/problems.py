@@ -1,5 +1,6 @@
 """Fixed-point problems with known answers, as data."""
 
+import collections
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,3 +94,23 @@ def suite(dtype) -> list[Problem]:
         tanh(8, 0.8, dtype=dtype),
         pytree(0.5, dtype=dtype),
     ]
+
+
+nothing_but_nan = lambda tree: all(jnp.all(jnp.isnan(x)) for x in jax.tree.leaves(tree))
+
+
+def noisy(size):
+    """A cell that draws anew at each call, and at each call something else."""
+    calls = collections.Counter()
+
+    def draw(z):
+        calls["f"] += 1
+        return np.asarray(size * np.sin(calls["f"]), np.float32)
+
+    def fn(z, a):
+        # Depends on z, so that it is not taken out of the loop; it has no derivative.
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        noise = jax.pure_callback(draw, shape, jax.lax.stop_gradient(z))
+        return jnp.tanh(a[0] @ z + a[1]) + noise
+
+    return fn

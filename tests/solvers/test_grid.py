@@ -1,5 +1,7 @@
 """The integers of the reversible iteration, against Python's."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,8 @@ def check_step(d, sign, bits, xs, us):
     assert fits.tolist() == [-half <= v < half for v in exact]
     # Also where the sum has wrapped: arithmetic modulo 2^bits is undone like any other.
     assert after.tolist() == [(v + half) % (2 * half) - half for v in exact]
-    assert grid.backward(after, jnp.asarray(u), digit).tolist() == xs
+    back, fits = grid.backward(after, jnp.asarray(u), digit)
+    assert back.tolist() == xs and jnp.all(fits)
 
 
 @each
@@ -62,31 +65,43 @@ def test_a_word_holds_as_many_digits_as_fit(d, count):
     assert d**count <= 2**32 < d ** (count + 1)
 
 
-@pytest.mark.parametrize("d", BASES)
-def test_digits_pushed_are_popped(d):
+@pytest.mark.parametrize("d, guard", [*((d, 0) for d in BASES), (2, 8), (5, 4), (10, 16), (3, 3)])
+def test_digits_pushed_are_popped(d, guard):
     """Across words, ending in, at and after the end of one; the largest digit in one entry."""
-    grid = Grid(d, 1, 24)
+    grid = Grid(d, 1, 24, guard)
     digits, m, rng = Digits(grid), grid.per_word, np.random.default_rng(d)
     rows = rng.integers(-(2**31), 2**31, (2 * m + 1, 3)).astype(np.int32)
     rows[:, 0] = -1  # whose remainder is d - 1
-    zero, solver = jnp.zeros(3, jnp.int32), deqjax.Reversible(beta=grid.beta)
-    push = jax.jit(lambda tape, i, go, row: digits.push(tape, i, go, (row, zero)))
-    undo = jax.jit(
-        lambda tape, words, i, first, after: digits.undo(
-            solver, tape, words, i, first, (zero, after), jnp.zeros(3), zero, 0
-        )
+    updates = rng.integers(-(2**20), 2**20, rows.shape).astype(np.int32)
+    # As far off as the guard digits can correct, and by less.
+    half = 2**guard // 2
+    off = rng.integers(min(1 - half, 0), half + 1, rows.shape).astype(np.int32)
+    off[:, 1] = half
+    zero, beta = jnp.zeros(3, jnp.int32), grid.beta
+    solver = deqjax.Reversible(beta=beta, guard_bits=guard)
+    push = jax.jit(
+        lambda tape, i, go, row, after: digits.push(solver, tape, i, go, (row, zero), after)
     )
+
+    @jax.jit
+    def undo(tape, words, i, first, after, update):
+        fy = grid.value(update, "float32") / beta
+        return digits.undo(solver, tape, words, i, first, (zero, after), fy, zero, 0)
+
     for steps in (m - 1, m, m + 1, 2 * m + 1):
         tape = digits.blank((zero, zero), len(rows), 0)
-        assert tape.shape == (3, 3)
+        pairs = [-(-len(rows) // 2)]
+        words = {0: [], 3: pairs, 4: pairs}.get(guard, [len(rows)])
+        assert [x.shape for x in tape] == [(n, 3) for n in (3, *words)]
+        afters = [grid.divide(jnp.asarray(x))[0] + u for x, u in zip(rows, updates, strict=True)]
         for i, row in enumerate(rows):
-            tape = push(tape, i, jnp.asarray(i < steps), row)
+            tape = push(tape, i, jnp.asarray(i < steps), row, (zero, afters[i]))
         words = digits.words(tape, 0)
         for i in reversed(range(steps)):
-            after = grid.divide(jnp.asarray(rows[i]))[0]
             first = jnp.asarray(i == steps - 1)
-            out, words, _ = undo(tape, words, i, first, after)
+            out, words, found = undo(tape, words, i, first, afters[i], updates[i] + off[i])
             assert out.tolist() == rows[i].tolist()
+            assert found.guard == np.abs(off[i]).max() / max(half, 1)
 
 
 def check_quantise(dtype, bits, values):
@@ -172,14 +187,71 @@ def test_betas_refused(beta, nearest):
     assert deqjax.Reversible(beta=beta, exact=False).beta == beta
 
 
-def test_beta_has_to_be_known():
-    with pytest.raises(ValueError, match="beta to be a Python float.*exact=False"):
-        deqjax.Reversible(beta=jnp.asarray(0.8))
-
-
-@pytest.mark.parametrize("bits", [7, 31, 0, -8, 24.0, "24", None])
+@pytest.mark.parametrize("bits", [7, 31, 0, -8, 24.0, "24"])
 def test_fraction_bits_refused(bits):
     with pytest.raises(ValueError, match="fraction_bits to be an int from 8 to 30"):
         deqjax.Reversible(beta=0.5, fraction_bits=bits)
     for good in (8, 30):
         assert deqjax.Reversible(beta=0.5, fraction_bits=good).grid.bits == good
+
+
+@pytest.mark.parametrize("bits", [-1, 1, 17, 8.0, "8", True])
+def test_guard_bits_refused(bits):
+    with pytest.raises(ValueError, match="guard_bits to be 0 or an int from 2 to 16"):
+        deqjax.Reversible(beta=0.5, guard_bits=bits)
+
+
+def half_products(z, w):
+    return jnp.tanh((w.astype("bfloat16") @ z.astype("bfloat16")).astype(z.dtype))
+
+
+SUITED = [
+    ("float32", lambda z, w: jnp.tanh(w @ z), {}, (24, 8)),
+    ("float32", lambda z, w: jnp.tanh(w @ z), {"fraction_bits": 20}, (20, 4)),
+    ("float32", lambda z, w: jnp.tanh(w @ z), {"fraction_bits": 8}, (8, 3)),
+    ("float32", lambda z, w: jnp.tanh(w @ z), {"guard_bits": 0}, (24, 0)),
+    ("float32", half_products, {}, (18, 16)),
+    ("float32", half_products, {"fraction_bits": 20}, (20, 16)),
+    ("bfloat16", lambda z, w: jnp.tanh(w @ z), {}, (18, 16)),
+    ("float16", lambda z, w: jnp.tanh(w @ z), {}, (20, 16)),
+    ("float64", lambda z, w: jnp.tanh(w @ z), {}, (24, 16)),
+    # The dtype of a complex number's parts.
+    ("float32", lambda z, w: jnp.fft.ifft(jnp.fft.fft(z)).real, {}, (24, 8)),
+    ("float64", lambda z, w: jnp.fft.ifft(jnp.fft.fft(z)).real, {}, (24, 16)),
+    # 2^-17 in float32 is 2^39 units of a float64 state.
+    (
+        "float64",
+        lambda z, w: (w.astype("float32") @ z.astype("float32")).astype(z.dtype),
+        {},
+        (24, 0),
+    ),
+]
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("dtype, fn, given, expected", SUITED)
+def test_bits_suit_the_least_precise_dtype_of_f(dtype, fn, given, expected):
+    z, w = jnp.ones(3, dtype), jnp.ones((3, 3), dtype)
+    traced = lambda z, w: (fn(z, w), None)
+    solver = deqjax.Reversible(beta=0.5, **given).prepared(traced, z, w, 0)
+    assert (solver.fraction_bits, solver.guard_bits) == expected
+
+
+ROUNDED = {None: (20, 16), "default": (20, 16), "high": (20, 16), "highest": (24, 8)}
+ROUNDED |= {"F32_F32_F32": (24, 8)}
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("precision, expected", ROUNDED.items(), ids=str)
+def test_products_that_a_platform_rounds_count_as_half(monkeypatch, precision, expected):
+    """As on a GPU or a TPU; products of float64 are not rounded there."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    fn = lambda z, w: (jnp.tanh(jnp.matmul(w, z, precision=precision)), None)
+    bits = lambda dtype: dataclasses.astuple(
+        deqjax.Reversible(beta=0.5)
+        .prepared(fn, jnp.ones(3, dtype), jnp.ones((3, 3), dtype), 0)
+        .grid
+    )[2:4]
+    assert bits("float32") == expected
+    if precision != "F32_F32_F32":
+        assert bits("float64") == (24, 16)

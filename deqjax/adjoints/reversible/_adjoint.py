@@ -5,8 +5,9 @@ import equinox as eqx
 from jaxtyping import PyTree
 
 from ..._checks import check_choice, is_int, renamed
-from ..._iterate import AbstractTape, LoopResult, lax_while
+from ..._iterate import LoopResult, lax_while
 from ..._problem import Budget
+from ..._step import AbstractTape
 from ..._tree import stop_gradient
 from ...solvers import Reversible
 from .._base import AbstractAdjoint, attach, check_ceiling, no_gradient, unpack
@@ -29,11 +30,11 @@ class ReversibleAdjoint(AbstractAdjoint):
     and the cotangents of everything that `f` depends on are summed.
 
     **Exact mode** of the solver: states are undone bit for bit, so that the gradient is that of
-    the steps taken at any depth, with the rounding error of ordinary backpropagation. `f` has to
-    give the same bits in the forward and in the backward program. To this end f is compiled by
-    itself in both. The check is at the end: the sweep has to arrive exactly at z0. This works on
-    one device and for data parallelism; a cell sharded over tensors reduces in another order in
-    each program. Draw random numbers once per solve and pass them in.
+    the steps taken at any depth, with the rounding error of ordinary backpropagation. `f` may be
+    rounded differently in the forward and in the backward program, within the solver's
+    `guard_bits`. With `guard_bits=0` it has to give the same bits in both: this holds on one device
+    and for data parallelism, and not for a cell sharded over tensors. The check is at the end: the
+    sweep has to arrive exactly at z0. Draw random numbers once per solve and pass them in.
 
     **Floating-point mode**: every k-th pair of states is stored. The reversal is compared with each
     pair, and starts again from it.
@@ -54,18 +55,18 @@ class ReversibleAdjoint(AbstractAdjoint):
         about `u |1 - beta|^-n` (0.25 after 22 steps at beta = 1/2 in float32); up to the
         contraction of f, the gradient has it too.
 
-    **Cost:** backwards, one evaluation of `f` with its VJP per step; in the exact mode one more
+    **Cost:** backwards, one evaluation of `f` with its VJP per step; with `guard_bits=0` one more
     evaluation. Stored for the backward pass, per entry of z: two states (8 bytes in float32); in
-    the exact mode `log2(d)` bits per step in whole 4-byte words, with room for `max_steps` steps;
-    in the floating-point mode two states every k steps. In the sweep, five copies of `z` and one of
-    the parameters, for any number of steps; under `jax.vmap` too, only one of those that examples
-    share. Called by Optimistix, the steps are taken a second time for the record.
+    the exact mode the digits that `deqjax.Reversible` counts; in the floating-point mode two states
+    every k steps. In the sweep, five copies of `z` and one of the parameters, for any number of
+    steps; under `jax.vmap` too, only one of those that examples share. Called by Optimistix, the
+    steps are taken a second time for the record.
 
     Forward mode differentiates the recurrence as it runs. Higher derivatives, in any order of
     modes, differentiate it from its start by checkpoints: `sqrt(max_steps)` states.
 
     **When not to use it:** at a converged fixed point, where `deqjax.ImplicitAdjoint` needs no
-    steps; for an `f` that cannot be reproduced (use `deqjax.RecursiveCheckpointAdjoint`).
+    steps; for an `f` that differs from call to call (use `deqjax.RecursiveCheckpointAdjoint`).
 
     **Raises:** `ValueError` with a solver other than `deqjax.Reversible`, for an `on_failure` or
     `segment` that is none of the above, or in the exact mode through Optimistix with no
@@ -102,9 +103,10 @@ class ReversibleAdjoint(AbstractAdjoint):
         del rewrite_fn, tags
         p = unpack(inputs)
         self.check_solver(p.solver)
-        tape = self.tape(p.solver, p.z0)
+        solver = p.solver.prepared(p.fn, p.z0, p.args, p.rank)
+        tape = self.tape(solver, p.z0)
         if p.budget is not None:
-            flat = flatten(p.fn, p.args, p.solver, p.z0, p.budget, tape)
+            flat = flatten(p.fn, p.args, solver, p.z0, p.budget, tape)
             out, rec = recorded(stop_gradient(flat))
         else:
             most = check_ceiling(
@@ -112,7 +114,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             )
             out = primal_fn((*stop_gradient(inputs), lax_while))
             budget = Budget(most, LoopResult(*out[1][:3]).num_steps, 0, fixed=True)
-            flat, rec = flatten(p.fn, p.args, p.solver, p.z0, budget, tape), None
+            flat, rec = flatten(p.fn, p.args, solver, p.z0, budget, tape), None
         z, extras = attach(out, (flat, rec), eqx.Partial(_of_steps, self.on_failure))
         return z, no_gradient(extras)
 

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
-from ..._iterate import AbstractTape
 from ..._problem import Budget
-from ..._step import evaluate
+from ..._step import AbstractTape, evaluate
 
 Arrays = list[Array]
 

@@ -40,8 +40,7 @@ def steps(flat: Flat, diff: Cotangents, num_steps: Any, while_loop: Callable) ->
 def chosen(flat: Flat, own: Sequence[bool]) -> Cotangents:
     """The quantities that are differentiated."""
     arrays = [x if o else None for x, o in zip(flat.to_own(flat.arrays), own, strict=True)]
-    beta = flat.solver.relaxation
-    return Cotangents(arrays, flat.z0, beta if eqx.is_array(beta) else None)
+    return Cotangents(arrays, flat.z0, flat.solver.learned)
 
 
 def linear(flat: Flat, record: Record, tangents: Cotangents, on_failure: str) -> PyTree:
@@ -69,9 +68,9 @@ def _backward_jvp(primals, tangents):
         run = lambda diff: steps(flat, diff, record.num_steps, checkpointed_while)
         return jax.vjp(run, chosen(flat, own))[1](gz)[0]
 
-    out, gap = backward(*primals)
+    out, found = backward(*primals)
     _, t_out = jax.jvp(vjp, (moving, gz), (_zeros(moving, t_flat), _zeros(gz, t_gz)))
-    return (out, gap), (t_out, jnp.zeros_like(gap))
+    return (out, found), (t_out, jax.tree.map(jnp.zeros_like, found))
 
 
 def tangents_of(flat: Flat, t_flat: Flat) -> Cotangents:
@@ -116,8 +115,8 @@ def _jvp(primals, tangents):
 def _transpose(inputs, gz):
     flat, record, tangents, on_failure = inputs
     own = [t is not None for t in tangents.arrays]
-    out, gap = backward(flat, own, record, gz)
-    out = judged(flat, out, gap, gz, on_failure)
+    out, found = backward(flat, own, record, gz)
+    out = judged(flat, out, found, gz, on_failure)
     asked = lambda t, g: g if ad.is_undefined_primal(t) else None
     out = jax.tree.map(asked, tangents, out, is_leaf=ad.is_undefined_primal)
     nothing = jax.tree.map(lambda _: None, (flat, record))

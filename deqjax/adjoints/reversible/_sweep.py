@@ -6,15 +6,14 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
-from ..._iterate import LoopResult, Pair, iterate, lax_while
-from ..._step import isolate
+from ..._iterate import LoopResult, iterate, lax_while
+from ..._step import Mismatch, Pair, isolate
 from ..._tree import (
     Axes,
     add,
     cast,
-    conjugate,
     dot,
     lincomb,
     max_abs,
@@ -46,7 +45,7 @@ class Cotangents(eqx.Module):
 
     arrays: Sequence[Array | None]
     z0: PyTree
-    beta: Array | None
+    beta: PyTree  # None for a beta that is a number
 
 
 class _Sweep(NamedTuple):
@@ -57,8 +56,8 @@ class _Sweep(NamedTuple):
     gy: PyTree  # cotangents of the two states
     gz: PyTree
     gp: list[Array]  # cotangents of the arrays
-    gbeta: Inexact[Array, "..."]
-    gap: Float[Array, "..."]  # largest mismatch of a reconstructed state with a known one
+    gbeta: PyTree
+    found: Mismatch
 
 
 @batchable
@@ -81,13 +80,13 @@ def recorded(flat: Flat) -> tuple[tuple[PyTree, LoopResult], Record]:
 @batchable
 def sweep(
     flat: Flat, own: Sequence[bool], record: Record, gz: PyTree
-) -> tuple[Cotangents, Float[Array, "..."]]:
+) -> tuple[Cotangents, Mismatch]:
     """The cotangents of a solve whose value has cotangent `gz`, and the mismatch of its reversal.
 
-    The mismatch has one entry per problem. `own` marks the arrays that are differentiated.
+    `own` marks the arrays that are differentiated.
     """
     params, others = eqx.partition(flat.to_own(flat.arrays), list(own))
-    memory = per_problem(flat.solver.blank, flat.budget.rank)(flat.z0)
+    memory = per_problem(lambda s, z0: s.blank(z0), flat.budget.rank)(flat.solver, flat.z0)
     (start, _) = flat.solver.pair(flat.z0, memory)
     axes = mesh_axes(flat, record, gz)
     total, waits = _trips(flat, record, params, axes)
@@ -103,23 +102,25 @@ def sweep(
 
         # Undo the step, and pass its cotangents on; a problem that waits keeps its own.
         first, pair = c.k == record.num_steps, (c.y, c.z)
-        before, words, gap = flat.tape.undo(
+        before, words, found = flat.tape.undo(
             flat.solver, record.tape, c.words, i, first, pair, fy, start, flat.budget.rank
         )
-        rest = per_problem(scale, flat.budget.rank)(1 - flat.solver.relaxation, gz)
+        rest = per_problem(scale, flat.budget.rank)(flat.solver.retention, gz)
         new = (before, c.y, rest, add(c.gy, dy))
         new = select(active, new, (c.y, c.z, c.gy, c.gz)) if waits else new
-        gap = jnp.maximum(c.gap, jnp.where(active, gap, 0))
+        most = lambda old, new: jnp.maximum(old, jnp.where(active, new, 0))
+        found = jax.tree.map(most, c.found, found)
         gbeta = _plus_relaxation(flat, c.gbeta, gz, fy, before)
-        y, z, gy, gz, words, gbeta, gap = vary((*new, words, gbeta, gap), axes)
-        return _Sweep(c.k - 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, gap)
+        y, z, gy, gz, words, gbeta, found = vary((*new, words, gbeta, found), axes)
+        return _Sweep(c.k - 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, found)
 
     # Sweep from the last step to the first.
     init = _last(flat, record, params, gz, total, axes)
     end = lax_while(lambda c: c.k > 0, body, init)
     out = Cotangents(cast(end.gp, params), add(end.gy, end.gz), _of_relaxation(flat, end.gbeta))
     gap = flat.tape.final_gap((end.y, end.z), start, flat.budget.rank)
-    return out, jnp.where(record.lost, jnp.inf, jnp.maximum(end.gap, gap))
+    gap = jnp.where(record.lost, jnp.inf, jnp.maximum(end.found.gap, gap))
+    return out, end.found._replace(gap=gap)
 
 
 def _trips(flat: Flat, record: Record, params: PyTree, axes: Axes) -> tuple[Int[Array, ""], bool]:
@@ -137,13 +138,16 @@ def _last(
     flat: Flat, record: Record, params: PyTree, gz: PyTree, total: Int[Array, ""], axes: Axes
 ) -> _Sweep:
     """The carry at the end of the solve, where the sweep begins."""
+    shape = record.num_steps.shape
     # Sums over steps are in float32 or wider, and vary over the mesh axes of the parameters.
     gp = jax.tree.map(lambda x: vary(jnp.zeros_like(widen(x)), mesh_axes(x)), params)
-    gbeta = jnp.zeros(record.num_steps.shape, dot(gz, gz).dtype)
-    gap = jnp.zeros(record.num_steps.shape, jnp.float32)
+    beta = _wide_relaxation(flat, gz)
+    gbeta = jax.tree.map(lambda b: jnp.zeros(shape + b.shape[len(shape) :], b.dtype), beta)
+    found = Mismatch(*[jnp.zeros(shape, jnp.float32)] * 2)
     words = flat.tape.words(record.tape, flat.budget.rank)
-    y, z, words, gy, gz, gbeta, gap = vary((*record.pair, words, _zeros(gz), gz, gbeta, gap), axes)
-    return _Sweep(total, y, z, words, gy, gz, gp, gbeta, gap)
+    carry = (*record.pair, words, _zeros(gz), gz, gbeta, found)
+    y, z, words, gy, gz, gbeta, found = vary(carry, axes)
+    return _Sweep(total, y, z, words, gy, gz, gp, gbeta, found)
 
 
 def _pulled_back(flat: Flat, params: PyTree, others: PyTree, y: PyTree, gz: PyTree) -> tuple:
@@ -157,37 +161,46 @@ def _pulled_back(flat: Flat, params: PyTree, others: PyTree, y: PyTree, gz: PyTr
     return fy, dp, dy
 
 
-def _plus_relaxation(
-    flat: Flat, gbeta: Inexact[Array, "..."], gz: PyTree, fy: PyTree, before: PyTree
-) -> Inexact[Array, "..."]:
-    """Adds one step's term, `<gz, f(s[k-1]) - s[k-2]>`, to the cotangent of an array beta."""
-    if not eqx.is_array(flat.solver.relaxation):
-        return gbeta
-    one = lambda g, fy, x: dot(conjugate(g), lincomb(1, fy, -1, x))
-    return gbeta + per_problem(one, flat.budget.rank)(gz, fy, before)
+def _wide_relaxation(flat: Flat, gz: PyTree) -> PyTree:
+    """An array beta in the dtype in which its cotangent is summed; None for a number."""
+    dtype = dot(gz, gz).dtype
+    bits = lambda dtype: jnp.finfo(dtype).bits
+    wide = lambda beta: beta.astype(max(beta.dtype, dtype, key=bits))
+    return jax.tree.map(wide, flat.solver.learned)
 
 
-def _of_relaxation(flat: Flat, gbeta: Inexact[Array, "..."]) -> Array | None:
-    """The cotangent in the shape of beta: a beta that problems share gets the sum of theirs."""
-    beta = flat.solver.relaxation
-    if not eqx.is_array(beta):
+def _plus_relaxation(flat: Flat, gbeta: PyTree, gz: PyTree, fy: PyTree, before: PyTree) -> PyTree:
+    """Adds the term of a step, `gz (f(s[k-1]) - s[k-2])`, summed over entries that share a beta."""
+    beta = _wide_relaxation(flat, gz)
+    if beta is None:
         return None
-    return jnp.sum(gbeta, tuple(range(beta.ndim, gbeta.ndim))).astype(beta.dtype)
+
+    def one(beta, gz, fy, before):
+        gz, fy, before = jax.tree.map(widen, (gz, fy, before))
+        mixed = lambda beta: scale(beta, lincomb(1, fy, -1, before))
+        return jax.vjp(mixed, beta)[1](gz)[0]
+
+    before = flat.solver.view(before, flat.z0)
+    return add(gbeta, per_problem(one, flat.budget.rank)(beta, gz, fy, before))
+
+
+def _of_relaxation(flat: Flat, gbeta: PyTree) -> PyTree:
+    """The cotangent in the shape of beta: a beta that problems share gets the sum of theirs."""
+    total = lambda g, beta: jnp.sum(g, tuple(range(beta.ndim, g.ndim))).astype(beta.dtype)
+    return jax.tree.map(total, gbeta, flat.solver.learned)
 
 
 def _zeros(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def judged(
-    flat: Flat, out: Cotangents, gap: Float[Array, "..."], gz: PyTree, on_failure: str
-) -> Cotangents:
+def judged(flat: Flat, out: Cotangents, found: Mismatch, gz: PyTree, on_failure: str) -> Cotangents:
     """`out`, treated as `on_failure` says if a reversal did not end where it has to.
 
     A problem whose cotangent is zero does not affect any other, wherever its reversal ended.
     """
     used = per_problem(lambda gz: max_abs(gz) != 0, flat.budget.rank)(opaque(gz))
-    wrong = used & ~(gap <= flat.tape.bound(flat.z0))
+    wrong = used & ~(found.gap <= flat.tape.bound(flat.z0))
     if on_failure == "keep":
         return out
     if on_failure == "raise":
@@ -204,17 +217,18 @@ def judged(
 
     # Poison the cotangents that a wrong reversal has part in.
     rank = wrong.ndim
-    own_axes = lambda x: (True,) * x.ndim + (False,) * (rank - x.ndim)
+    own_axes = lambda x: [i < x.ndim for i in range(rank)]
     return Cotangents(
         [poisoned(*pair) for pair in zip(out.arrays, flat.per_problem, strict=True)],
         jax.tree.map(lambda x: poisoned(x, (True,) * rank), out.z0),
-        None if out.beta is None else poisoned(out.beta, own_axes(out.beta)),
+        jax.tree.map(lambda x: poisoned(x, own_axes(x)), out.beta),
     )
 
 
 _MESSAGE = (
     "ReversibleAdjoint: the backward sweep did not end at z0, so that the gradient would be wrong. "
-    "Is f the same function at each call (noise drawn inside it, a nondeterministic kernel)? "
-    "Or is the state out of range (sol.stats['overflow'])? "
-    "deqjax.RecursiveCheckpointAdjoint() needs neither."
+    "Is f the same function at each call (no noise drawn inside it)? Is it rounded too differently "
+    "(raise guard_bits of deqjax.Reversible, or lower its fraction_bits; reversible_vjp says in "
+    "stats['guard'] how much of the guard was used)? Is the state out of range "
+    "(sol.stats['overflow'])? deqjax.RecursiveCheckpointAdjoint() needs none of this."
 )

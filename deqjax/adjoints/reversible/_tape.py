@@ -5,54 +5,99 @@ axis of rows after the batch axes.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..._iterate import AbstractTape
+from ..._step import AbstractTape, Mismatch
 from ..._tree import max_abs, per_problem, select, widen
 from ...solvers._grid import Grid
+from ...solvers._retention import is_number
+
+
+class _Stream(NamedTuple):
+    """Numbers below `base`, one per step, packed in words."""
+
+    base: int
+    per_word: int
+    dtype: Any
+
+    def blank(self, like: PyTree, max_steps: int, rank: int) -> PyTree:
+        words = -(-max_steps // self.per_word)
+        return jax.tree.map(lambda x: _rows(x, words, rank, self.dtype), like)
+
+    def push(
+        self, tape: PyTree, i: Int[Array, ""], go: Bool[Array, "..."], digit: PyTree
+    ) -> PyTree:
+        k, rank = i // self.per_word, go.ndim
+
+        def leaf(tape, digit):
+            digit = digit.astype(self.dtype)
+            if self.per_word == 1:  # a problem that does not go has no use for this row
+                return _set_row(tape, k, digit, rank)
+            word = _row(tape, k, rank)
+            new = word * self.dtype(self.base) + digit
+            return _set_row(tape, k, select(go, new, word), rank)
+
+        return jax.tree.map(leaf, tape, digit)
+
+    def pop(
+        self, tape: PyTree, words: PyTree, i: Int[Array, ""], first: Bool[Array, "..."], rank: int
+    ) -> tuple[PyTree, PyTree]:
+        """The digit of step i, and the words without it."""
+        stored = jax.tree.map(lambda x: _row(x, i // self.per_word, rank), tape)
+        if self.per_word == 1:
+            return stored, None
+        # A word is read when its last digit is needed, and used up down to its first.
+        words = select(first | (i % self.per_word == self.per_word - 1), stored, words)
+        base = self.dtype(self.base)
+        return jax.tree.map(lambda x: x % base, words), jax.tree.map(lambda x: x // base, words)
 
 
 class Digits(AbstractTape):
-    """The remainders that the divisions of the exact mode drop, packed in 32-bit words."""
+    """The remainders that the divisions of the exact mode drop, and the guard digits."""
 
     grid: Grid
 
     @property
     def isolated(self):
-        return True
+        return self.grid.guard == 0
+
+    @property
+    def _streams(self) -> list[_Stream]:
+        guard = self.grid.guard
+        rests = _Stream(self.grid.d, self.grid.per_word, np.uint32)
+        # Small words: a digit of more than 4 bits has one to itself, and is stored as it is.
+        bits, dtype = (8, np.uint8) if guard <= 8 else (16, np.uint16)
+        return [rests, _Stream(2**guard, bits // guard, dtype)] if guard else [rests]
 
     def blank(self, pair, max_steps, rank):
-        words = -(-max_steps // self.grid.per_word)
-        return jax.tree.map(lambda x: _rows(x, words, rank, jnp.uint32), pair[0])
+        return [s.blank(pair[0], max_steps, rank) for s in self._streams]
 
-    def push(self, tape, i, go, pair):
-        d, k = np.uint32(self.grid.d), i // self.grid.per_word
-
-        def leaf(tape, before):
-            word = _row(tape, k, go.ndim)
-            new = word * d + self.grid.divide(before)[1]
-            return _set_row(tape, k, select(go, new, word), go.ndim)
-
-        return jax.tree.map(leaf, tape, pair[0])
+    def push(self, solver, tape, i, go, pair, after):
+        digits = per_problem(lambda s, *at: s.digits(*at), go.ndim)(solver, pair[0], after[1])
+        digits = digits[: len(tape)]  # without guard digits, remainders alone
+        return [s.push(t, i, go, x) for s, t, x in zip(self._streams, tape, digits, strict=True)]
 
     def words(self, tape, rank):
-        return jax.tree.map(lambda x: _row(x, jnp.asarray(0), rank), tape)
+        first = lambda x: _row(x, jnp.asarray(0), rank)
+        # A digit that has its word for itself is read off the tape.
+        carried = [s.per_word > 1 for s in self._streams]
+        return [jax.tree.map(first, t) if c else None for t, c in zip(tape, carried, strict=True)]
 
     def undo(self, solver, tape, words, i, first, pair, fy, start, rank):
-        d, m = np.uint32(self.grid.d), self.grid.per_word
-        stored = jax.tree.map(lambda x: _row(x, i // m, rank), tape)
-        # A word is read when its last digit is needed, and used up down to its first.
-        words = select(first | (i % m == m - 1), stored, words)
-        digits = jax.tree.map(lambda x: x % d, words)
-        words = jax.tree.map(lambda x: x // d, words)
-        before = per_problem(lambda *a: solver.unmix(*a), rank)(pair[1], fy, digits)
-        return before, words, jnp.asarray(0, jnp.float32)
+        popped = [
+            s.pop(t, w, i, first, rank) for s, t, w in zip(self._streams, tape, words, strict=True)
+        ]
+        rest, guard = [*(digit for digit, _ in popped), None][:2]
+        undo = per_problem(lambda s, *at: s.undo(*at), rank)
+        before, fits, share = undo(solver, pair[1], fy, rest, guard)
+        gap = jnp.where(fits, 0, jnp.inf).astype(jnp.float32)
+        return before, [words for _, words in popped], Mismatch(gap, share)
 
     def final_gap(self, pair, start, rank):
         return per_problem(self._gap, rank)(pair, (start, start))
@@ -83,7 +128,8 @@ class Segments(AbstractTape):
         rows = -(-max_steps // self.length)
         return jax.tree.map(lambda x: _rows(x, 2 * rows, rank, x.dtype), pair[0])
 
-    def push(self, tape, i, go, pair):
+    def push(self, solver, tape, i, go, pair, after):
+        del solver, after
         if self.length is None:
             return tape
         here, k = i % self.length == 0, 2 * (i // self.length)
@@ -108,7 +154,8 @@ class Segments(AbstractTape):
             stored = jax.tree.map(lambda x: _row(x, jnp.maximum(k, 0), rank), tape)
         gap = jnp.where(known, per_problem(_relative_gap, rank)(raw, stored, pair), 0)
         # A known state replaces the reversed one, where reversal has amplified rounding the most.
-        return jax.tree.map(lambda a, b: jnp.where(known, a, b), stored, raw), words, gap
+        before = jax.tree.map(lambda a, b: jnp.where(known, a, b), stored, raw)
+        return before, words, Mismatch(gap, jnp.zeros_like(gap))
 
     def final_gap(self, pair, start, rank):
         return jnp.asarray(0, jnp.float32)
@@ -133,7 +180,7 @@ def segment_length(beta: Any, z0: PyTree) -> int:
 
     u is the unit roundoff. For an array as beta, `|1 - beta|` is assumed to be at least 1/10.
     """
-    shrink = 0.1 if eqx.is_array(beta) else abs(1 - beta)
+    shrink = abs(1 - beta) if is_number(beta) else 0.1
     return max(1, int(math.log(_unit(z0)) / 2 / math.log(shrink)))
 
 

@@ -55,6 +55,9 @@ def reversible_vjp(
         floating-point mode, the largest difference from a known state, relative to the size of the
         states. Infinite after a step that the integers could not take.
     - `"trusted"`: whether the reversal residual is within the bound of `adjoint`.
+    - `"guard"`: from 0 to 1, the largest difference between the two evaluations of f, over the
+        largest that `guard_bits` can correct. Near 1, raise `guard_bits` or lower `fraction_bits`;
+        a larger difference is found by the reversal residual. 0 without guard digits.
 
     **Cost:** that of the solve and of `adjoint`.
 
@@ -76,6 +79,7 @@ def reversible_vjp(
 
 def _reversible_vjp(own, solver, z0, cotangent, budget, requested, adjoint):
     apply = trace(lambda z, at: (at.call(at.own, z, at.args), None), z0, own)
+    solver = solver.prepared(apply, z0, own, budget.rank)
     arrays, treedef = jax.tree.flatten(own)
     flat = flatten(apply, arrays, solver, z0, budget, adjoint.tape(solver, z0))
     moving = [eqx.is_inexact_array(x) for x in flat.arrays]
@@ -83,12 +87,13 @@ def _reversible_vjp(own, solver, z0, cotangent, budget, requested, adjoint):
     fz = flat.f(flat.arrays, z)
     complete = completed(solver, z, fz, loop, budget, requested)
     result, stats = outcome(z, fz, loop, complete, solver.in_range(), budget)
-    out, gap = sweep(flat, moving, rec, cotangent)
+    out, found = sweep(flat, moving, rec, cotangent)
     stats |= {
         "value": z,
         "result": result,
-        "reversal_residual": gap,
-        "trusted": gap <= flat.tape.bound(z0),
+        "reversal_residual": found.gap,
+        "trusted": found.gap <= flat.tape.bound(z0),
+        "guard": found.guard,
     }
-    out = judged(flat, out, gap, cotangent, adjoint.on_failure)
+    out = judged(flat, out, found, cotangent, adjoint.on_failure)
     return jax.tree.unflatten(treedef, out.arrays), out.z0, stats
