@@ -1,6 +1,7 @@
 """Error and cost of a gradient by reversal, beside the other ways of taking one.
 
-Shown: the integer state of `deqjax.Reversible` runs backwards without an error at any depth, where
+Shown: the integer state of `deqjax.Reversible` runs backwards without an error at any depth, also
+with a relaxation per channel and with an f that is rounded differently at every evaluation, where
 a floating point state is lost after some tens of evaluations, in float64 too; at what price in
 memory and in time. Blocks: a perceptron, convolutions with group norm, causal attention, each
 normalised by `x / jnp.sqrt(v)`, which XLA does not round alike in two programs.
@@ -12,16 +13,18 @@ normalised by `x / jnp.sqrt(v)`, which XLA does not round alike in two programs.
 Writes results.json (all numbers), table.md and error.png into runs/gradient_fidelity/, over those
 of an earlier run; a section that isn't asked for is kept from there. All options: --help.
 
-Hardware: two cores of a shared x86 CPU with other work on them, JAX 0.10.2, seed 0; 19 minutes. As
+Hardware: two cores of a shared x86 CPU with other work on them, JAX 0.10.2, seed 0; 14 minutes. As
 printed (all of it: results/gradient_fidelity.md):
 
-    exact: reversal residual, worst of 120 solves                             0
-    exact: gradient error / that of float32 checkpointed autodiff, worst      2.51
+    exact: reversal residual, worst of 150 solves                             0
+    exact: share of the guard used in float32, worst                          0.156
+    exact: gradient error / that of float32 checkpointed autodiff, worst      2.84
     exact: bytes kept per state element beyond 8 + whole words of digits      0
     float: temporary memory at 512 evaluations / at 8 - 1, worst block        0
-    exact: time per evaluation / (floor + one f)                              0.78
-    float: time per evaluation / floor                                        0.80
-    jax.vmap / batched=True, exact: seconds, bytes                            1.09, 1.00
+    exact: time / that of the float state                                     1.01
+    isolated: time per evaluation / (floor + one f)                           0.84
+    float: time per evaluation / floor                                        0.81
+    jax.vmap / batched=True, exact: seconds, bytes                            1.01, 1.00
 """
 
 # ruff: noqa: E402
@@ -33,7 +36,7 @@ from bench.options import Measurement
 from bench.ways import TITLES, DType, Method
 from training.flags import Count, Inverse, Range, read
 
-Section = Literal["errors", "memory", "time", "vmap"]
+Section = Literal["errors", "rounded", "memory", "time", "vmap"]
 Block = Literal["MLP", "convolution", "attention"]
 
 
@@ -49,6 +52,8 @@ class Config(Measurement):
     """Evaluations of the block, two of them being one step of the paper's."""
     inverses: tuple[Inverse, ...] = (2, 5, 10, -5)
     """The d of 1 - beta = 1/d."""
+    channels: bool = True
+    """Also a 1 - beta per channel, from 1/64 to 63/64."""
     costed: tuple[Method, ...] = tuple(TITLES)
     """Methods whose memory and time are measured; errors are measured of all."""
     dtypes: tuple[DType, ...] = get_args(DType)
@@ -63,7 +68,7 @@ class Config(Measurement):
     """Interleaved rounds of timing; the median is reported."""
 
 
-SMOKE = dict(cells=("MLP",), depths=(4, 16), inverses=(5,), costed=("exact", "float"))
+SMOKE = dict(cells=("MLP",), depths=(4, 16), inverses=(5,), costed=("exact", "isolated", "float"))
 SMOKE |= dict(dtypes=("float32",), memory_depths=(8, 32), evaluations=4, rounds=2)
 
 if __name__ == "__main__":  # before the rest, which takes seconds to import
@@ -78,6 +83,7 @@ from bench.fidelity.errors import errors
 from bench.fidelity.memory import memory, residuals
 from bench.fidelity.plot import plot_errors
 from bench.fidelity.report import claims, tables
+from bench.fidelity.rounded import rounded
 from bench.fidelity.time import timing, vmapped
 from bench.record import Parts, record
 
@@ -120,11 +126,14 @@ def kept(config: Config) -> Parts:
 def mapped(config: Config) -> Any:
     size = (4, 16) if config.smoke else (32, 1024)
     cell = make_tanh(*size, jax.random.key(config.seed))
-    return vmapped(cell, config.d, config.evaluations, config.rounds, ("float", "exact"))
+    return vmapped(
+        cell, config.d, config.evaluations, config.rounds, ("float", "exact", "isolated")
+    )
 
 
 MEASURES: dict[Section, Callable[[Config], Any]] = {
-    "errors": lambda c: errors(small_cells(c), c.inverses, c.dtypes, c.depths),
+    "errors": lambda c: errors(small_cells(c), c.inverses, c.dtypes, c.depths, channels=c.channels),
+    "rounded": lambda c: rounded(c.depths, c.d, c.seed),
     "memory": kept,
     "time": lambda c: timing(benchmark_cell(c), HEADS, c.d, c.evaluations, c.rounds, c.costed),
     "vmap": mapped,

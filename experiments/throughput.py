@@ -102,7 +102,7 @@ def measure(section: Section, config: Config) -> Parts:
     for dtype in config.dtypes:
         once = cases(config, (n,))
         if dtype == "bfloat16" and cpu:
-            once = [case for case in once if case[0] in ("exact", "float")]
+            once = [case for case in once if case[0] in ("exact", "isolated", "float")]
             blocks += block_rows(size, first, dtype, once, looped=False, **options)
         else:
             every = cases(config, tuple(sorted({*config.depths, n})))

@@ -15,6 +15,7 @@ from bench.ways import Method
 TEXTBOOK = deqjax.ReversibleAdjoint(segment=None, on_failure="keep")
 REVERSIBLE: dict[Method, deqjax.ReversibleAdjoint] = {
     "exact": deqjax.ReversibleAdjoint(),
+    "isolated": deqjax.ReversibleAdjoint(),
     "float": TEXTBOOK,
     "float64 state": TEXTBOOK,
     "segmented": deqjax.ReversibleAdjoint(),
@@ -29,7 +30,9 @@ ADJOINTS = REVERSIBLE | OTHERS
 
 def solver(method: Method, d: float | Array) -> deqjax.Reversible:
     """A solver that takes all steps that are asked for, at `1 - beta = 1 / d`."""
-    return deqjax.Reversible(rtol=0.0, atol=0.0, beta=1 - 1 / d, exact=method == "exact")
+    exact: dict[str, Any] = {"exact": method in ("exact", "isolated")}
+    exact["guard_bits"] = 0 if method == "isolated" else None
+    return deqjax.Reversible(rtol=0.0, atol=0.0, beta=1 - 1 / d, **exact)
 
 
 def state(method: Method, cell: Cell) -> tuple[Callable[[Any, Any], Any], Array]:
@@ -55,8 +58,11 @@ def solve(
 
 def gradient(
     method: Method, cell: Cell, d: float | Array, max_steps: int, steps: Int[Array, ""]
-) -> tuple[PyTree, Array]:
-    """The cotangents of parameters and input, and the reversal residual (NaN: has none)."""
+) -> tuple[PyTree, Array, Array]:
+    """The cotangents of parameters and input, the reversal residual and the share of the guard.
+
+    NaN: has none.
+    """
     if method in REVERSIBLE:
         fn, z0 = state(method, cell)
         (_, d_args, _), stats = deqjax.reversible_vjp(
@@ -70,13 +76,15 @@ def gradient(
             steps=steps,
             batched=True,
         )
-        return d_args, jnp.max(stats["reversal_residual"])
+        guard = stats["guard"] if method == "exact" else jnp.asarray(jnp.nan)
+        return d_args, jnp.max(stats["reversal_residual"]), jnp.max(guard)
 
     def value(args: Args) -> Float[Array, "..."]:
         return solve(method, cell._replace(args=args), d, max_steps, steps=steps)
 
     _, pull = jax.vjp(value, cell.args)
-    return pull(cell.cotangent)[0], jnp.asarray(jnp.nan)
+    none = jnp.asarray(jnp.nan)
+    return pull(cell.cotangent)[0], none, none
 
 
 def value_and_grad(

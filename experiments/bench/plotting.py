@@ -20,6 +20,7 @@ STYLE: dict[str, dict[str, Any]] = {
     "implicit": {"color": PINK, "linewidth": 1.4, "linestyle": "--"},
     "phantom": {"color": GREY, "linewidth": 1.4, "linestyle": "--"},
     "segmented": {"color": GREEN, "linewidth": 1.8},
+    "isolated": {"color": SKY, "linewidth": 4.5},
     "exact": {"color": BLUE, "linewidth": 2.4},
 }
 

@@ -3,11 +3,19 @@
 from typing import Literal
 
 Method = Literal[
-    "exact", "float", "float64 state", "segmented", "checkpointed", "implicit", "phantom"
+    "exact",
+    "isolated",
+    "float",
+    "float64 state",
+    "segmented",
+    "checkpointed",
+    "implicit",
+    "phantom",
 ]
 
 TITLES: dict[Method, str] = {
-    "exact": "exact reversal (integer state)",
+    "exact": "exact reversal (integers, guard digits)",
+    "isolated": "exact reversal, f isolated",
     "float": "float reversal",
     "float64 state": "float reversal, float64 state",
     "segmented": "segmented float reversal",
@@ -19,13 +27,18 @@ TITLES: dict[Method, str] = {
 # until the iteration has converged, and the phantom gradient ever after.
 OF_THE_FIXED_POINT: tuple[Method, ...] = ("implicit", "phantom")
 
+PER_CHANNEL = "n/64"  # a 1 - beta per channel
+
 DType = Literal["float32", "bfloat16"]
-Variant = Literal["exact", "float", "checkpointed", "explicit", "explicit, checkpointed"]
+Variant = Literal[
+    "exact", "isolated", "float", "checkpointed", "explicit", "explicit, checkpointed"
+]
 # Evaluations of f that a variant needs for each one, beyond that of the VJP itself. Checkpointed
 # autodiff of a loop evaluates f forwards and again to recompute a stretch of it; of a stack, whose
 # blocks are checkpointed one by one, the second is the VJP's own.
 EXTRA: dict[Variant, int] = {
-    "exact": 2,
+    "exact": 1,
+    "isolated": 2,
     "float": 1,
     "checkpointed": 2,
     "explicit": 0,

@@ -4,9 +4,8 @@ Over the floor: value and gradient of one solve, against the evaluations of f an
 the method needs, each timed in a loop of their own.
 
 The loop that isolates f: f in a loop whose length the program knows, in one of unknown length, and
-in one of known length with f alone in a loop of one trip, as the exact reversal has it; and the
-gradient with and without (`exact=False`). Where the machine reads a predicate on the host, that is
-seen here.
+in one of known length with f alone in a loop of one trip, as `guard_bits=0` has it; and a gradient
+with it and without (`exact=False`). A machine that reads a predicate on the host shows here.
 
 How much of the time the device is idle cannot be read off a program; two figures bound it. The same
 programs on one example as small as it gets have next to nothing to compute: the time of an
@@ -38,6 +37,7 @@ from bench.accelerator.run import (
     seconds,
 )
 from bench.blocks import Cell
+from bench.digits import digit_bytes
 from bench.gradients import ADJOINTS
 from bench.pieces import pieces
 from bench.throughput.blocks import Images, Language, distinct, unrolled
@@ -63,19 +63,24 @@ _NOT_LOST = "no NaN"
 _FLAT = 1.1  # of the memory at the smallest depth, the digits not counted
 
 
+def solver(variant: Variant, d: int) -> deqjax.Reversible:
+    # The language block adds to z without normalising it: room for hundreds of evaluations.
+    how: dict[str, Any] = {"rtol": 0.0, "atol": 0.0, "beta": 1 - 1 / d, "fraction_bits": 20}
+    exact, guard = variant in ("exact", "isolated"), 0 if variant == "isolated" else None
+    return deqjax.Reversible(**how, exact=exact, guard_bits=guard)
+
+
 def gradient(variant: Variant, cells: list[Cell], n: int, d: int) -> Program:
     """Value and gradient in parameters and input of one solve of each cell."""
     own = lambda c: (distinct(c.args[0], n), c.args[1]) if variant == "explicit" else c.args
-    # The language block adds to z without normalising it: room for hundreds of evaluations.
-    fixed: dict[str, Any] = {"rtol": 0.0, "atol": 0.0, "fraction_bits": 20}
-    solver = deqjax.Reversible(beta=1 - 1 / d, exact=variant == "exact", **fixed)
+    how = solver(variant, d)
 
     def loss(args: PyTree, cell: Cell, z0: Array, cotangent: Array) -> Array:
         if variant == "explicit":
             return jnp.sum(unrolled(cell.fn, args[0], z0, args[1], False) * cotangent)
         options: dict[str, Any] = {"batched": True, "max_steps": n}
         options["adjoint"] = ADJOINTS[cast(Method, variant)]
-        return jnp.sum(deqjax.fixed_point(cell.fn, solver, z0, args, **options).value * cotangent)
+        return jnp.sum(deqjax.fixed_point(cell.fn, how, z0, args, **options).value * cotangent)
 
     def fn(*inputs):
         pairs = zip(cells, inputs, strict=True)
@@ -188,7 +193,7 @@ def memory(run: Run) -> None:
         exact, sizes, held, kept = v == "exact", [], [], True
         for n in depths:
             program = good(found[f"{v}, {n}"])
-            digits = 4 * math.ceil(n / 32) * cell.z0.size if exact else 0
+            digits = cell.z0.size * digit_bytes(solver("exact", 2), 2, cell, n) if exact else 0
             sizes.append(None if program.bytes is None else program.bytes - digits)
             kept &= finite(program.call())
             held.append((jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"))
@@ -216,7 +221,7 @@ def isolation(run: Run) -> None:
         del sizes["full size"]
     for name, each in sizes.items():
         forms |= {f"loop {k}: {name}": p for k, p in loops(each).items()}
-        both: tuple[Variant, ...] = ("exact", "float")
+        both: tuple[Variant, ...] = ("isolated", "float")
         forms |= {f"gradient, {v}: {name}": gradient(v, [each], LONG, 2) for v in both}
     calls = {name: good(each).call for name, each in compiled(forms).items()}
     taken = seconds(calls, run.pick(1, 3, 10), max(run.left / 4, 1.0))
@@ -228,7 +233,7 @@ def isolation(run: Run) -> None:
         run.add(f"isolation, {case}", said, full=us[name], least=idle)
     for name in sizes:
         plain, alone = (us[f"loop of known length{x}: {name}"] for x in ("", ", f isolated"))
-        exact, real = (us[f"gradient, {v}: {name}"] for v in ("exact", "float"))
+        exact, real = (us[f"gradient, {v}: {name}"] for v in ("isolated", "float"))
         said = f"{alone - plain:+.3g} us an evaluation of f; a gradient's, with one more f, "
         said += f"{exact - real:+.3g} us"
         run.add(f"isolation, cost of the loop of one trip, {name}", said)

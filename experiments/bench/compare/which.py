@@ -32,7 +32,7 @@ NEEDS = {
     "JacobianFree": "tolerance of a bias; rho(J) small",
     "Broyden (SHINE)": "the solver deqjax.Broyden; tolerance of a bias",
     "RecursiveCheckpoint": "a fixed number of steps",
-    "Reversible, exact": "the solver deqjax.Reversible; f that gives the same bits again",
+    "Reversible, exact": "the solver deqjax.Reversible; f equal from call to call up to rounding",
     JAXOPT_ROW: "jaxopt",
 }
 

@@ -1,6 +1,7 @@
 """Errors of a gradient against float64 autodiff, and what the reversal misses."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from bench.blocks import Cell
 from bench.gradients import gradient
 from bench.rows import Row
-from bench.ways import OF_THE_FIXED_POINT, TITLES, Method
+from bench.ways import OF_THE_FIXED_POINT, PER_CHANNEL, TITLES, Method
 
 
 def errors(
@@ -20,8 +21,13 @@ def errors(
     dtypes: Sequence[str],
     depths: Sequence[int],
     methods: Sequence[Method] = tuple(TITLES),
+    *,
+    channels: bool = False,
 ) -> list[Row]:
-    """One row for each cell, dtype, 1 - beta = 1/d, method and number of evaluations."""
+    """One row for each cell, dtype, 1 - beta = 1/d, method and number of evaluations.
+
+    `channels`: and for a 1 - beta per channel.
+    """
     max_steps = max(depths)  # a traced budget below it: each method is compiled once for all
     rows: list[Row] = []
     for cell in tqdm(list(cells), desc="errors", unit="cell"):
@@ -32,22 +38,31 @@ def errors(
                 exactly = rounded.astype(float)
             # Their beta doesn't enter the gradient, and one that is traced saves compilation.
             shared = {m: _compile(m, rounded, max_steps) for m in OF_THE_FIXED_POINT}
-            for d in inverses:
-                truth = {n: reference(exactly, d, n)[0] for n in depths}
+            inside: list[Any] = [(d, d) for d in inverses]
+            inside += [(PER_CHANNEL, per_channel(cell))] * channels
+            for d, inverse in inside:
+                truth = {n: reference(exactly, inverse, n)[0] for n in depths}
                 for method in methods:
-                    run = shared.get(method) or _compile(method, rounded, max_steps, d=d)
+                    fixed = None if d == PER_CHANNEL else d
+                    run = shared.get(method) or _compile(method, rounded, max_steps, d=fixed)
                     for n in depths:
-                        found, residual = run(rounded, d, n)
+                        found, residual, guard = run(rounded, inverse, n)
                         about = {"cell": cell.name, "dtype": dtype, "d": d, "method": method}
-                        result = {"error": _error(found, truth[n]), "residual": residual}
+                        result = {"error": relative(found, truth[n]), "residual": residual}
+                        result |= {"guard": guard}
                         rows.append({**about, "evaluations": n, **result})
     return rows
 
 
+def per_channel(cell: Cell) -> np.ndarray:
+    """1 / (1 - beta) with 1 - beta = n / 64, n spread from 1 to 63 over the channels."""
+    return 64 / np.round(np.linspace(1, 63, cell.z0.shape[-1]))
+
+
 def _compile(
     method: Method, like: Cell, max_steps: int, *, wide: bool = False, d: int | None = None
-) -> Callable[[Cell, int, int], tuple[np.ndarray, float]]:
-    """`(cell, d, steps) -> (gradient as one vector, residual)`; d is traced if it isn't given."""
+) -> Callable[[Cell, int, int], tuple[np.ndarray, float, float]]:
+    """`(cell, d, steps) -> (gradient as one vector, residual, guard)`; d is traced if not given."""
 
     @jax.jit
     def run(z0, args, cotangent, inverse, steps):
@@ -56,20 +71,21 @@ def _compile(
 
     wide = wide or method == "float64 state"
 
-    def call(cell: Cell, inverse: int, steps: int) -> tuple[np.ndarray, float]:
+    def call(cell: Cell, inverse: int, steps: int) -> tuple[np.ndarray, float, float]:
         with jax.enable_x64(wide):
             budget = jnp.asarray(steps, jnp.int32)
             traced = jnp.asarray(inverse, float)
-            found, residual = run(cell.z0, cell.args, cell.cotangent, traced, budget)
-            return _vector(found), float(residual)
+            found, residual, guard = run(cell.z0, cell.args, cell.cotangent, traced, budget)
+            return vector(found), float(residual), float(guard)
 
     return call
 
 
-def _vector(tree: PyTree) -> np.ndarray:
+def vector(tree: PyTree) -> np.ndarray:
+    """All numbers of a gradient."""
     return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
 
 
-def _error(found: np.ndarray, truth: np.ndarray) -> float:
+def relative(found: np.ndarray, truth: np.ndarray) -> float:
     """Relative, in the Euclidean norm over parameters and input together."""
     return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))

@@ -1,7 +1,6 @@
 """Memory that a gradient takes: temporary, of the compiled program; residuals of the solve."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ from jax.extend.core import Literal
 from tqdm import tqdm
 
 from bench.blocks import Cell
-from bench.gradients import solve, value_and_grad
+from bench.digits import digit_bytes, guard_bytes
+from bench.gradients import solve, solver, value_and_grad
 from bench.rows import Row
 from bench.timing import compiled, temporary_bytes
 from bench.ways import Method
@@ -28,17 +28,14 @@ def memory(
     rows = []
     for cell, method in tqdm(list(itertools.product(cells, methods)), desc="memory"):
         row: Row = {"cell": cell.name, "d": d, "method": method, "evaluations": list(depths)}
+        guard = [cell.z0.size * guard_bytes(solver("exact", d), cell, n) for n in depths]
+        row |= {"guard": guard}
         with jax.enable_x64(method == "float64 state"):
             programs = [compiled(value_and_grad(method, cell, d, n), *shapes(cell)) for n in depths]
         row["bytes"] = [temporary_bytes(program) for program in programs]
         state_bytes = cell.z0.size * cell.z0.dtype.itemsize
         rows.append(row | {"states": [round(x / state_bytes, 2) for x in row["bytes"]]})
     return rows
-
-
-def digits_per_word(d: int) -> int:
-    """The most base-|d| digits that 32 bits hold."""
-    return max(m for m in range(1, 33) if abs(d) ** m <= 2**32)
 
 
 def residuals(cells: Sequence[Cell], inverses: Sequence[int], depths: Sequence[int]) -> list[Row]:
@@ -55,7 +52,7 @@ def residuals(cells: Sequence[Cell], inverses: Sequence[int], depths: Sequence[i
         large, other = (
             sum(size for is_large, size in kept if is_large == k) for k in (True, False)
         )
-        bound = 8 + 4 * math.ceil(n / digits_per_word(d))
+        bound = 8 + digit_bytes(solver("exact", d), d, cell, n)
         about = {"cell": cell.name, "d": d, "evaluations": n}
         rows.append({**about, "per_element": large / cell.z0.size, "bound": bound, "other": other})
     return rows

@@ -9,9 +9,11 @@ import numpy as np
 from bench.fidelity.report import fraction
 from bench.plotting import STYLE, plain, plt, save, ticks
 from bench.rows import Row, pick, values, worst
+from bench.ways import PER_CHANNEL
 
 LABELS: dict[str, str] = {
     "exact": "exact reversal",
+    "isolated": "exact, f isolated",
     "float": "float reversal",
     "float64 state": "float reversal,\nfloat64 state",
     "segmented": "segmented reversal",
@@ -25,7 +27,8 @@ BOTTOM, TOP = 1e-8, 1e2
 def plot_errors(rows: list[Row], dtype: str, path: Path) -> None:
     """Draws `rows` of `errors`: the worst cell of each number of evaluations."""
     rows = pick(rows, dtype=dtype)
-    inverses, depths = values(rows, "d"), sorted(values(rows, "evaluations"))
+    inverses = [d for d in values(rows, "d") if d != PER_CHANNEL]
+    depths = sorted(values(rows, "evaluations"))
     columns = min(2, len(inverses))
     lines = -(-len(inverses) // columns)
     height = 1.2 + 3.1 * lines

@@ -13,7 +13,9 @@ NOTE = (
     "Error: relative, over parameters and input together, against float64 autodiff of the same "
     "steps.\n\\* Gradients of the fixed point and not of the steps, against the same reference: "
     "they differ by design.\nReversal residual: the largest difference of a state that is known, "
-    "exact: as such, float: relative.\nFloor: one f, and one f with its VJP, each compiled alone."
+    "exact: as such, float: relative.\nGuard used: the largest difference of a repeated evaluation "
+    "of f, over the largest that the guard digits correct.\nFloor: one f, and one f with its VJP, "
+    "each compiled alone."
 )
 REPORT = Report(NOTE)
 
@@ -21,9 +23,14 @@ REPORT = Report(NOTE)
 @REPORT.claim("errors")
 def _errors(table: Claims, rows: list[Row]) -> None:
     exact = pick(rows, method="exact")
-    text = f"exact: reversal residual, worst of {len(exact)} solves"
-    table.add(text, worst(exact, "residual"), 0)
+    for method in ("exact", "isolated"):
+        if not (mine := pick(rows, method=method)):
+            continue
+        text = f"{method}: reversal residual, worst of {len(mine)} solves"
+        table.add(text, worst(mine, "residual"), 0)
     for dtype in values(exact, "dtype"):
+        text = f"exact: share of the guard used in {dtype}, worst"
+        table.add(text, worst(pick(exact, dtype=dtype), "guard"), 0.5)
         text = f"exact: gradient error / that of {dtype} checkpointed autodiff, worst"
         single = dtype == "float32"
         ratio = _error_ratio(pick(rows, dtype=dtype), 1e-4 if single else math.inf)
@@ -38,6 +45,16 @@ def _error_ratio(rows: list[Row], limit: float) -> float:
     return max((found[k] / x for k, x in base.items() if x < limit), default=math.nan)
 
 
+@REPORT.claim("rounded")
+def _rounded(table: Claims, rows: list[Row]) -> None:
+    for kind in values(rows, "kind"):
+        exact, isolated = (pick(rows, kind=kind, method=m) for m in ("exact", "isolated"))
+        table.add(f"exact, {kind}: reversal residual", worst(exact, "residual"), 0)
+        table.add(f"exact, {kind}: share of the guard used", worst(exact, "guard"), 0.5)
+        missed = sum(row["residual"] == 0 for row in isolated)
+        table.add(f"isolated, {kind}: failures not caught, of {len(isolated)} solves", missed, 0)
+
+
 @REPORT.claim("residuals")
 def _residuals(table: Claims, rows: list[Row]) -> None:
     text = "exact: bytes kept per state element beyond 8 + whole words of digits"
@@ -49,6 +66,13 @@ def _residuals(table: Claims, rows: list[Row]) -> None:
 
 @REPORT.claim("memory")
 def _memory(table: Claims, rows: list[Row]) -> None:
+    both = [pick(rows, method=method) for method in ("exact", "isolated")]
+    if all(both):
+        text = "exact: temporary bytes / (those of isolated + the guard's), worst"
+        sizes = lambda row, beside: zip(row["bytes"], beside["bytes"], row["guard"], strict=True)
+        pairs = zip(*both, strict=True)
+        ratios = [a / (b + guard) for pair in pairs for a, b, guard in sizes(*pair)]
+        table.add(text, max(ratios), 1.0)
     rows = pick(rows, method="float")
     for few, many in {tuple(row["evaluations"]) for row in rows}:
         text = f"float: temporary memory at {many} evaluations / at {few} - 1, worst block"
@@ -58,16 +82,22 @@ def _memory(table: Claims, rows: list[Row]) -> None:
 @REPORT.claim("time")
 def _time(table: Claims, timing: Row) -> None:
     ratio, seconds = relative_times(timing), timing["seconds"]
+    rounds = timing["all_seconds"]
+    if {"exact", "float"} <= ratio.keys():
+        text = "exact: time / that of the float state, pairwise"
+        table.add(text, median_ratio(rounds["exact"], rounds["float"]), 1.02)
     if "exact" in ratio:
-        table.add("exact: time per evaluation / (floor + one f)", ratio["exact"][1], 1.10)
-        table.add("exact: the same, floor and f in a loop", ratio["exact"][3], None)
+        table.add("exact: time per evaluation / floor", ratio["exact"][0], None)
+        table.add("exact: time per evaluation / floor in a loop", ratio["exact"][2], None)
+    if "isolated" in ratio:
+        table.add("isolated: time per evaluation / (floor + one f)", ratio["isolated"][1], 1.10)
+        table.add("isolated: the same, floor and f in a loop", ratio["isolated"][3], None)
     if "float" in ratio:
         # RevDEQ's own code and banax reached these, each against the floor of its run.
         for bound, whose in ((1.05, ""), (0.93, "; RevDEQ's 0.93"), (0.88, "; banax's 0.88")):
             table.add(f"float: time per evaluation / floor{whose}", ratio["float"][0], bound)
         text = "float: time / that of RevDEQ's scheme written out, pairwise"
-        rounds = (timing["all_seconds"][name] for name in ("float", "published scheme"))
-        table.add(text, median_ratio(*rounds), None)
+        table.add(text, median_ratio(rounds["float"], rounds["published scheme"]), None)
         table.add("float: time per evaluation / floor in a loop", ratio["float"][2], None)
     for text, part in (("f: time / its", "f"), ("f with its VJP: time / their", "vjp")):
         found = seconds[part] / seconds[f"products of {part}"]
@@ -96,8 +126,10 @@ def relative_times(timing: Row) -> dict[str, tuple[float, float, float, float]]:
     return {name: (t / a, t / b, t / c, t / d) for name, t in solves.items()}
 
 
-def fraction(d: int) -> str:
+def fraction(d: int | str) -> str:
     """1 - beta."""
+    if isinstance(d, str):
+        return f"{d} per channel"
     return f"{'-' if d < 0 else ''}1/{abs(d)}"
 
 
@@ -111,7 +143,8 @@ def _found(rows: list[Row], method: str) -> dict[Any, str]:
     depths = sorted(values(rows, "evaluations"))
     found = {n: tiny(worst(pick(mine, evaluations=n), "error")) for n in depths}
     residual = tiny(worst(mine, "residual")) if method in REVERSIBLE else "-"
-    return found | {"reversal residual": residual}
+    guard = f"{worst(mine, 'guard'):.2f}" if method == "exact" else "-"
+    return found | {"reversal residual": residual, "guard used": guard}
 
 
 def error_table(rows: list[Row]) -> str:
@@ -146,6 +179,22 @@ def error_tables(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+@REPORT.table(
+    "An f rounded differently at every evaluation; the error against f in float32", "rounded"
+)
+def rounded_table(rows: list[Row]) -> str:
+    depths, lines = sorted(values(rows, "evaluations")), []
+    for kind, method in values(rows, "kind", "method"):
+        mine = pick(rows, kind=kind, method=method)
+        found = {n: tiny(worst(pick(mine, evaluations=n), "error")) for n in depths}
+        guard = f"{worst(mine, 'guard'):.2f}" if method == "exact" else "-"
+        line = {"error against float32 autodiff": f"{kind}: {titled(method)}"} | found
+        lines.append(
+            line | {"reversal residual": tiny(worst(mine, "residual")), "guard used": guard}
+        )
+    return table(lines)
+
+
 @REPORT.table("Memory", "memory")
 def memory_table(rows: list[Row]) -> str:
     few, many = rows[0]["evaluations"]
@@ -159,7 +208,7 @@ def memory_table(rows: list[Row]) -> str:
 
 @REPORT.table("Residuals", "residuals")
 def residual_table(rows: list[Row]) -> str:
-    title, lines = "bytes kept per state element (8 + digits), evaluations", []
+    title, lines = "bytes kept per state element (8 + digits + guard), evaluations", []
     for d in values(rows, "d"):
         found = {n: pick(rows, d=d, evaluations=n) for n in sorted(values(rows, "evaluations"))}
         most = {n: show(max(row["per_element"] for row in some)) for n, some in found.items()}

@@ -8,6 +8,7 @@ from bench.rows import Row, mib, pick, values
 SECTIONS = ("language", "multiscale")
 TITLES = {
     "exact": "exact reversal",
+    "isolated": "exact reversal, f isolated",
     "float": "float reversal",
     "checkpointed": "checkpointed autodiff",
     "explicit": "explicit, unrolled",
@@ -53,7 +54,7 @@ def claims(results: Results) -> list[Row]:
         found = results[section]
         rows, n, cpu = found["blocks"], found["evaluations"], found["platform"] == "cpu"
         single = totals(pick(rows, dtype="float32", evaluations=n))
-        for variant in ("exact", "float"):
+        for variant in ("exact", "isolated", "float"):
             mine = pick(single, variant=variant)
             if not mine:
                 continue
@@ -61,13 +62,25 @@ def claims(results: Results) -> list[Row]:
             lines.add(text, worst(mine), 1.15 if cpu else None)
             text = f"{section}: {variant} state, time / floor in a loop"
             lines.add(text, worst(mine, "floor in a loop"), None)
-        deep = pick(rows, dtype="float32", batch=single[0]["batch"], variant="exact")
-        depths = sorted({row["evaluations"] for row in deep})
-        if len(depths) > 1:
-            text = f"{section}: exact state, temporary bytes at {depths[-1]} / at {depths[0]}"
-            lines.add(text, flatness(deep, lambda row: row["bytes"]), 1.1)
-            text = f"{section}: the same without the digits written down, worst scale"
-            lines.add(text, flatness(deep, lambda row: row["bytes"] - row["digits"]), 1.02)
+        both = {v: pick(single, variant=v) for v in ("exact", "float")}
+        timed = list(
+            zip(*([row["seconds"] for row in mine] for mine in both.values()), strict=True)
+        )
+        if timed and None not in {second for pair in timed for second in pair}:
+            text = f"{section}: exact state, time / that of the float state, worst"
+            lines.add(text, max(a / b for a, b in timed), 1.02 if cpu else None)
+        for variant in ("exact", "isolated"):
+            deep = pick(rows, dtype="float32", batch=single[0]["batch"], variant=variant)
+            depths = sorted({row["evaluations"] for row in deep})
+            if len(depths) > 1:
+                # Guard digits grow with depth: 1 byte an entry and evaluation.
+                bound = 1.1 if variant == "isolated" else None
+                text = (
+                    f"{section}: {variant} state, temporary bytes at {depths[-1]} / at {depths[0]}"
+                )
+                lines.add(text, flatness(deep, lambda row: row["bytes"]), bound)
+                text = f"{section}: {variant} state, the same without the digits, worst scale"
+                lines.add(text, flatness(deep, lambda row: row["bytes"] - row["digits"]), 1.02)
         other = {row["variant"]: row for row in single if row["batch"] == single[0]["batch"]}
         for variant in [v for v in ("checkpointed", "explicit") if v in other]:
             for name in ("seconds", "bytes"):

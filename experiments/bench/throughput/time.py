@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from bench.blocks import Cell
-from bench.fidelity.memory import digits_per_word
-from bench.gradients import ADJOINTS, value_and_grad
+from bench.digits import digit_bytes
+from bench.gradients import ADJOINTS, solver, value_and_grad
 from bench.pieces import pieces
 from bench.rows import Row
 from bench.throughput.blocks import Images, Language, distinct, unrolled
@@ -24,9 +24,11 @@ Size = Language | Images
 LOOP = 8  # calls of a short piece in a row, as many as the paper's solve has
 
 
-def digit_bytes(cell: Cell, d: int, evaluations: int) -> int:
-    """Bytes that the exact state writes down."""
-    return 4 * math.ceil(evaluations / digits_per_word(d)) * cell.z0.size
+def written(cell: Cell, variant: Variant, d: int, evaluations: int) -> int:
+    """Bytes of digits that the exact state writes down."""
+    if variant not in ("exact", "isolated"):
+        return 0
+    return cell.z0.size * digit_bytes(solver(variant, d), d, cell, evaluations)
 
 
 def gradient_program(cell: Cell, variant: Variant, evaluations: int, d: int) -> tuple[Any, ...]:
@@ -107,7 +109,7 @@ def block_rows(
         for variant, n in cases:
             name = f"{cell.name}: {variant}, {n} evaluations"
             programs.add(name, *gradient_program(cell, variant, n, size.d))
-            if variant == "exact":
+            if variant in ("exact", "isolated"):
                 programs.check(name)
     seconds = programs.seconds(rounds)
     rows = []
@@ -125,7 +127,7 @@ def block_rows(
                 "floor": floor(variant, n, *once),
                 "floor in a loop": floor(variant, n, *inside) if looped else None,
                 "bytes": programs.bytes[name],
-                "digits": digit_bytes(cell, size.d, n) if variant == "exact" else 0,
+                "digits": written(cell, variant, size.d, n),
                 "flop": needed_flop(variant, n, flop),
                 "rate": programs.rate(seconds),
             }
