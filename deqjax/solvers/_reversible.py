@@ -72,8 +72,8 @@ class Reversible(AbstractSolver):
     - `fraction_bits`: b, from 8 to 30: the exact state has the range `+-2^(31 - b)` (128 for 24) at
         a spacing of `2^-b`, in 32 bits per entry. A float64 state has 64 bits per entry, the same
         range, and a spacing of `2^-(b + 32)`. An iterate or a z0 beyond the range freezes the
-        problem, with `RESULTS.nonlinear_divergence` and `sol.stats["overflow"]`. Default: 24. With
-        a narrower state it is 20 if f has float16 numbers or, on a GPU, a float32 product below
+        problem, with `RESULTS.nonlinear_divergence` and `sol.stats["overflow"]`. Default: 24. Below
+        a float64 state it is 20 if f has float16 numbers or, on a GPU, a float32 product below
         precision "highest", whose factors are rounded there; 18 with bfloat16, or on a TPU.
     - `guard_bits`: 0, or from 2 to 16; by default enough to correct a difference of 64 unit
         roundoffs of the least precise dtype in f, but at most 16: 8 in float32, 4 with
