@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix
 from equinox import AbstractVar
 from jaxtyping import Array, Bool, Inexact, PyTree
@@ -125,7 +126,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
                 )
             # Inside jit even a comparison of known arrays would be traced.
             with jax.ensure_compile_time_eval():
-                wrong = not is_traced(value) and not jnp.all(test(value))
+                wrong = not is_traced(value) and not np.all(test(value))
             if wrong:
                 raise ValueError(
                     f"{type(self).__name__} expects {expectation}, got {name}={value}; "

@@ -62,13 +62,14 @@ def claims(results: Results) -> list[Row]:
             lines.add(text, worst(mine), 1.15 if cpu else None)
             text = f"{section}: {variant} state, time / floor in a loop"
             lines.add(text, worst(mine, "floor in a loop"), None)
-        both = {v: pick(single, variant=v) for v in ("exact", "float")}
-        timed = list(
-            zip(*([row["seconds"] for row in mine] for mine in both.values()), strict=True)
+        exact, real = (
+            [row["seconds"] for row in pick(single, variant=variant)]
+            for variant in ("exact", "float")
         )
-        if timed and None not in {second for pair in timed for second in pair}:
+        if exact and real and None not in (*exact, *real):
+            ratios = [a / b for a, b in zip(exact, real, strict=True)]
             text = f"{section}: exact state, time / that of the float state, worst"
-            lines.add(text, max(a / b for a, b in timed), 1.02 if cpu else None)
+            lines.add(text, max(ratios), 1.02 if cpu else None)
         for variant in ("exact", "isolated"):
             deep = pick(rows, dtype="float32", batch=single[0]["batch"], variant=variant)
             depths = sorted({row["evaluations"] for row in deep})
