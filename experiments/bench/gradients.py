@@ -28,11 +28,11 @@ OTHERS: dict[Method, Any] = {
 ADJOINTS = REVERSIBLE | OTHERS
 
 
-def solver(method: Method, d: float | Array) -> deqjax.Reversible:
+def solver(method: str, d: float | Array, **options: Any) -> deqjax.Reversible:
     """A solver that takes all steps that are asked for, at `1 - beta = 1 / d`."""
-    exact: dict[str, Any] = {"exact": method in ("exact", "isolated")}
-    exact["guard_bits"] = 0 if method == "isolated" else None
-    return deqjax.Reversible(rtol=0.0, atol=0.0, beta=1 - 1 / d, **exact)
+    exact, guard = method in ("exact", "isolated"), 0 if method == "isolated" else None
+    how: dict[str, Any] = {"rtol": 0.0, "atol": 0.0, "beta": 1 - 1 / d, **options}
+    return deqjax.Reversible(**how, exact=exact, guard_bits=guard)
 
 
 def state(method: Method, cell: Cell) -> tuple[Callable[[Any, Any], Any], Array]:

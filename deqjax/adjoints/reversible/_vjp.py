@@ -53,7 +53,7 @@ def reversible_vjp(
     - `"reversal_residual"`: in the exact mode, the largest difference between the initial states
         at which the sweep arrives and the true ones, 0 if and only if they are equal; in the
         floating-point mode, the largest difference from a known state, relative to the size of the
-        states. Infinite after a step that the integers could not take.
+        states. Infinite if the integers could not take a step, forwards or back.
     - `"trusted"`: whether the reversal residual is within the bound of `adjoint`.
     - `"guard"`: from 0 to 1, the largest difference between the two evaluations of f, over the
         largest that `guard_bits` can correct. Near 1, raise `guard_bits` or lower `fraction_bits`;

@@ -38,7 +38,7 @@ from bench.accelerator.run import (
 )
 from bench.blocks import Cell
 from bench.digits import digit_bytes
-from bench.gradients import ADJOINTS
+from bench.gradients import ADJOINTS, solver
 from bench.pieces import pieces
 from bench.throughput.blocks import Images, Language, distinct, unrolled
 from bench.ways import VJP_FLOP, DType, Method, Variant, floor
@@ -59,21 +59,16 @@ EVALUATIONS = 8  # the paper's
 LOOP = 8
 DEPTHS = (4, 16, 64, 256)
 LONG = 64
+# The language block adds to z without normalising it: room for hundreds of evaluations.
+ROOM = {"fraction_bits": 20}
 _NOT_LOST = "no NaN"
 _FLAT = 1.1  # of the memory at the smallest depth, the digits not counted
-
-
-def solver(variant: Variant, d: int) -> deqjax.Reversible:
-    # The language block adds to z without normalising it: room for hundreds of evaluations.
-    how: dict[str, Any] = {"rtol": 0.0, "atol": 0.0, "beta": 1 - 1 / d, "fraction_bits": 20}
-    exact, guard = variant in ("exact", "isolated"), 0 if variant == "isolated" else None
-    return deqjax.Reversible(**how, exact=exact, guard_bits=guard)
 
 
 def gradient(variant: Variant, cells: list[Cell], n: int, d: int) -> Program:
     """Value and gradient in parameters and input of one solve of each cell."""
     own = lambda c: (distinct(c.args[0], n), c.args[1]) if variant == "explicit" else c.args
-    how = solver(variant, d)
+    how = solver(variant, d, **ROOM)
 
     def loss(args: PyTree, cell: Cell, z0: Array, cotangent: Array) -> Array:
         if variant == "explicit":
@@ -193,7 +188,9 @@ def memory(run: Run) -> None:
         exact, sizes, held, kept = v == "exact", [], [], True
         for n in depths:
             program = good(found[f"{v}, {n}"])
-            digits = cell.z0.size * digit_bytes(solver("exact", 2), 2, cell, n) if exact else 0
+            digits = (
+                cell.z0.size * digit_bytes(solver("exact", 2, **ROOM), 2, cell, n) if exact else 0
+            )
             sizes.append(None if program.bytes is None else program.bytes - digits)
             kept &= finite(program.call())
             held.append((jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"))
