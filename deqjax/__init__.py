@@ -22,6 +22,7 @@ from .diagnostics import (
     SpectralRadius as SpectralRadius,
     fixed_point_path as fixed_point_path,
     jacobian_frobenius as jacobian_frobenius,
+    residuals as residuals,
     spectral_radius as spectral_radius,
 )
 from .positive import (

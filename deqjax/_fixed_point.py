@@ -17,6 +17,7 @@ from ._problem import (
     check_state,
     check_unmapped,
     convert,
+    first_step,
     precision_of,
     prepare,
 )
@@ -29,13 +30,14 @@ from .solvers import AbstractSolver
 
 
 def fixed_point(
-    fn: Callable[[PyTree, PyTree], Any],
+    fn: Callable[..., Any],
     solver: OptimistixSolver,
     z0: PyTree,
     args: PyTree = None,
     *,
     has_aux: bool = False,
     batched: bool = False,
+    indexed: bool = False,
     max_steps: int = 256,
     steps: int | Int[Array, "..."] | None = None,
     adjoint: AbstractAdjoint = ImplicitAdjoint(),
@@ -60,6 +62,12 @@ def fixed_point(
         makes one cotangent per example. As everywhere in JAX, an example at which f is NaN makes
         the gradient of shared parameters NaN, even if the loss masks the example: replace its input
         before the solve.
+    - `indexed`: `fn` is `fn(z, args, step)`, with the number of mixes that z has had: int32 of
+        shape `()` or, if batched, `(batch,)`. So f may have noise of `jax.random.fold_in(key,
+        step)`, an embedding of the step, or a schedule; a backward pass gets the same numbers. It
+        needs an adjoint of the steps taken: `deqjax.ReversibleAdjoint` or
+        `deqjax.RecursiveCheckpointAdjoint`. Residual and aux are those of the step from `value`, so
+        that f has to be finite at the steps from 0 to `max_steps`.
     - `max_steps`: the ceiling on steps, an int of at least 1.
     - `steps`: an int array of at most `max_steps`, of shape `()` or, if batched, `(batch,)`: a
         ceiling that may be traced and never recompiles.
@@ -97,16 +105,18 @@ def fixed_point(
 
     **Raises:** `ValueError` when traced, if `fn` changes the structure, a shape or a dtype of z, if
     z0 holds booleans or no numbers, for `max_steps < 1`, a solver field out of its range, a solver
-    and an adjoint that do not fit together, batch axes of unequal length, `steps` of a wrong dtype,
-    shape or range, or an Optimistix solver inside `jax.shard_map`.
+    and an adjoint that do not fit together, `indexed` with one that needs the same f at each step,
+    batch axes of unequal length, `steps` of a wrong dtype, shape or range, or an Optimistix solver
+    inside `jax.shard_map`.
     """
     options = {"has_aux": has_aux, "batched": batched, "max_steps": max_steps, "steps": steps}
-    sol = solve(fn, solver, z0, args, adjoint=adjoint, best=True, **options)
+    before = 0 if indexed else None
+    sol = solve(fn, solver, z0, args, adjoint=adjoint, best=True, before=before, **options)
     return raise_unsuccessful(sol) if throw else sol
 
 
 def solve(
-    fn: Callable[[PyTree, PyTree], Any],
+    fn: Callable[..., Any],
     solver: OptimistixSolver,
     z0: PyTree,
     args: PyTree,
@@ -117,20 +127,26 @@ def solve(
     steps: int | Int[Array, "..."] | None,
     adjoint: AbstractAdjoint,
     best: bool,
+    before: int | Int[Array, "..."] | None,
 ) -> Solution:
-    """`fixed_point` without `throw`; with `best=False` it returns `z_n` even if steps run out."""
+    """`fixed_point` without `throw`; with `best=False` it returns `z_n` even if steps run out.
+
+    `before` is the number of mixes that z0 has had; None: `fn` takes no step number.
+    """
     z0, max_steps = check_state(z0, batched, max_steps)
-    _check_adjoint(adjoint)
+    indexed = before is not None
+    _check_adjoint(adjoint, indexed)
     # Optimistix iterates its own solvers; for ours, prepare the budget.
     if not isinstance(solver, AbstractSolver):
-        check_optimistix(solver, batched, steps)
+        check_optimistix(solver, batched, indexed, steps)
         fn, z0, args, _ = convert(fn, z0, args, has_aux=has_aux)
         check_unmapped(solver, fn, z0, args)
         return run(_solve_optimistix, fn, solver, z0, args, adjoint, max_steps)
     solver, budget, requested = prepare(solver, z0, batched, max_steps, steps)
-    budget = dataclasses.replace(budget, best=best)
+    budget = dataclasses.replace(budget, best=best, indexed=indexed)
+    step = first_step(solver, before, z0, budget.rank) if indexed else None
     with precision_of(solver):
-        fn, z0, args, axes = convert(fn, z0, args, solver, budget, has_aux=has_aux)
+        fn, z0, args, axes = convert(fn, z0, args, solver, budget, has_aux=has_aux, step=step)
     solver, budget = vary((solver, budget), axes)
     return run(_solve, fn, solver, z0, args, budget, requested, adjoint)
 
@@ -138,10 +154,12 @@ def solve(
 def _solve(fn, solver, z0, args, budget, requested, adjoint) -> Solution:
     solver = solver.prepared(fn, z0, args, budget.rank)
     inputs = (fn, solver, z0, args, budget)
-    z, loop = adjoint.apply(iterate, residual, inputs, frozenset())
+    rewrite = _no_residual if budget.indexed else residual
+    z, loop = adjoint.apply(iterate, rewrite, inputs, frozenset())
 
     # Outside the differentiated loop, gradients of aux and residual cost nothing extra, and the
     # compiler drops what is not used.
+    args = budget.at(args, loop.state.index)
     fz, aux = evaluate(fn, z, args)
     complete = completed(solver, z, fz, loop, budget, requested)
     result, stats = outcome(z, fz, loop, complete, solver.in_range(), budget)
@@ -174,16 +192,31 @@ def _solve_optimistix(fn, solver, z0, args, adjoint, max_steps) -> Solution:
     fz, aux = evaluate(fn, z, args)
     budget = Budget(max_steps, num_steps, rank=0, fixed=False)
     yes = jnp.asarray(True)
-    loop = LoopResult(num_steps, yes, LoopState(None, ~yes, jnp.asarray(0.0)))
+    loop = LoopResult(num_steps, yes, LoopState(None, ~yes, jnp.asarray(0.0), num_steps))
     ours, stats = outcome(z, fz, loop, yes, yes, budget)
     result = RESULTS.where(ours == RESULTS.successful, result, ours)
     return Solution(value=z, result=result, aux=aux, stats=stats, state=None)
 
 
-def _check_adjoint(adjoint: Any) -> None:
-    """Raises `ValueError` unless `adjoint` is an instance of an adjoint."""
+def _check_adjoint(adjoint: Any, indexed: bool) -> None:
+    """Raises `ValueError` unless `adjoint` is an instance, and fits an f that is `indexed`."""
     if not isinstance(adjoint, AbstractAdjoint):
         raise ValueError(
             f"fixed_point expects a deqjax or an Optimistix adjoint, got {adjoint!r}; "
             f"pass an instance, for instance adjoint=deqjax.ImplicitAdjoint()."
         )
+    if indexed and isinstance(adjoint, AbstractFixedPointAdjoint | optimistix.ImplicitAdjoint):
+        raise ValueError(_OF_STEPS.format(type(adjoint).__name__))
+
+
+def _no_residual(z: PyTree, _: Any, inputs: tuple) -> PyTree:
+    """Refuses, for an adjoint that reads `f(z) - z`: there is another f at each step."""
+    raise ValueError(_OF_STEPS.format("another, which reads the residual of one f"))
+
+
+_OF_STEPS = (
+    "fixed_point with indexed=True expects an adjoint of the steps taken, since an f that changes "
+    "from step to step has no fixed point to differentiate, got {}; pass "
+    "adjoint=deqjax.ReversibleAdjoint() with deqjax.Reversible, or "
+    "adjoint=deqjax.RecursiveCheckpointAdjoint()."
+)

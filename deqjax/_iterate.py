@@ -1,5 +1,6 @@
 """The only solver loop: it steps, counts, freezes and stops. Also two `while` loops for it."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Inexact, Int, PyTree
 from ._problem import Budget, problems
 from ._solution import too_large
 from ._step import Step, freeze, isolate, measured, step
-from ._tree import mesh_axes, opaque, per_problem, select, vary
+from ._tree import mesh_axes, opaque, per_problem, select, stop_gradient, vary
 
 WhileLoop = Callable[..., Any]
 
@@ -23,6 +24,7 @@ class LoopState(eqx.Module):
     memory: PyTree
     overflow: Bool[Array, "..."]
     error: Inexact[Array, "..."]  # the solver's measure at the iterate returned, where it was taken
+    index: Int[Array, "..."]  # of the iterate returned
     tape: PyTree = None
 
 
@@ -43,11 +45,20 @@ class _Carry(NamedTuple):
     stopped: Bool[Array, "..."]  # met its tolerance, f(z) is unusable, overflow, or out of steps
     overflow: Bool[Array, "..."]
     error: Inexact[Array, "..."]  # at z, once measured
-    best: tuple[PyTree, Array] | None  # the iterate with the least error so far, and that error
+    best: tuple[PyTree, Array, Array] | None  # the iterate of the least error, this, and its index
     out_of_steps: Bool[Array, "..."]
 
 
-def iterate(inputs: tuple) -> tuple[PyTree, LoopResult]:
+class Start(NamedTuple):
+    """The place in an iteration from which a loop continues."""
+
+    i: Int[Array, ""]
+    num_steps: Int[Array, "..."]
+    z: PyTree
+    memory: PyTree
+
+
+def iterate(inputs: tuple, start: Start | None = None) -> tuple[PyTree, LoopResult]:
     """Iterates `solver` on `fn` from `z0`; `inputs = (fn, solver, z0, args, budget, while_loop)`.
 
     Returns `z_n` and a `LoopResult`. A problem keeps its state once it has met its tolerance or its
@@ -68,32 +79,57 @@ def iterate(inputs: tuple) -> tuple[PyTree, LoopResult]:
     def body(c: _Carry) -> _Carry:
         isolated = budget.tape is not None and budget.tape.isolated
         f = isolate(fn, c.i) if isolated else fn
-        out = step(f, solver, c.z, args, c.memory, rank=budget.rank)
+        at = budget.at(args, c.num_steps)
+        out = step(f, solver, c.z, at, c.memory, rank=budget.rank)
         return vary(_after(c, out, solver, budget), axes)
 
-    init = vary(_first(solver, z0, budget, tracks_best), axes)
+    start = _beginning(solver, z0, budget) if start is None else start
+    init = vary(_first(solver, start, budget, tracks_best), axes)
     c = while_loop(going, body, init, max_steps=budget.max_steps + tracks_best)
-    z, error = _returned(c, budget)
-    return z, LoopResult(c.num_steps, error < 1, LoopState(c.memory, c.overflow, error, c.tape))
+    z, error, index = _returned(c, budget)
+    state = LoopState(c.memory, c.overflow, error, index, c.tape)
+    return z, LoopResult(c.num_steps, error < 1, state)
 
 
-def _first(solver: Any, z0: PyTree, budget: Budget, tracks_best: bool) -> _Carry:
-    """The carry before the first step."""
+def last_steps(inputs: tuple, n: Int[Array, "..."], last: int | None) -> tuple[PyTree, LoopResult]:
+    """`iterate` up to step n of each problem, as a function of the last steps alone.
 
-    def start(solver, z0):
-        memory = solver.blank(z0)
-        return solver.start(z0), memory, solver.status(memory)
+    The state before them is a constant. With `last` None it is a function of all of them.
+    """
+    fn, solver, z0, args, budget, while_loop = inputs
+    budget = dataclasses.replace(budget, limit=n, fixed=True)
+    if last is None:
+        return iterate((fn, solver, z0, args, budget, while_loop))
+    early = jnp.maximum(n - last, 0)
+    before = dataclasses.replace(budget, limit=early)
+    z, loop = iterate((*stop_gradient((fn, solver, z0, args)), before, lax_while))
+    # A problem with fewer steps is a function of z0 as well.
+    (_, count, *first) = _beginning(solver, z0, budget)
+    state = select(early > 0, (z, loop.state.memory), tuple(first))
+    start = Start(jnp.max(early, initial=0), jnp.broadcast_to(early, count.shape), *state)
+    budget = dataclasses.replace(budget, max_steps=min(last, budget.max_steps))
+    return iterate((fn, solver, z0, args, budget, while_loop), start)
 
-    rank, tape, shape = budget.rank, budget.tape, problems(z0, budget.rank)
-    no = jnp.zeros(shape, bool)
-    z, memory, status = per_problem(start, rank)(solver, z0)
+
+def _beginning(solver: Any, z0: PyTree, budget: Budget) -> Start:
+    """The place before the first step."""
+    start = lambda solver, z0: (solver.blank(z0), solver.start(z0))
+    memory, z = per_problem(start, budget.rank)(solver, z0)
+    count = jnp.zeros(problems(z0, budget.rank), jnp.int32)
+    return Start(jnp.asarray(0, jnp.int32), count, z, memory)
+
+
+def _first(solver: Any, start: Start, budget: Budget, tracks_best: bool) -> _Carry:
+    """The carry before the step after `start`."""
+    (i, count, z, memory), rank, tape = start, budget.rank, budget.tape
+    no = jnp.zeros(count.shape, bool)
+    status = per_problem(lambda s, _, memory: s.status(memory), rank)(solver, z, memory)
     record = None if tape is None else tape.blank(solver.pair(z, memory), budget.max_steps, rank)
     # The error has the dtype that the solver's norm returns.
     dtype = jax.eval_shape(lambda: measured(solver, z, z, rank)).dtype
-    error = jnp.full(shape, jnp.inf, dtype)
-    best = (z, error) if tracks_best else None
-    count, zero = jnp.zeros(shape, jnp.int32), jnp.asarray(0, jnp.int32)
-    return _Carry(zero, z, memory, record, count, status.failed, status.overflow, error, best, no)
+    error = jnp.full(count.shape, jnp.inf, dtype)
+    best = (z, error, count) if tracks_best else None
+    return _Carry(i, z, memory, record, count, status.failed, status.overflow, error, best, no)
 
 
 def _after(c: _Carry, out: Step, solver: Any, budget: Budget) -> _Carry:
@@ -115,7 +151,7 @@ def _after(c: _Carry, out: Step, solver: Any, budget: Budget) -> _Carry:
     if best is not None:
         out_of_steps = out_of_steps | (~stopped & ~within)
         # If the error is always infinite, as with zero tolerances, this keeps the last iterate.
-        best = select(error <= best[1], (c.z, error), best)
+        best = select(error <= best[1], (c.z, error, c.num_steps), best)
         stopped = stopped | out_of_steps
 
     # Record and take the step of the problems that continue; freeze the others.
@@ -131,13 +167,14 @@ def _after(c: _Carry, out: Step, solver: Any, budget: Budget) -> _Carry:
     return _Carry(c.i + 1, z, memory, record, count, stopped, overflow, error, best, out_of_steps)
 
 
-def _returned(c: _Carry, budget: Budget) -> tuple[PyTree, Inexact[Array, "..."]]:
-    """The last iterate, or the best one where the steps ran out, and the error measured there."""
+def _returned(c: _Carry, budget: Budget) -> tuple[PyTree, Array, Array]:
+    """The last iterate, or the best one where the steps ran out; its error, and its index."""
+    last = (c.z, c.error, c.num_steps)
     if c.best is None:
-        return c.z, c.error
+        return last
     # A diverged problem keeps its last iterate: the best one would hide the divergence.
     short = c.out_of_steps & ~per_problem(too_large, budget.rank)(c.z)
-    return select(short, c.best, (c.z, c.error))
+    return select(short, c.best, last)
 
 
 def unrolled(fn: Callable, solver: Any, z0: PyTree, xs: PyTree) -> tuple[PyTree, PyTree, Array]:

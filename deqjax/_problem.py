@@ -33,24 +33,37 @@ class Budget(eqx.Module):
     fixed: bool = eqx.field(static=True)  # both tolerances are zero: take exactly `limit` steps
     best: bool = eqx.field(static=True, default=True)  # return the best iterate, if the solver can
     tape: Any = None  # a deqjax._step.AbstractTape
+    # Whether f takes the step number: the last of its arrays is the number of mixes before z0.
+    indexed: bool = eqx.field(static=True, default=False)
 
     @property
     def uniform(self) -> bool:
         """Whether every problem takes every step of the loop, so that none is frozen."""
         return self.fixed and self.limit.ndim == 0
 
+    def at(self, arrays: list[Array], count: Int[Array, "..."]) -> list[Array]:
+        """The arrays of f after `count` mixes."""
+        return [*arrays[:-1], arrays[-1] + count] if self.indexed else arrays
+
 
 def convert(
-    fn: Callable, z0: PyTree, args: PyTree, *others: PyTree, has_aux: bool = False
+    fn: Callable,
+    z0: PyTree,
+    args: PyTree,
+    *others: PyTree,
+    has_aux: bool = False,
+    step: Int[Array, "..."] | None = None,
 ) -> tuple[Traced, PyTree, list[Array], Axes]:
     """Traces `fn` as `(z, args) -> (z', aux)` and checks its output.
 
     Returns the traced function, z0, the arrays of args, and the mesh axes over which any of these,
-    or of the `others`, varies. The first three then vary over all of them.
+    or of the `others`, varies. The first three then vary over all of them. With a `step`, `fn`
+    takes it too, and it is the last of the arrays.
     """
+    args = (args,) if step is None else (args, step)
 
     def call(z, args):
-        out = fn(z, args)
+        out = fn(z, *args)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise ValueError(
                 f"With has_aux=True fixed_point expects fn to return a pair (z', aux), got "
@@ -147,7 +160,7 @@ def check_steps(steps: Any, max_steps: int, shape: tuple[int, ...]) -> Int[Array
     return jnp.asarray(steps, jnp.int32)
 
 
-def check_optimistix(solver: Any, batched: bool, steps: Any) -> None:
+def check_optimistix(solver: Any, batched: bool, indexed: bool, steps: Any) -> None:
     """Raises `ValueError` for anything but an Optimistix solver, and for options that need ours."""
     if not isinstance(solver, OptimistixSolver):
         raise ValueError(
@@ -155,10 +168,11 @@ def check_optimistix(solver: Any, batched: bool, steps: Any) -> None:
             f"pass an instance, for instance deqjax.FixedPointIteration()."
         )
     name = type(solver).__name__
-    if batched or steps is not None:
+    if batched or indexed or steps is not None:
         raise ValueError(
-            f"fixed_point with batched=True or steps=... expects a deqjax solver, got the "
-            f"Optimistix solver {name}; use jax.vmap for a batch, and max_steps as the ceiling."
+            f"fixed_point with batched=True, indexed=True or steps=... expects a deqjax solver, "
+            f"got the Optimistix solver {name}; use jax.vmap for a batch, max_steps as the "
+            f"ceiling, and deqjax.FixedPointIteration() for an f that depends on the step."
         )
 
 
@@ -171,6 +185,17 @@ def check_unmapped(solver: Any, *inputs: PyTree) -> None:
             f"got inputs that vary over the mesh axes {sorted(map(str, axes))}; use a deqjax "
             f"solver there."
         )
+
+
+def first_step(solver: Any, before: Any, z0: PyTree, rank: int) -> Int[Array, "..."]:
+    """The number of mixes that each problem's z0 has had, `before`, as an int32 array."""
+    if solver.one_function:
+        raise ValueError(
+            f"fixed_point with indexed=True expects a solver whose f may change from step to step, "
+            f"got {type(solver).__name__}, which proves a bound for one f; use "
+            f"deqjax.FixedPointIteration() or deqjax.Reversible()."
+        )
+    return jnp.broadcast_to(jnp.asarray(before, jnp.int32), problems(z0, rank))
 
 
 def problems(z: PyTree, rank: int) -> tuple[int, ...]:

@@ -41,6 +41,9 @@ class Mismatch(NamedTuple):
 class AbstractTape(eqx.Module):
     """A record of a forward loop, from which its steps are undone."""
 
+    # The number of steps, the last ones, that can be undone; None: all.
+    last: eqx.AbstractVar[int | None]
+
     @property
     @abc.abstractmethod
     def isolated(self) -> bool:
@@ -63,18 +66,20 @@ class AbstractTape(eqx.Module):
 
     @abc.abstractmethod
     def undo(
-        self, solver: Any, tape: PyTree, words: PyTree, i: Int[Array, ""],
+        self, solver: Any, tape: PyTree, words: PyTree, i: Int[Array, "..."],
         first: Bool[Array, "..."], pair: Pair, fy: PyTree, start: PyTree, rank: int,
     ) -> tuple[PyTree, PyTree, Mismatch]:  # fmt: skip
         """Undoes step i from `pair = (s[i], s[i+1])` and `fy = f(s[i])`.
 
-        `words` are carried from step to step and mean nothing in a problem's `first`. Returns
-        `s[i-1]`, the words, and the mismatch.
+        i has one entry, or one per problem. `words` are carried from step to step and mean nothing
+        in a problem's `first`. Returns `s[i-1]`, the words, and the mismatch.
         """
 
     @abc.abstractmethod
-    def final_gap(self, pair: Pair, start: PyTree, rank: int) -> Float[Array, "..."]:
-        """The distance of the pair at a sweep's end from `(z0, z0)`, unless `undo` gave it."""
+    def final_gap(
+        self, tape: PyTree, num_steps: Int[Array, "..."], pair: Pair, start: PyTree
+    ) -> Float[Array, "..."]:
+        """The distance of the pair at a sweep's end from the true one, unless `undo` gave it."""
 
     @abc.abstractmethod
     def bound(self, z0: PyTree) -> float:

@@ -21,10 +21,10 @@ class Own(NamedTuple):
     args: list[Array]
 
 
-def arrays_of(name: str, fn: Callable, z: PyTree, args: PyTree) -> tuple[Own, Callable]:
-    """The arrays of `fn`, and a function that puts cotangents in the form of `fn` and `args`."""
+def arrays_of(name: str, fn: Callable, z: PyTree, *args: PyTree) -> tuple[Own, Callable]:
+    """The arrays of `fn(z, *args)`, and a function that puts cotangents in the form of both."""
     own, static = eqx.partition(fn, eqx.is_inexact_array)
-    whole = lambda own, z, args: eqx.combine(own, static)(z, args)
+    whole = lambda own, z, args: eqx.combine(own, static)(z, *args)
     call = trace(whole, own, z, args)
     own, own_tree = jax.tree.flatten(own)
     arrays, args_tree = jax.tree.flatten(eqx.filter(args, eqx.is_array))
@@ -37,6 +37,6 @@ def arrays_of(name: str, fn: Callable, z: PyTree, args: PyTree) -> tuple[Own, Ca
     def form(d: Own) -> tuple[PyTree, PyTree]:
         hidden = jax.tree.leaves(d.call)
         d_fn = jax.tree.unflatten(own_tree, d.own) if own else hidden
-        return d_fn, jax.tree.unflatten(args_tree, d.args)
+        return d_fn, jax.tree.unflatten(args_tree, d.args)[0]
 
     return Own(call, own, arrays), form

@@ -213,6 +213,12 @@ def check_ceiling(name: str, max_steps: int | None, reason: str = "") -> int:
     return max_steps
 
 
+def check_last(name: str, last: int | None) -> None:
+    """Raises `ValueError` unless `last`, a number of steps, is None or an int of at least 1."""
+    if last is not None:
+        check_int(name, "last", last, "pass None to differentiate all steps.")
+
+
 def check_cotangent(name: str, z: PyTree, cotangent: PyTree) -> None:
     """Raises `ValueError` unless `cotangent` is shaped like `z`."""
     if jax.eval_shape(lambda: z) != jax.eval_shape(lambda: cotangent):

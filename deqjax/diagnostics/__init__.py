@@ -1,4 +1,4 @@
-"""Diagnostics of a solve: intermediate iterates, and the Jacobian at the solution."""
+"""Diagnostics of a solve: its iterates and their residuals, and the Jacobian at the solution."""
 
 from ._jacobian import (
     SpectralRadius as SpectralRadius,
@@ -6,3 +6,4 @@ from ._jacobian import (
     spectral_radius as spectral_radius,
 )
 from ._path import fixed_point_path as fixed_point_path
+from ._residuals import residuals as residuals

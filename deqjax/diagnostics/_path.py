@@ -16,7 +16,7 @@ from ..adjoints import AbstractAdjoint, ImplicitAdjoint, RecursiveCheckpointAdjo
 
 
 def fixed_point_path(
-    fn: Callable[[PyTree, PyTree], Any],
+    fn: Callable[..., Any],
     solver: OptimistixSolver,
     z0: PyTree,
     args: PyTree = None,
@@ -24,6 +24,7 @@ def fixed_point_path(
     indices: Sequence[int],
     has_aux: bool = False,
     batched: bool = False,
+    indexed: bool = False,
     max_steps: int = 256,
     steps: int | Int[Array, "..."] | None = None,
     adjoint: AbstractAdjoint = ImplicitAdjoint(),
@@ -43,8 +44,9 @@ def fixed_point_path(
 
     **Arguments:**
 
-    - `fn`, `solver`, `z0`, `args`, `has_aux`, `batched`, `max_steps`, `steps`: as in
-        `deqjax.fixed_point`; `max_steps` and `steps` count all segments together.
+    - `fn`, `solver`, `z0`, `args`, `has_aux`, `batched`, `indexed`, `max_steps`, `steps`: as in
+        `deqjax.fixed_point`; `max_steps`, `steps` and the step number count all segments together.
+        With `indexed` the last segment needs an adjoint of the steps taken as well.
     - `indices`: the steps after which a solution is returned, increasing ints from 1 to
         `max_steps - 1`.
     - `adjoint`: the adjoint of the last segment.
@@ -78,7 +80,7 @@ def fixed_point_path(
     ends = (0, *_check_indices(indices, max_steps), max_steps)
     if steps is not None:
         steps = check_steps(steps, max_steps, problems(z, int(batched)))
-    sols = []
+    before, sols = 0 if indexed else None, []
     for start, end in itertools.pairwise(ends):
         last = end == max_steps
         # The last segment gets what a traced budget asks beyond the ceiling, and reports it.
@@ -94,8 +96,10 @@ def fixed_point_path(
             steps=left,
             adjoint=adjoint if last else path_adjoint,
             best=last,  # other segments end at the last iterate, from which the next continues
+            before=before,
         )
         sols.append(sol)
+        before = before if before is None else before + sol.stats["num_steps"]
         z = sol.value
     return tuple(sols)
 

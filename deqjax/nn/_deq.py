@@ -22,27 +22,25 @@ class _Mapped(eqx.Module):
     """A cell over a batch. It is a module, not a closure: inside `jax.shard_map` its parameters can
     then vary before the loop, instead of being summed over devices in each step of the loop.
 
-    Only the masks have a batch axis: mapping over a cell that contains its masks would give its
-    parameters one cotangent per example."""
+    Only masks have a batch axis: parameters in a mapped cell would have a cotangent per example."""
 
-    cell: Callable[[PyTree, PyTree], PyTree]
+    cell: Callable[..., PyTree]
     masks: PyTree
 
-    def __call__(self, z, x):
-        one = lambda masks, z, x: eqx.combine(masks, self.cell)(z, x)
-        return jax.vmap(one)(self.masks, z, x)
+    def __call__(self, z, x, *step):
+        one = lambda masks, *inputs: eqx.combine(masks, self.cell)(*inputs)
+        return jax.vmap(one)(self.masks, z, x, *step)
 
 
 class DEQ(eqx.Module):
     """A deep equilibrium layer: `z = cell(z, x)`, solved for z.
 
     Parameters of the cell, the solver and the predictor that `paramax` reparametrises are
-    materialised once, before the solve. If the cell
-    has a method `inject`, the cell gets `inject(x)` as x, also computed once. The masks of its
-    `nn.VariationalDropout` are drawn once, if there is a `key`. If the cell has a method `initial`,
-    the solve starts at `initial(x)` of the injected x; if not, at zeros like the injected x. If the
-    cell has a method `readout`, the layer's output is `readout` of the fixed point, computed once
-    after the solve.
+    materialised once, before the solve. If the cell has a method `inject`, the cell gets
+    `inject(x)` as x, also computed once. The masks of its `nn.VariationalDropout` are drawn once,
+    if there is a `key`. If the cell has a method `initial`, the solve starts at `initial(x)` of the
+    injected x; if not, at zeros like the injected x. If the cell has a method `readout`, the
+    layer's output is `readout` of the fixed point, computed once after the solve.
 
     **Arguments:**
 
@@ -55,6 +53,7 @@ class DEQ(eqx.Module):
         `sol.value`, not the layer's output, which differs if the cell has a `readout`. With an
         adjoint of the steps taken, z0 has a gradient, and the task trains the predictor too.
     - `sharding`: of the batch axis; set it by `nn.shard_solves`.
+    - `indexed`: whether the cell is `cell(z, x, step) -> z'`, as in `deqjax.fixed_point`.
 
     **Cost:** that of `deqjax.fixed_point`.
 
@@ -67,19 +66,19 @@ class DEQ(eqx.Module):
     predictor: Bai, Koltun, Kolter, Neural deep equilibrium solvers, ICLR 2022.
     """
 
-    cell: Callable[[PyTree, PyTree], PyTree]
+    cell: Callable[..., PyTree]
     solver: OptimistixSolver
     adjoint: AbstractAdjoint = ImplicitAdjoint()
     max_steps: int = eqx.field(static=True, default=256)
     predictor: Callable[[PyTree], PyTree] | None = None
     sharding: NamedSharding | None = eqx.field(static=True, default=None)
+    indexed: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
         if isinstance(self.cell, MonotoneLinear):
             raise ValueError(
-                "nn.DEQ expects a splitting of an nn.MonotoneLinear, got the cell itself, whose "
-                "own iteration need not converge; pass cell.peaceman_rachford() or "
-                "cell.forward_backward()."
+                "nn.DEQ expects a splitting of an nn.MonotoneLinear, got the cell, which need not "
+                "converge; pass cell.peaceman_rachford() or cell.forward_backward()."
             )
 
     def __call__(
@@ -208,6 +207,7 @@ class DEQ(eqx.Module):
             z0,
             x,
             batched=batched,
+            indexed=self.indexed,
             max_steps=self.max_steps,
             steps=steps,
             adjoint=self.adjoint,

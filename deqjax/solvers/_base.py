@@ -49,7 +49,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         tolerances are compared with, and the first iterate;
     - `requirements`: the ranges of the fields that it adds;
     - `prepared` and `stats`, of the whole batch, as the certified solvers do;
-    - the constants `returns_best`, `precision` and `per_channel`.
+    - the constants `returns_best`, `precision`, `per_channel` and `one_function`.
 
     Array fields that are not scalars belong to one problem; `batched=True` repeats them.
 
@@ -70,6 +70,8 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     precision: ClassVar[str | None] = None
     # The numerical fields that may be arrays of one problem, and not only scalars.
     per_channel: ClassVar[tuple[str, ...]] = ()
+    # Whether f has to be the same at each step, so that `indexed=True` is refused.
+    one_function: ClassVar[bool] = False
 
     @abc.abstractmethod
     def blank(self, z0: PyTree) -> PyTree:

@@ -1,12 +1,14 @@
 """Guard digits: an f that is rounded otherwise in the sweep is reversed bit for bit."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import ways
 from problems import noisy, nothing_but_nan, relative_error, tanh
 
 import deqjax
@@ -146,110 +148,32 @@ def test_a_batch_that_stops_early_and_a_pytree():
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(out[1:]))
 
 
-def grad(args, z0, g, batched=False, **options):
-    """The gradient with respect to args, by the public entry."""
+def solve(args, z0, batched=False, **options):
     options = dict(max_steps=STEPS, adjoint=ADJOINT, batched=batched) | options
-    value = lambda a: deqjax.fixed_point(cell, solver(), z0, a, **options).value
-    return jax.vjp(value, args)[1](g)[0]
-
-
-def jitted_pull(args, z0, g):
-    options = dict(max_steps=STEPS, adjoint=ADJOINT, batched=True)
-    value = lambda a: deqjax.fixed_point(cell, solver(), z0, a, **options).value
-    _, pull = jax.jit(lambda a: jax.vjp(value, a))(args)
-    return jax.jit(pull)(g)[0]
-
-
-def of_vmap(args, z0, g):
-    value = lambda a, z0, g: deqjax.fixed_point(
-        cell, solver(), z0, a, max_steps=STEPS, adjoint=ADJOINT
-    ).value @ g  # fmt: skip
-    each = lambda a: jnp.sum(jax.vmap(value, ((None, 0), 0, 0))(a, z0, g))
-    return jax.jit(jax.grad(each))(args)
-
-
-def vmap_of_grad(args, z0, g):
-    """A weight's cotangent per example: f then has another form in the sweep."""
-    w, x = jax.jit(jax.vmap(lambda x, z0, g: grad((args[0], x), z0, g)))(args[1], z0, g)
-    return jnp.sum(w, 0), x
-
-
-def remat(args, z0, g):
-    inside = jax.checkpoint(lambda a: jnp.vdot(g, _value(a, z0)))
-    return jax.jit(jax.grad(inside))(args)
-
-
-def _value(args, z0, **options):
-    options = dict(max_steps=STEPS, adjoint=ADJOINT, batched=True) | options
     return deqjax.fixed_point(cell, solver(), z0, args, **options).value
 
 
-def in_scan(args, z0, g):
-    """Solves after each other; only the last has a cotangent, so that it is that of one solve."""
-
-    def loss(a):
-        return jax.lax.scan(lambda _, x: (_value(a, x), None), z0, jnp.stack([z0, z0]))[0]
-
-    return jax.jit(lambda a: jax.vjp(loss, a)[1](g)[0])(args)
+def steps_per_problem(solve, args, z0, g):
+    budget = dict(max_steps=STEPS + 9, steps=jnp.full(BATCH, STEPS, jnp.int32))
+    return ways.plain(ft.partial(solve, **budget), args, z0, g)
 
 
-def mesh():
-    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-
-
-def sharded(args, z0, g):
-    apart, shared = (NamedSharding(mesh(), s) for s in (P("data"), P()))
-    args = jax.device_put(args[0], shared), jax.device_put(args[1], apart)
-    z0, g = (jax.device_put(x, apart) for x in (z0, g))
-    return jax.jit(lambda a, z0, g: grad(a, z0, g, batched=True))(args, z0, g)
-
-
-def shard_mapped(args, z0, g):
-    def one(w, x, z0, g):
-        return grad((w, x), z0, g, batched=True)
-
-    each = jax.shard_map(
-        one, mesh=mesh(), in_specs=(P(), *3 * (P("data"),)), out_specs=(P(), P("data"))
-    )
-    return jax.jit(each)(*args, z0, g)
-
-
-def pmapped(args, z0, g):
-    one = lambda x, z0, g: grad((args[0], x), z0, g)
-    d_w, d_x = jax.pmap(one)(args[1], z0, g)
-    return jnp.sum(d_w, 0), d_x
-
-
-def steps_per_problem(args, z0, g):
-    budget = jnp.full(BATCH, STEPS, jnp.int32)
-    return grad(args, z0, g, batched=True, max_steps=STEPS + 9, steps=budget)
-
-
-def theirs(args, z0, g):
-    """Optimistix's door, whose loop records nothing."""
-    value = lambda a: (
-        optimistix.fixed_point(
-            cell, solver(), z0, a, adjoint=ADJOINT, max_steps=STEPS, throw=False
-        ).value
-    )
-    return jax.jit(lambda a: jax.vjp(value, a)[1](g)[0])(args)
-
-
-WAYS = [jitted_pull, of_vmap, vmap_of_grad, remat, in_scan, sharded, shard_mapped, pmapped]
-
-
-@pytest.mark.parametrize("way", [*WAYS, steps_per_problem], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [*ways.WAYS.values(), steps_per_problem], ids=lambda w: w.__name__)
 def test_under_every_transformation(way):
     """An f that is not reproducible, and the gradient that a plain batched solve has."""
     args, z0, g = problem(batch=(BATCH,))
-    plain = jax.jit(lambda a: grad(a, z0, g, batched=True))(args)
+    plain = ways.plain(solve, args, z0, g)
     assert relative_error(plain, truth(args, z0, g)[0]) < 1e-4
-    assert relative_error(way(args, z0, g), plain) < 1e-4
+    assert relative_error(way(solve, args, z0, g), plain) < 1e-4
 
 
 def test_through_optimistix():
+    """Their loop records nothing."""
     args, z0, g = problem()
-    assert relative_error(theirs(args, z0, g), truth(args, z0, g)[0]) < 1e-4
+    options = dict(adjoint=ADJOINT, max_steps=STEPS, throw=False)
+    value = lambda a: optimistix.fixed_point(cell, solver(), z0, a, **options).value
+    found = jax.jit(lambda a: jax.vjp(value, a)[1](g)[0])(args)
+    assert relative_error(found, truth(args, z0, g)[0]) < 1e-4
 
 
 @pytest.mark.x64

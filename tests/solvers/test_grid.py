@@ -69,7 +69,7 @@ def test_a_word_holds_as_many_digits_as_fit(d, count):
 def test_digits_pushed_are_popped(d, guard):
     """Across words, ending in, at and after the end of one; the largest digit in one entry."""
     grid = Grid(d, 1, 24, guard)
-    digits, m, rng = Digits(grid), grid.per_word, np.random.default_rng(d)
+    digits, m, rng = Digits(None, grid), grid.per_word, np.random.default_rng(d)
     rows = rng.integers(-(2**31), 2**31, (2 * m + 1, 3)).astype(np.int32)
     rows[:, 0] = -1  # whose remainder is d - 1
     updates = rng.integers(-(2**20), 2**20, rows.shape).astype(np.int32)
@@ -92,7 +92,7 @@ def test_digits_pushed_are_popped(d, guard):
         tape = digits.blank((zero, zero), len(rows), 0)
         pairs = [-(-len(rows) // 2)]
         words = {0: [], 3: pairs, 4: pairs}.get(guard, [len(rows)])
-        assert [x.shape for x in tape] == [(n, 3) for n in (3, *words)]
+        assert [x.shape for x in tape.digits] == [(n, 3) for n in (3, *words)]
         afters = [grid.divide(jnp.asarray(x))[0] + u for x, u in zip(rows, updates, strict=True)]
         for i, row in enumerate(rows):
             tape = push(tape, i, jnp.asarray(i < steps), row, (zero, afters[i]))

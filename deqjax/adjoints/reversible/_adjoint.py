@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ..._checks import check_choice, is_int, renamed
@@ -10,7 +11,7 @@ from ..._problem import Budget
 from ..._step import AbstractTape
 from ..._tree import stop_gradient
 from ...solvers import Reversible
-from .._base import AbstractAdjoint, attach, check_ceiling, no_gradient, unpack
+from .._base import AbstractAdjoint, attach, check_ceiling, check_last, no_gradient, unpack
 from ._flat import flatten
 from ._linearise import linear, tangents_of
 from ._sweep import recorded
@@ -54,13 +55,19 @@ class ReversibleAdjoint(AbstractAdjoint):
         z0 is known, and nothing is checked. After n steps the early states have a relative error of
         about `u |1 - beta|^-n` (0.25 after 22 steps at beta = 1/2 in float32); up to the
         contraction of f, the gradient has it too.
+    - `last`: K, to differentiate only the last K steps of each problem (truncated backpropagation):
+        the state before them is a constant. The gradient is that of `jax.lax.stop_gradient` there,
+        to any order, and that of z0 is zero after more than K steps. `None` is all steps. In the
+        exact mode the sweep has to arrive at a state with the checksum, of 32 bits, of the true
+        one; in the floating-point mode, states before the first stored pair are not checked.
 
-    **Cost:** backwards, one evaluation of `f` with its VJP per step; with `guard_bits=0` one more
-    evaluation. Stored for the backward pass, per entry of z: two states (8 bytes in float32); in
-    the exact mode the digits that `deqjax.Reversible` counts; in the floating-point mode two states
-    every k steps. In the sweep, five copies of `z` and one of the parameters, for any number of
-    steps; under `jax.vmap` too, only one of those that examples share. Called by Optimistix, the
-    steps are taken a second time for the record.
+    **Cost:** backwards, one evaluation of `f` with its VJP per step, of at most `last` steps; with
+    `guard_bits=0` one more evaluation. Stored for the backward pass, per entry of z: two states (8
+    bytes in float32); in the exact mode the digits that `deqjax.Reversible` counts; in the
+    floating-point mode two states every k steps; with `last`, those of the last steps alone. In the
+    sweep, five copies of `z` and one of the parameters, for any number of steps; under `jax.vmap`
+    too, only one of those that examples share. Called by Optimistix, the steps are taken a second
+    time for the record.
 
     Forward mode differentiates the recurrence as it runs. Higher derivatives, in any order of
     modes, differentiate it from its start by checkpoints: `sqrt(max_steps)` states.
@@ -68,27 +75,28 @@ class ReversibleAdjoint(AbstractAdjoint):
     **When not to use it:** at a converged fixed point, where `deqjax.ImplicitAdjoint` needs no
     steps; for an `f` that differs from call to call (use `deqjax.RecursiveCheckpointAdjoint`).
 
-    **Raises:** `ValueError` with a solver other than `deqjax.Reversible`, for an `on_failure` or
-    `segment` that is none of the above, or in the exact mode through Optimistix with no
-    `max_steps`.
+    **Raises:** `ValueError` with a solver other than `deqjax.Reversible`, for an `on_failure`,
+    `segment` or `last` that is none of the above, or through Optimistix with no `max_steps`.
 
     Reference: Reversible deep equilibrium models, arXiv 2509.12917, the backward pass of section 3.
     """
 
     on_failure: Literal["nan", "keep", "raise"] = eqx.field(static=True)
     segment: int | Literal["auto"] | None = eqx.field(static=True)
+    last: int | None = eqx.field(static=True)
 
     def __init__(
         self,
         on_failure: Literal["nan", "keep", "raise"] = "nan",
         segment: int | Literal["auto"] | None = "auto",
+        last: int | None = None,
         *,
         check: Literal["nan", "off", "raise"] | None = None,
     ):
         if check is not None:
             renamed("ReversibleAdjoint(check=...)", "on_failure=...")
             on_failure = "keep" if check == "off" else check
-        self.on_failure, self.segment = on_failure, segment
+        self.on_failure, self.segment, self.last = on_failure, segment, last
 
     def __check_init__(self):
         check_choice("ReversibleAdjoint", "on_failure", self.on_failure, ("nan", "keep", "raise"))
@@ -98,6 +106,7 @@ class ReversibleAdjoint(AbstractAdjoint):
                 f'ReversibleAdjoint expects segment to be "auto", None or an int of at least 1, '
                 f"got {k!r}; pass the number of steps between two stored states."
             )
+        check_last("ReversibleAdjoint", self.last)
 
     def apply(self, primal_fn: Callable, rewrite_fn: Callable, inputs: tuple, tags) -> PyTree:
         del rewrite_fn, tags
@@ -113,7 +122,8 @@ class ReversibleAdjoint(AbstractAdjoint):
                 "ReversibleAdjoint", p.max_steps, ", which sets the size of the record"
             )
             out = primal_fn((*stop_gradient(inputs), lax_while))
-            budget = Budget(most, LoopResult(*out[1][:3]).num_steps, 0, fixed=True)
+            steps = LoopResult(*out[1][:3]).num_steps.astype(jnp.int32)
+            budget = Budget(most, steps, 0, fixed=True)
             flat, rec = flatten(p.fn, p.args, solver, p.z0, budget, tape), None
         z, extras = attach(out, (flat, rec), eqx.Partial(_of_steps, self.on_failure))
         return z, no_gradient(extras)
@@ -131,9 +141,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     def tape(self, solver: Reversible, z0: PyTree) -> AbstractTape:
         """The tape on which the forward loop records."""
         if solver.exact:
-            return Digits(solver.grid)
+            return Digits(self.last, solver.grid)
         k = self.segment
-        return Segments(segment_length(solver.beta, z0) if k == "auto" else k)
+        return Segments(self.last, segment_length(solver.beta, z0) if k == "auto" else k)
 
 
 def _of_steps(on_failure: str, out: PyTree, inputs: tuple, t_inputs: tuple) -> PyTree:

@@ -49,8 +49,12 @@ class Flat(eqx.Module):
         examples, and so do their cotangents, except those of `own` arrays.
         """
         spread = ft.partial(with_axis, size)
-        in_axes = [0 if b else None for b in batched.arrays]
-        own_axes = [0 if b or o else None for b, o in zip(batched.arrays, own, strict=True)]
+        arrays, mapped = self.arrays, list(batched.arrays)
+        if self.budget.indexed:  # each example counts its own steps
+            arrays = [*arrays[:-1], spread(arrays[-1], mapped[-1])]
+            mapped[-1] = True
+        in_axes = [0 if b else None for b in mapped]
+        own_axes = [0 if b or o else None for b, o in zip(mapped, own, strict=True)]
         copied = [a != b for a, b in zip(in_axes, own_axes, strict=True)]
 
         def to_own(arrays):
@@ -59,7 +63,7 @@ class Flat(eqx.Module):
 
         return Flat(
             jax.vmap(self.f, (in_axes, 0)),
-            self.arrays,
+            arrays,
             spread(self.solver, batched.solver),
             spread(self.z0, batched.z0),
             _with_problems(size, self.budget, batched.budget.limit),

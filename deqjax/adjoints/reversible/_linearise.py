@@ -18,8 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
 
-from ..._iterate import checkpointed_while, iterate, lax_while
-from ..._problem import Budget
+from ..._iterate import checkpointed_while, last_steps, lax_while
 from ..._tree import mesh_axes, vary
 from ...solvers import Reversible
 from ._flat import Flat, with_axis
@@ -32,9 +31,9 @@ def steps(flat: Flat, diff: Cotangents, num_steps: Any, while_loop: Callable) ->
               for x, new in zip(flat.to_own(flat.arrays), diff.arrays, strict=True)]  # fmt: skip
     beta = flat.solver.relaxation if diff.beta is None else diff.beta
     solver = Reversible(0.0, 0.0, beta=beta, exact=False)
-    budget = Budget(flat.budget.max_steps, num_steps, flat.budget.rank, fixed=True)
     fn = lambda z, arrays: (flat.own_f(arrays, z), None)
-    return iterate((fn, solver, diff.z0, arrays, budget, while_loop))[0]
+    inputs = (fn, solver, diff.z0, arrays, flat.budget, while_loop)
+    return last_steps(inputs, num_steps, flat.tape.last)[0]
 
 
 def chosen(flat: Flat, own: Sequence[bool]) -> Cotangents:

@@ -49,7 +49,7 @@ class Cotangents(eqx.Module):
 
 
 class _Sweep(NamedTuple):
-    k: Int[Array, ""]  # steps that are not yet undone
+    trips: Int[Array, ""]
     y: PyTree  # s[k-1]
     z: PyTree  # s[k]
     words: PyTree  # carried for the tape
@@ -89,19 +89,24 @@ def sweep(
     memory = per_problem(lambda s, z0: s.blank(z0), flat.budget.rank)(flat.solver, flat.z0)
     (start, _) = flat.solver.pair(flat.z0, memory)
     axes = mesh_axes(flat, record, gz)
-    total, waits = _trips(flat, record, params, axes)
+    top, trips, waits = _trips(flat, record, params, axes)
+    # The steps of each problem that are not undone: none, or those before the last.
+    last = flat.tape.last
+    end = jnp.maximum(record.num_steps - (flat.budget.max_steps if last is None else last), 0)
 
     def body(c: _Sweep) -> _Sweep:
-        i = c.k - 1
-        active = c.k <= record.num_steps  # a problem that stopped earlier waits for its last step
+        k = top - c.trips  # steps that are not yet undone
+        i = jnp.maximum(k - 1, 0)
+        active = (end < k) & (k <= record.num_steps)  # others wait for their last step, or are done
         gz = select(active, c.gz, _zeros(c.gz)) if waits else c.gz
         y = flat.solver.view(c.y, flat.z0)
-        fy, dp, dy = _pulled_back(flat, params, others, y, gz)
+        fy, dp, dy = _pulled_back(flat, params, others, i, y, gz)
         if flat.tape.isolated:  # with the bits that the forward loop had
-            fy, _ = isolate(lambda y, arrays: (flat.f(arrays, y), None), i)(y, flat.arrays)
+            arrays = flat.budget.at(flat.arrays, i)
+            fy, _ = isolate(lambda y, arrays: (flat.f(arrays, y), None), c.trips)(y, arrays)
 
         # Undo the step, and pass its cotangents on; a problem that waits keeps its own.
-        first, pair = c.k == record.num_steps, (c.y, c.z)
+        first, pair = k == record.num_steps, (c.y, c.z)
         before, words, found = flat.tape.undo(
             flat.solver, record.tape, c.words, i, first, pair, fy, start, flat.budget.rank
         )
@@ -112,31 +117,39 @@ def sweep(
         found = jax.tree.map(most, c.found, found)
         gbeta = _plus_relaxation(flat, c.gbeta, gz, fy, before)
         y, z, gy, gz, words, gbeta, found = vary((*new, words, gbeta, found), axes)
-        return _Sweep(c.k - 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, found)
+        return _Sweep(c.trips + 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, found)
 
     # Sweep from the last step to the first.
-    init = _last(flat, record, params, gz, total, axes)
-    end = lax_while(lambda c: c.k > 0, body, init)
-    out = Cotangents(cast(end.gp, params), add(end.gy, end.gz), _of_relaxation(flat, end.gbeta))
-    gap = flat.tape.final_gap((end.y, end.z), start, flat.budget.rank)
-    gap = jnp.where(record.lost, jnp.inf, jnp.maximum(end.found.gap, gap))
-    return out, end.found._replace(gap=gap)
+    c = lax_while(lambda c: c.trips < trips, body, _last(flat, record, params, gz, axes))
+    g_z0 = add(c.gy, c.gz)
+    if last is not None:  # the state before these is a constant
+        g_z0 = select(end > 0, _zeros(g_z0), g_z0)
+    out = Cotangents(cast(c.gp, params), g_z0, _of_relaxation(flat, c.gbeta))
+    gap = flat.tape.final_gap(record.tape, record.num_steps, (c.y, c.z), start)
+    gap = jnp.where(record.lost, jnp.inf, jnp.maximum(c.found.gap, gap))
+    return out, c.found._replace(gap=gap)
 
 
-def _trips(flat: Flat, record: Record, params: PyTree, axes: Axes) -> tuple[Int[Array, ""], bool]:
-    """The number of steps of the sweep, and whether a problem may have to wait for its own."""
+def _trips(
+    flat: Flat, record: Record, params: PyTree, axes: Axes
+) -> tuple[Int[Array, "..."], Int[Array, ""], bool]:
+    """The step at which the sweep begins, its length, and whether a problem may have to wait."""
     # Inside shard_map the VJP of f sums over devices the cotangents of closed-over arrays that do
     # not vary. All devices have to take part in each sum, and sweep as often as the slowest.
     collective = any(mesh_axes(x) != axes for x in jax.tree.leaves(params))
-    budget = flat.budget
-    total = budget.limit if budget.uniform else jnp.max(record.num_steps, initial=0)
-    total = jax.lax.pmax(total, tuple(axes)) if collective else total
-    return total, collective or not budget.uniform
+    slowest = lambda x: jax.lax.pmax(x, tuple(axes)) if collective else x
+    budget, last = flat.budget, flat.tape.last
+    n, waits = budget.limit, collective
+    if not budget.uniform:
+        n, waits = record.num_steps, True
+    if last is None:
+        top = slowest(jnp.max(n, initial=0))
+        return top, top, waits
+    # Each problem begins at its own last step, so that the sweep has no more than `last`.
+    return n, slowest(jnp.max(jnp.minimum(n, last), initial=0)), waits
 
 
-def _last(
-    flat: Flat, record: Record, params: PyTree, gz: PyTree, total: Int[Array, ""], axes: Axes
-) -> _Sweep:
+def _last(flat: Flat, record: Record, params: PyTree, gz: PyTree, axes: Axes) -> _Sweep:
     """The carry at the end of the solve, where the sweep begins."""
     shape = record.num_steps.shape
     # Sums over steps are in float32 or wider, and vary over the mesh axes of the parameters.
@@ -147,14 +160,16 @@ def _last(
     words = flat.tape.words(record.tape, flat.budget.rank)
     carry = (*record.pair, words, _zeros(gz), gz, gbeta, found)
     y, z, words, gy, gz, gbeta, found = vary(carry, axes)
-    return _Sweep(total, y, z, words, gy, gz, gp, gbeta, found)
+    return _Sweep(jnp.asarray(0, jnp.int32), y, z, words, gy, gz, gp, gbeta, found)
 
 
-def _pulled_back(flat: Flat, params: PyTree, others: PyTree, y: PyTree, gz: PyTree) -> tuple:
-    """f at y, and the cotangents that the step from there sends to the arrays and to y."""
+def _pulled_back(
+    flat: Flat, params: PyTree, others: PyTree, i: Int[Array, ""], y: PyTree, gz: PyTree
+) -> tuple:
+    """f at `y = s[i]`, and the cotangents that step i sends to the arrays and to y."""
 
     def f(params, y):
-        return flat.own_f(eqx.combine(params, others), y)
+        return flat.own_f(flat.budget.at(eqx.combine(params, others), i), y)
 
     fy, pull = jax.vjp(f, params, y)
     dp, dy = pull(per_problem(scale, flat.budget.rank)(flat.solver.relaxation, gz))

@@ -11,56 +11,24 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree, UInt
 
 from ..._step import AbstractTape, Mismatch
 from ..._tree import max_abs, per_problem, select, widen
 from ...solvers._grid import Grid
 from ...solvers._retention import is_number
+from ._stream import Stream, blank_rows, get_row, set_row
 
 
-class _Stream(NamedTuple):
-    """Numbers below `base`, one per step, packed in words."""
-
-    base: int
-    per_word: int
-    dtype: Any
-
-    def blank(self, like: PyTree, max_steps: int, rank: int) -> PyTree:
-        words = -(-max_steps // self.per_word)
-        return jax.tree.map(lambda x: _rows(x, words, rank, self.dtype), like)
-
-    def push(
-        self, tape: PyTree, i: Int[Array, ""], go: Bool[Array, "..."], digit: PyTree
-    ) -> PyTree:
-        k, rank = i // self.per_word, go.ndim
-
-        def leaf(tape, digit):
-            digit = digit.astype(self.dtype)
-            if self.per_word == 1:  # a problem that does not go has no use for this row
-                return _set_row(tape, k, digit, rank)
-            word = _row(tape, k, rank)
-            new = word * self.dtype(self.base) + digit
-            return _set_row(tape, k, select(go, new, word), rank)
-
-        return jax.tree.map(leaf, tape, digit)
-
-    def pop(
-        self, tape: PyTree, words: PyTree, i: Int[Array, ""], first: Bool[Array, "..."], rank: int
-    ) -> tuple[PyTree, PyTree]:
-        """The digit of step i, and the words without it."""
-        stored = jax.tree.map(lambda x: _row(x, i // self.per_word, rank), tape)
-        if self.per_word == 1:
-            return stored, None
-        # A word is read when its last digit is needed, and used up down to its first.
-        words = select(first | (i % self.per_word == self.per_word - 1), stored, words)
-        base = self.dtype(self.base)
-        return jax.tree.map(lambda x: x % base, words), jax.tree.map(lambda x: x // base, words)
+class _Tape(NamedTuple):
+    digits: list[PyTree]
+    sums: UInt[Array, "... rows"] | None  # the checksums of the pairs before the last steps
 
 
 class Digits(AbstractTape):
     """The remainders that the divisions of the exact mode drop, and the guard digits."""
 
+    last: int | None = eqx.field(static=True)
     grid: Grid
 
     @property
@@ -68,39 +36,53 @@ class Digits(AbstractTape):
         return self.grid.guard == 0
 
     @property
-    def _streams(self) -> list[_Stream]:
-        guard = self.grid.guard
-        rests = _Stream(self.grid.d, self.grid.per_word, np.uint32)
+    def _streams(self) -> list[Stream]:
+        guard, last = self.grid.guard, self.last
+        rests = Stream(self.grid.d, self.grid.per_word, np.uint32, last)
         # Small words: a digit of more than 4 bits has one to itself, and is stored as it is.
         bits, dtype = (8, np.uint8) if guard <= 8 else (16, np.uint16)
-        return [rests, _Stream(2**guard, bits // guard, dtype)] if guard else [rests]
+        return [rests, Stream(2**guard, bits // guard, dtype, last)] if guard else [rests]
 
     def blank(self, pair, max_steps, rank):
-        return [s.blank(pair[0], max_steps, rank) for s in self._streams]
+        digits = [s.blank(pair[0], max_steps, rank) for s in self._streams]
+        if self.last is None:
+            return _Tape(digits, None)
+        shape = jax.tree.leaves(pair)[0].shape[:rank]
+        return _Tape(digits, jnp.zeros((*shape, min(self.last, max_steps)), jnp.uint32))
 
     def push(self, solver, tape, i, go, pair, after):
         digits = per_problem(lambda s, *at: s.digits(*at), go.ndim)(solver, pair[0], after[1])
-        digits = digits[: len(tape)]  # without guard digits, remainders alone
-        return [s.push(t, i, go, x) for s, t, x in zip(self._streams, tape, digits, strict=True)]
+        streams = zip(self._streams, tape.digits, digits, strict=False)
+        digits, sums = [s.push(t, i, go, x) for s, t, x in streams], tape.sums
+        if sums is not None:
+            new = per_problem(_checksum, go.ndim)(pair)
+            sums = set_row(sums, i, select(go, new, get_row(sums, i, go.ndim)), go.ndim)
+        return _Tape(digits, sums)
 
     def words(self, tape, rank):
-        first = lambda x: _row(x, jnp.asarray(0), rank)
+        first = lambda x: get_row(x, jnp.asarray(0), rank)
         # A digit that has its word for itself is read off the tape.
-        carried = [s.per_word > 1 for s in self._streams]
-        return [jax.tree.map(first, t) if c else None for t, c in zip(tape, carried, strict=True)]
+        both = zip(self._streams, tape.digits, strict=True)
+        return [jax.tree.map(first, t) if s.per_word > 1 else None for s, t in both]
 
     def undo(self, solver, tape, words, i, first, pair, fy, start, rank):
-        popped = [
-            s.pop(t, w, i, first, rank) for s, t, w in zip(self._streams, tape, words, strict=True)
-        ]
+        streams = zip(self._streams, tape.digits, words, strict=True)
+        popped = [s.pop(t, w, i, first) for s, t, w in streams]
         rest, guard = [*(digit for digit, _ in popped), None][:2]
         undo = per_problem(lambda s, *at: s.undo(*at), rank)
         before, fits, share = undo(solver, pair[1], fy, rest, guard)
         gap = jnp.where(fits, 0, jnp.inf).astype(jnp.float32)
         return before, [words for _, words in popped], Mismatch(gap, share)
 
-    def final_gap(self, pair, start, rank):
-        return per_problem(self._gap, rank)(pair, (start, start))
+    def final_gap(self, tape, num_steps, pair, start):
+        rank = num_steps.ndim
+        gap = per_problem(self._gap, rank)(pair, (start, start))
+        if self.last is None:
+            return gap
+        # The state before the last steps is known by its checksum alone.
+        same = get_row(tape.sums, jnp.maximum(num_steps - self.last, 0), rank)
+        same = same == per_problem(_checksum, rank)(pair)
+        return jnp.where(num_steps > self.last, jnp.where(same, 0, jnp.inf), gap)
 
     def _gap(self, a: PyTree, b: PyTree) -> Float[Array, ""]:
         """The largest difference; 0 if and only if all integers are equal."""
@@ -116,6 +98,7 @@ class Digits(AbstractTape):
 class Segments(AbstractTape):
     """Every `length`-th pair of states of the floating-point mode; `None`: only z0."""
 
+    last: int | None = eqx.field(static=True)
     length: int | None = eqx.field(static=True)
 
     @property
@@ -126,18 +109,20 @@ class Segments(AbstractTape):
         if self.length is None:
             return None
         rows = -(-max_steps // self.length)
-        return jax.tree.map(lambda x: _rows(x, 2 * rows, rank, x.dtype), pair[0])
+        if self.last is not None:
+            rows = min(rows, self.last // self.length + 1)
+        return jax.tree.map(lambda x: blank_rows(x, 2 * rows, rank, x.dtype), pair[0])
 
     def push(self, solver, tape, i, go, pair, after):
         del solver, after
         if self.length is None:
             return tape
-        here, k = i % self.length == 0, 2 * (i // self.length)
+        here, k = go & (i % self.length == 0), 2 * (i // self.length)
 
         def leaf(tape, *pair):
             for slot, x in enumerate(pair):
-                row = jnp.where(here, x, _row(tape, k + slot, go.ndim))
-                tape = _set_row(tape, k + slot, row, go.ndim)
+                row = select(here, x, get_row(tape, k + slot, go.ndim))
+                tape = set_row(tape, k + slot, row, go.ndim)
             return tape
 
         return jax.tree.map(leaf, tape, *pair)
@@ -151,17 +136,32 @@ class Segments(AbstractTape):
             first, second = i % self.length == 0, (i - 1) % self.length == 0
             k = jnp.where(first, 2 * (i // self.length), 2 * ((i - 1) // self.length) + 1)
             known = first | second
-            stored = jax.tree.map(lambda x: _row(x, jnp.maximum(k, 0), rank), tape)
+            stored = jax.tree.map(lambda x: get_row(x, jnp.maximum(k, 0), rank), tape)
         gap = jnp.where(known, per_problem(_relative_gap, rank)(raw, stored, pair), 0)
         # A known state replaces the reversed one, where reversal has amplified rounding the most.
-        before = jax.tree.map(lambda a, b: jnp.where(known, a, b), stored, raw)
-        return before, words, Mismatch(gap, jnp.zeros_like(gap))
+        return select(known, stored, raw), words, Mismatch(gap, jnp.zeros_like(gap))
 
-    def final_gap(self, pair, start, rank):
+    def final_gap(self, tape, num_steps, pair, start):
         return jnp.asarray(0, jnp.float32)
 
     def bound(self, z0):
         return math.inf if self.length is None else 10 * math.sqrt(_unit(z0))
+
+
+def _checksum(pair: PyTree) -> UInt[Array, ""]:
+    """A hash of the integers of one problem; another state has the same one in 1 of 2^32 cases.
+
+    It is a sum, which has no order. The entries go through the mixer of MurmurHash3 first, so that
+    errors with a common factor do not cancel.
+    """
+    total, count = jnp.uint32(0), 0
+    for x in jax.tree.leaves(pair):
+        h = jax.lax.bitcast_convert_type(x, jnp.uint32).ravel()
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            h = (h ^ (h >> shift)) * jnp.uint32(factor)
+        place = jnp.arange(count, count + h.size, dtype=jnp.uint32)
+        total, count = total + jnp.sum(h * (2 * place + 1), dtype=jnp.uint32), count + h.size
+    return total
 
 
 def _relative_gap(a: PyTree, b: PyTree, scale: PyTree) -> Float[Array, ""]:
@@ -182,15 +182,3 @@ def segment_length(beta: Any, z0: PyTree) -> int:
     """
     shrink = abs(1 - beta) if is_number(beta) else 0.1
     return max(1, int(math.log(_unit(z0)) / 2 / math.log(shrink)))
-
-
-def _rows(x: Array, rows: int, rank: int, dtype: Any) -> Array:
-    return jnp.zeros((*x.shape[:rank], rows, *x.shape[rank:]), dtype)
-
-
-def _row(x: Array, k: Int[Array, ""], rank: int) -> Array:
-    return jax.lax.dynamic_index_in_dim(x, k, rank, keepdims=False)
-
-
-def _set_row(x: Array, k: Int[Array, ""], row: Array, rank: int) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(x, row, k, rank)

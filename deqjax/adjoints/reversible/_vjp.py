@@ -1,5 +1,6 @@
 """The reversible solve and its backward sweep as a plain function, with its outcome."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Int, PyTree
 
-from ..._problem import check_output, check_state, prepare
+from ..._problem import check_output, check_state, first_step, prepare
 from ..._program import run
 from ..._solution import completed, outcome
 from ..._traced import trace
@@ -21,7 +22,7 @@ from ._sweep import judged, recorded, sweep
 
 
 def reversible_vjp(
-    fn: Callable[[PyTree, PyTree], PyTree],
+    fn: Callable[..., PyTree],
     solver: Reversible,
     z0: PyTree,
     args: PyTree,
@@ -29,6 +30,7 @@ def reversible_vjp(
     *,
     adjoint: ReversibleAdjoint = ReversibleAdjoint(),
     batched: bool = False,
+    indexed: bool = False,
     max_steps: int = 256,
     steps: int | Int[Array, "..."] | None = None,
 ) -> tuple[tuple[PyTree, PyTree, PyTree], dict[str, Any]]:
@@ -39,7 +41,8 @@ def reversible_vjp(
 
     **Arguments:**
 
-    - `fn`, `solver`, `z0`, `args`, `batched`, `max_steps`, `steps`: as in `deqjax.fixed_point`.
+    - `fn`, `solver`, `z0`, `args`, `batched`, `indexed`, `max_steps`, `steps`: as in
+        `deqjax.fixed_point`.
     - `cotangent`: of the structure, shapes and dtypes of `z0`.
     - `adjoint`: the way to reverse, and the treatment of a gradient that cannot be trusted.
 
@@ -53,7 +56,8 @@ def reversible_vjp(
     - `"reversal_residual"`: in the exact mode, the largest difference between the initial states
         at which the sweep arrives and the true ones, 0 if and only if they are equal; in the
         floating-point mode, the largest difference from a known state, relative to the size of the
-        states. Infinite if the integers could not take a step, forwards or back.
+        states. Infinite if the integers could not take a step, forwards or back, or if a sweep of
+        the `last` steps does not arrive at the true states.
     - `"trusted"`: whether the reversal residual is within the bound of `adjoint`.
     - `"guard"`: from 0 to 1, the largest difference between the two evaluations of f, over the
         largest that `guard_bits` can correct. Near 1, raise `guard_bits` or lower `fraction_bits`;
@@ -71,7 +75,9 @@ def reversible_vjp(
     check_cotangent("reversible_vjp", z0, cotangent)
     adjoint.check_solver(solver)
     prepared, budget, requested = prepare(solver, z0, batched, max_steps, steps)
-    own, form = arrays_of("reversible_vjp", fn, z0, args)
+    budget = dataclasses.replace(budget, indexed=indexed)
+    step = [first_step(solver, 0, z0, budget.rank)] if indexed else []
+    own, form = arrays_of("reversible_vjp", fn, z0, args, *step)
     check_output(own.call.out_struct, z0)
     d, d_z0, stats = run(_reversible_vjp, own, prepared, z0, cotangent, budget, requested, adjoint)
     return (*form(d), d_z0), stats
@@ -84,7 +90,7 @@ def _reversible_vjp(own, solver, z0, cotangent, budget, requested, adjoint):
     flat = flatten(apply, arrays, solver, z0, budget, adjoint.tape(solver, z0))
     moving = [eqx.is_inexact_array(x) for x in flat.arrays]
     (z, loop), rec = recorded(flat)
-    fz = flat.f(flat.arrays, z)
+    fz = flat.f(budget.at(flat.arrays, loop.num_steps), z)
     complete = completed(solver, z, fz, loop, budget, requested)
     result, stats = outcome(z, fz, loop, complete, solver.in_range(), budget)
     out, found = sweep(flat, moving, rec, cotangent)
