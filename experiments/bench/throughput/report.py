@@ -163,9 +163,9 @@ NOTES = {
 }
 NOTE = """\
 Floor: evaluations x (one f with its VJP, cotangents added up, and so many f as the variant needs
-beside: exact 2, float 1, checkpointed autodiff 2, explicit 0 or, checkpointed, 1), each compiled
-alone, called 8 times in a row and timed in the same rounds; alone, a piece is given new memory at
-each call, in a loop it is not.
+beside: exact and float 1, isolated and checkpointed autodiff 2, explicit 0 or, checkpointed, 1),
+each compiled alone, called 8 times in a row and timed in the same rounds; alone, a piece is given
+new memory at each call, in a loop it is not.
 MiB: temporary memory of the compiled program.
 Share: the matrix products and convolutions of the floor, f with its VJP counting as three f, a
 second, of those of one large matrix product of the same dtype.
