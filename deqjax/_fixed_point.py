@@ -17,9 +17,9 @@ from ._problem import (
     check_state,
     check_unmapped,
     convert,
-    first_step,
     precision_of,
     prepare,
+    steps_before,
 )
 from ._program import run
 from ._solution import RESULTS, Solution, completed, outcome, raise_unsuccessful
@@ -62,12 +62,12 @@ def fixed_point(
         makes one cotangent per example. As everywhere in JAX, an example at which f is NaN makes
         the gradient of shared parameters NaN, even if the loss masks the example: replace its input
         before the solve.
-    - `indexed`: `fn` is `fn(z, args, step)`, with the number of mixes that z has had: int32 of
-        shape `()` or, if batched, `(batch,)`. So f may have noise of `jax.random.fold_in(key,
-        step)`, an embedding of the step, or a schedule; a backward pass gets the same numbers. It
-        needs an adjoint of the steps taken: `deqjax.ReversibleAdjoint` or
-        `deqjax.RecursiveCheckpointAdjoint`. Residual and aux are those of the step from `value`, so
-        that f has to be finite at the steps from 0 to `max_steps`.
+    - `indexed`: `fn` is `fn(z, args, step)`, where `step` counts the steps before this evaluation:
+        0 at z0, `num_steps` at `value`; int32 of shape `()` or, if batched, `(batch,)`. A backward
+        pass gives f the same numbers. This is for noise (`jax.random.fold_in(key, step)`; with one
+        key, all problems of a batch have the same), an embedding of the step, or a schedule. f is
+        evaluated once more at `value`, so that a table needs `max_steps + 1` rows. The default
+        adjoint refuses it: pass `deqjax.ReversibleAdjoint`, or `deqjax.RecursiveCheckpointAdjoint`.
     - `max_steps`: the ceiling on steps, an int of at least 1.
     - `steps`: an int array of at most `max_steps`, of shape `()` or, if batched, `(batch,)`: a
         ceiling that may be traced and never recompiles.
@@ -131,11 +131,11 @@ def solve(
 ) -> Solution:
     """`fixed_point` without `throw`; with `best=False` it returns `z_n` even if steps run out.
 
-    `before` is the number of mixes that z0 has had; None: `fn` takes no step number.
+    `before` is the number of steps that z0 has had; None: `fn` takes no step number.
     """
     z0, max_steps = check_state(z0, batched, max_steps)
     indexed = before is not None
-    _check_adjoint(adjoint, indexed)
+    check_adjoint(adjoint, indexed)
     # Optimistix iterates its own solvers; for ours, prepare the budget.
     if not isinstance(solver, AbstractSolver):
         check_optimistix(solver, batched, indexed, steps)
@@ -144,7 +144,7 @@ def solve(
         return run(_solve_optimistix, fn, solver, z0, args, adjoint, max_steps)
     solver, budget, requested = prepare(solver, z0, batched, max_steps, steps)
     budget = dataclasses.replace(budget, best=best, indexed=indexed)
-    step = first_step(solver, before, z0, budget.rank) if indexed else None
+    step = steps_before("fixed_point", solver, before, z0, budget.rank) if indexed else None
     with precision_of(solver):
         fn, z0, args, axes = convert(fn, z0, args, solver, budget, has_aux=has_aux, step=step)
     solver, budget = vary((solver, budget), axes)
@@ -154,7 +154,7 @@ def solve(
 def _solve(fn, solver, z0, args, budget, requested, adjoint) -> Solution:
     solver = solver.prepared(fn, z0, args, budget.rank)
     inputs = (fn, solver, z0, args, budget)
-    rewrite = _no_residual if budget.indexed else residual
+    rewrite = ft.partial(_no_residual, adjoint) if budget.indexed else residual
     z, loop = adjoint.apply(iterate, rewrite, inputs, frozenset())
 
     # Outside the differentiated loop, gradients of aux and residual cost nothing extra, and the
@@ -198,7 +198,7 @@ def _solve_optimistix(fn, solver, z0, args, adjoint, max_steps) -> Solution:
     return Solution(value=z, result=result, aux=aux, stats=stats, state=None)
 
 
-def _check_adjoint(adjoint: Any, indexed: bool) -> None:
+def check_adjoint(adjoint: Any, indexed: bool) -> None:
     """Raises `ValueError` unless `adjoint` is an instance, and fits an f that is `indexed`."""
     if not isinstance(adjoint, AbstractAdjoint):
         raise ValueError(
@@ -209,14 +209,15 @@ def _check_adjoint(adjoint: Any, indexed: bool) -> None:
         raise ValueError(_OF_STEPS.format(type(adjoint).__name__))
 
 
-def _no_residual(z: PyTree, _: Any, inputs: tuple) -> PyTree:
-    """Refuses, for an adjoint that reads `f(z) - z`: there is another f at each step."""
-    raise ValueError(_OF_STEPS.format("another, which reads the residual of one f"))
+def _no_residual(adjoint: Any, z: PyTree, _: Any, inputs: tuple) -> PyTree:
+    """Refuses an adjoint that reads `f(z) - z`: there is another f at each step."""
+    raise ValueError(_OF_STEPS.format(f"{type(adjoint).__name__}, which reads f(z) - z"))
 
 
 _OF_STEPS = (
     "fixed_point with indexed=True expects an adjoint of the steps taken, since an f that changes "
     "from step to step has no fixed point to differentiate, got {}; pass "
     "adjoint=deqjax.ReversibleAdjoint() with deqjax.Reversible, or "
-    "adjoint=deqjax.RecursiveCheckpointAdjoint()."
+    "adjoint=deqjax.RecursiveCheckpointAdjoint() with deqjax.FixedPointIteration (with "
+    "deqjax.Anderson and deqjax.Broyden in float64 alone)."
 )

@@ -1,4 +1,7 @@
-"""The only solver loop: it steps, counts, freezes and stops. Also two `while` loops for it."""
+"""The only solver loop: it steps, counts, freezes and stops; from z0, or through the last steps.
+
+Also two `while` loops for it.
+"""
 
 import dataclasses
 import math
@@ -45,7 +48,7 @@ class _Carry(NamedTuple):
     stopped: Bool[Array, "..."]  # met its tolerance, f(z) is unusable, overflow, or out of steps
     overflow: Bool[Array, "..."]
     error: Inexact[Array, "..."]  # at z, once measured
-    best: tuple[PyTree, Array, Array] | None  # the iterate of the least error, this, and its index
+    best: tuple[PyTree, Array, Array] | None  # the iterate of the least error, its error, its index
     out_of_steps: Bool[Array, "..."]
 
 
@@ -101,12 +104,13 @@ def last_steps(inputs: tuple, n: Int[Array, "..."], last: int | None) -> tuple[P
     if last is None:
         return iterate((fn, solver, z0, args, budget, while_loop))
     early = jnp.maximum(n - last, 0)
-    before = dataclasses.replace(budget, limit=early)
+    before = dataclasses.replace(budget, limit=early, resumed=True)
     z, loop = iterate((*stop_gradient((fn, solver, z0, args)), before, lax_while))
     # A problem with fewer steps is a function of z0 as well.
-    (_, count, *first) = _beginning(solver, z0, budget)
-    state = select(early > 0, (z, loop.state.memory), tuple(first))
-    start = Start(jnp.max(early, initial=0), jnp.broadcast_to(early, count.shape), *state)
+    first = _beginning(solver, z0, budget)
+    state = select(early > 0, (z, loop.state.memory), (first.z, first.memory))
+    count = jnp.broadcast_to(early, first.num_steps.shape)
+    start = Start(jnp.max(early, initial=0), count, *state)
     budget = dataclasses.replace(budget, max_steps=min(last, budget.max_steps))
     return iterate((fn, solver, z0, args, budget, while_loop), start)
 
@@ -120,7 +124,7 @@ def _beginning(solver: Any, z0: PyTree, budget: Budget) -> Start:
 
 
 def _first(solver: Any, start: Start, budget: Budget, tracks_best: bool) -> _Carry:
-    """The carry before the step after `start`."""
+    """The carry of a loop that begins at `start`."""
     (i, count, z, memory), rank, tape = start, budget.rank, budget.tape
     no = jnp.zeros(count.shape, bool)
     status = per_problem(lambda s, _, memory: s.status(memory), rank)(solver, z, memory)
@@ -162,7 +166,11 @@ def _after(c: _Carry, out: Step, solver: Any, budget: Budget) -> _Carry:
         record = tape.push(solver, record, c.i, moves, solver.pair(c.z, c.memory), after)
     z, memory = out.z, out.memory
     if not budget.uniform:
-        z, memory = select(moves, z, c.z), freeze(moves, active, memory, c.memory)
+        z = select(moves, z, c.z)
+        if budget.resumed:
+            memory = select(moves, memory, c.memory)
+        else:
+            memory = freeze(moves, active, memory, c.memory)
     count = c.num_steps + moves.astype(jnp.int32)
     return _Carry(c.i + 1, z, memory, record, count, stopped, overflow, error, best, out_of_steps)
 

@@ -33,8 +33,10 @@ class Budget(eqx.Module):
     fixed: bool = eqx.field(static=True)  # both tolerances are zero: take exactly `limit` steps
     best: bool = eqx.field(static=True, default=True)  # return the best iterate, if the solver can
     tape: Any = None  # a deqjax._step.AbstractTape
-    # Whether f takes the step number: the last of its arrays is the number of mixes before z0.
+    # Whether f takes the step number: the last of its arrays is the number of steps before z0.
     indexed: bool = eqx.field(static=True, default=False)
+    # Whether another loop goes on from the end, so that every memory has to be kept as it is.
+    resumed: bool = eqx.field(static=True, default=False)
 
     @property
     def uniform(self) -> bool:
@@ -42,7 +44,7 @@ class Budget(eqx.Module):
         return self.fixed and self.limit.ndim == 0
 
     def at(self, arrays: list[Array], count: Int[Array, "..."]) -> list[Array]:
-        """The arrays of f after `count` mixes."""
+        """The arrays of f after `count` steps."""
         return [*arrays[:-1], arrays[-1] + count] if self.indexed else arrays
 
 
@@ -187,12 +189,12 @@ def check_unmapped(solver: Any, *inputs: PyTree) -> None:
         )
 
 
-def first_step(solver: Any, before: Any, z0: PyTree, rank: int) -> Int[Array, "..."]:
-    """The number of mixes that each problem's z0 has had, `before`, as an int32 array."""
-    if solver.one_function:
+def steps_before(name: str, solver: Any, before: Any, z0: PyTree, rank: int) -> Int[Array, "..."]:
+    """The number of steps that each problem's z0 has had, `before`, as an int32 array."""
+    if solver.needs_same_f:
         raise ValueError(
-            f"fixed_point with indexed=True expects a solver whose f may change from step to step, "
-            f"got {type(solver).__name__}, which proves a bound for one f; use "
+            f"{name} with indexed=True expects a solver whose f may change from step to step, got "
+            f"{type(solver).__name__}, which needs the same f at each step; use "
             f"deqjax.FixedPointIteration() or deqjax.Reversible()."
         )
     return jnp.broadcast_to(jnp.asarray(before, jnp.int32), problems(z0, rank))

@@ -22,7 +22,10 @@ class Own(NamedTuple):
 
 
 def arrays_of(name: str, fn: Callable, z: PyTree, *args: PyTree) -> tuple[Own, Callable]:
-    """The arrays of `fn(z, *args)`, and a function that puts cotangents in the form of both."""
+    """The arrays of `fn(z, *args)`, and a function that gives their cotangents the form of `fn`.
+
+    It returns those of `fn` and of the first of `args`.
+    """
     own, static = eqx.partition(fn, eqx.is_inexact_array)
     whole = lambda own, z, args: eqx.combine(own, static)(z, *args)
     call = trace(whole, own, z, args)

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from .._iterate import checkpointed_while, last_steps, lax_while
 from .._tree import mesh_axes, select, stop_gradient, vary
 from ..solvers import Anderson, Broyden
+from ..solvers._retention import straight_through
 from ._base import AbstractAdjoint, check_ceiling, check_last, unpack
 
 
@@ -31,8 +32,9 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
     stretch, once for its VJP. `checkpoints + max_steps / checkpoints` copies of the state, and
     about four of the parameters. Steps after a stop are skipped, except under `jax.vmap` and in
     `jax.shard_map`, where each call costs `max_steps` steps. With `last=K` this is the cost of K
-    steps; those before them take one evaluation each. With a tolerance the solve runs twice: only
-    after the first time is it known which steps are the last.
+    steps; those before them take one evaluation each. With a tolerance, or in a loop of
+    Optimistix, the solve runs twice, also if nothing is differentiated: only after the first run is
+    it known which steps are the last. For evaluation leave `last` out.
 
     **When not to use it:** at a converged fixed point, where `deqjax.ImplicitAdjoint` gives the
     derivative with O(1) memory; for `deqjax.Reversible`, where `deqjax.ReversibleAdjoint` gives the
@@ -73,26 +75,26 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
             )
         check_ceiling("RecursiveCheckpointAdjoint", p.max_steps)
         loop = ft.partial(checkpointed_while, checkpoints=self.checkpoints)
-        if p.budget is None and self.last is not None:
-            loop = ft.partial(_last_of_while, last=self.last, loop=loop)
-        if p.budget is None or self.last is None:
-            return primal_fn((p.fn, p.solver, p.z0, p.args, *p.rest, loop))
+        if self.last is None:
+            return primal_fn((*inputs, loop))
+        if p.budget is None:  # Optimistix's loop, which cannot start in the middle
+            return primal_fn((*inputs, ft.partial(_last_of_while, last=self.last, loop=loop)))
         if p.budget.fixed:
             return last_steps((*inputs, loop), p.budget.limit, self.last)
         # The number of steps is known only after the solve.
-        _, result = primal_fn((*stop_gradient(inputs), lax_while))
-        z, _ = last_steps((*inputs, loop), result.state.index, self.last)
-        return z, result
+        z, result = primal_fn((*stop_gradient(inputs), lax_while))
+        again, _ = last_steps((*inputs, loop), result.state.index, self.last)
+        return straight_through(z, again), result
 
 
 def _last_of_while(
     cond: Callable, body: Callable, init: Any, *, max_steps: int, last: int, loop: Callable
 ) -> Any:
     """A `while` loop that is differentiated through its last steps alone, by `loop`."""
-    still, quiet = stop_gradient((init, eqx.filter_closure_convert(body, init)))
-    zero = vary(jnp.asarray(0), mesh_axes(init))
-    count = lambda carry: (carry[0] + 1, quiet(carry[1]))
-    n, _ = lax_while(lambda c: cond(c[1]), count, (zero, still), max_steps=max_steps)
+    constant, constant_body = stop_gradient((init, eqx.filter_closure_convert(body, init)))
+    start = (vary(jnp.asarray(0), mesh_axes(init)), constant)
+    advance = lambda carry: (carry[0] + 1, constant_body(carry[1]))
+    n, _ = lax_while(lambda c: cond(c[1]), advance, start, max_steps=max_steps)
     early = jnp.maximum(n - last, 0)
-    _, state = lax_while(lambda c: c[0] < early, count, (zero, still))
+    _, state = lax_while(lambda c: c[0] < early, advance, start)
     return loop(cond, body, select(early > 0, state, init), max_steps=min(last, max_steps))

@@ -51,7 +51,7 @@ def fixed_point_path(
         `max_steps - 1`.
     - `adjoint`: the adjoint of the last segment.
     - `path_adjoint`: the adjoint of the others. `deqjax.ImplicitAdjoint` does not suit them: they
-        do not end at a fixed point.
+        do not end at a fixed point. The `last` of an adjoint counts the steps of a segment.
 
     **Returns:** one `Solution` per index, and the final one. Each is that of its segment:
     `"num_steps"` counts the segment's own steps, and `result` says whether the tolerance was met

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_int
-from .._problem import convert, first_step, point, precision_of, prepare
+from .._problem import convert, point, precision_of, prepare, steps_before
 from .._program import run
 from .._solution import relative_residual
-from .._step import evaluate
+from .._step import evaluate, step
 from .._tree import mesh_axes, per_problem, vary
 from ..solvers import AbstractSolver
 
@@ -38,11 +38,12 @@ def residuals(
 
     - `fn`, `z0`, `args`, `has_aux`, `batched`, `indexed`: as in `deqjax.fixed_point`.
     - `solver`: a deqjax solver; its tolerances do not stop it.
-    - `steps`: an int of at least 1, the number of mixes.
+    - `steps`: the number of steps, an int of at least 1; not a traced budget.
 
     **Returns:** an array of shape `(steps + 1,)` or, if batched, `(steps + 1, batch)`, in float32
     or wider. Entry k is `sol.stats["residual"]` of `deqjax.fixed_point` after k steps with zero
-    tolerances. It is NaN from the first iterate on at which f is not finite.
+    tolerances. It is NaN where f is not finite; some solvers come back from there. Where a
+    `deqjax.Reversible` state would leave its range it stays, and so does the residual.
 
     **Cost:** `steps + 1` evaluations of f.
 
@@ -58,9 +59,9 @@ def residuals(
         )
     solver, budget, _ = prepare(solver, z0, batched, steps, None)
     budget = dataclasses.replace(budget, indexed=indexed)
-    step = first_step(solver, 0, z0, budget.rank) if indexed else None
+    before = steps_before("residuals", solver, 0, z0, budget.rank) if indexed else None
     with precision_of(solver):
-        fn, z0, args, axes = convert(fn, z0, args, solver, has_aux=has_aux, step=step)
+        fn, z0, args, axes = convert(fn, z0, args, solver, has_aux=has_aux, step=before)
     return run(_residuals, fn, vary(solver, axes), z0, args, budget)
 
 
@@ -69,18 +70,16 @@ def _residuals(fn, solver, z0, args, budget):
     solver = solver.prepared(fn, z0, args, rank)
     axes = mesh_axes(fn, solver, z0, args)
 
-    def measure(z, k):
+    def measured(z, k):
+        """f at step k, and the residual as its auxiliary output."""
         fz, _ = evaluate(fn, z, budget.at(args, k))
         return fz, per_problem(relative_residual, rank)(z, fz)
 
     def body(carry, k):
         z, memory = carry
-        fz, size = measure(z, k)
-        after = per_problem(lambda s, *at: s.mix(*at), rank)(solver, z, fz, memory)
-        return vary(after, axes), size
+        out = step(measured, solver, z, k, memory, rank=rank)
+        return vary((out.z, out.memory), axes), out.aux
 
     memory, z = per_problem(lambda s, z0: (s.blank(z0), s.start(z0)), rank)(solver, z0)
-    each = jnp.arange(budget.max_steps, dtype=jnp.int32)
-    (z, _), sizes = jax.lax.scan(body, vary((z, memory), axes), each)
-    last = measure(z, jnp.asarray(budget.max_steps, jnp.int32))[1]
-    return jnp.concatenate([sizes, last[None]])
+    points = jnp.arange(budget.max_steps + 1, dtype=jnp.int32)
+    return jax.lax.scan(body, vary((z, memory), axes), points)[1]

@@ -9,7 +9,7 @@ import paramax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from .._fixed_point import fixed_point
+from .._fixed_point import check_adjoint, fixed_point
 from .._problem import OptimistixSolver
 from .._solution import Solution
 from ..adjoints import AbstractAdjoint, ImplicitAdjoint
@@ -22,7 +22,8 @@ class _Mapped(eqx.Module):
     """A cell over a batch. It is a module, not a closure: inside `jax.shard_map` its parameters can
     then vary before the loop, instead of being summed over devices in each step of the loop.
 
-    Only masks have a batch axis: parameters in a mapped cell would have a cotangent per example."""
+    Only the masks have a batch axis: mapping over a cell that contains its masks would give its
+    parameters one cotangent per example."""
 
     cell: Callable[..., PyTree]
     masks: PyTree
@@ -44,7 +45,7 @@ class DEQ(eqx.Module):
 
     **Arguments:**
 
-    - `cell`: `cell(z, x) -> z'` on one example.
+    - `cell`: `cell(z, x) -> z'` on one example; with `indexed`, `cell(z, x, step) -> z'`.
     - `solver`, `adjoint`, `max_steps`: as in `deqjax.fixed_point`.
     - `predictor`: `predictor(x) -> z0` on one example, of the injected x; `None` is the cell's
         `initial`, or zeros. With `deqjax.ImplicitAdjoint` z0 has no gradient, so train the
@@ -53,14 +54,15 @@ class DEQ(eqx.Module):
         `sol.value`, not the layer's output, which differs if the cell has a `readout`. With an
         adjoint of the steps taken, z0 has a gradient, and the task trains the predictor too.
     - `sharding`: of the batch axis; set it by `nn.shard_solves`.
-    - `indexed`: whether the cell is `cell(z, x, step) -> z'`, as in `deqjax.fixed_point`.
+    - `indexed`: whether the cell gets the step number, as in `deqjax.fixed_point`. Noise drawn
+        from it is that of all examples, unless x holds a key for each (and there is an `initial`).
 
     **Cost:** that of `deqjax.fixed_point`.
 
     **When not to use it:** for a fixed number of explicit layers, which need no solver.
 
-    **Raises:** `ValueError` for an `nn.MonotoneLinear` without its splitting; when called, as
-    `deqjax.fixed_point`.
+    **Raises:** `ValueError` for an `nn.MonotoneLinear` without its splitting, or `indexed` with an
+    adjoint of the fixed point; when called, as `deqjax.fixed_point`.
 
     Reference: Bai, Kolter, Koltun, Deep equilibrium models, NeurIPS 2019, equation 3; for the
     predictor: Bai, Koltun, Kolter, Neural deep equilibrium solvers, ICLR 2022.
@@ -77,9 +79,11 @@ class DEQ(eqx.Module):
     def __check_init__(self):
         if isinstance(self.cell, MonotoneLinear):
             raise ValueError(
-                "nn.DEQ expects a splitting of an nn.MonotoneLinear, got the cell, which need not "
-                "converge; pass cell.peaceman_rachford() or cell.forward_backward()."
+                "nn.DEQ expects a splitting of an nn.MonotoneLinear, got the cell itself, whose "
+                "own iteration need not converge; pass cell.peaceman_rachford() or "
+                "cell.forward_backward()."
             )
+        check_adjoint(self.adjoint, self.indexed)
 
     def __call__(
         self,
@@ -221,30 +225,3 @@ class DEQ(eqx.Module):
         if hasattr(self.cell, "initial"):
             return read("initial")(masks, x)
         return jax.tree.map(jnp.zeros_like, x)
-
-
-def shard_solves(model: PyTree, sharding: NamedSharding | None) -> PyTree:
-    """Makes each `nn.DEQ` in `model` solve a batch device by device.
-
-    Under `jax.jit` alone, with the batch split over devices, all devices take the steps of the
-    slowest example, with an all-reduce in the condition of the loop at every step. The sweep of a
-    reversible solve also sums the cotangent of the parameters over the devices at every step. Here
-    each solve is a `jax.shard_map`: no loop has a collective, and the gradient, which is taken
-    outside, is summed once. The numbers are the same up to rounding.
-
-    **Arguments:**
-
-    - `model`: any pytree with `nn.DEQ` in it.
-    - `sharding`: of a batch, its first axis split over the mesh. `None`, or a mesh of one device,
-        gives the behaviour without this function.
-
-    **Returns:** a tree like `model`, for `jax.jit`, in which only `batch` behaves differently.
-
-    **When not to use it:** inside your own `jax.shard_map` or `jax.pmap`, or with parameters that
-    are sharded over devices. The number of devices has to divide the batch.
-    """
-    if sharding is not None and sharding.mesh.size == 1:
-        sharding = None
-    is_deq = lambda x: isinstance(x, DEQ)
-    place = lambda x: dataclasses.replace(x, sharding=sharding) if is_deq(x) else x
-    return jax.tree.map(place, model, is_leaf=is_deq)

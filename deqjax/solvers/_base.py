@@ -49,7 +49,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
         tolerances are compared with, and the first iterate;
     - `requirements`: the ranges of the fields that it adds;
     - `prepared` and `stats`, of the whole batch, as the certified solvers do;
-    - the constants `returns_best`, `precision`, `per_channel` and `one_function`.
+    - the constants `returns_best`, `precision`, `per_channel` and `needs_same_f`.
 
     Array fields that are not scalars belong to one problem; `batched=True` repeats them.
 
@@ -71,7 +71,7 @@ class AbstractSolver(optimistix.AbstractFixedPointSolver):
     # The numerical fields that may be arrays of one problem, and not only scalars.
     per_channel: ClassVar[tuple[str, ...]] = ()
     # Whether f has to be the same at each step, so that `indexed=True` is refused.
-    one_function: ClassVar[bool] = False
+    needs_same_f: ClassVar[bool] = False
 
     @abc.abstractmethod
     def blank(self, z0: PyTree) -> PyTree:

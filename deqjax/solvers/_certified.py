@@ -32,7 +32,7 @@ class AbstractCertifiedSolver(AbstractSolver):
     """A solver whose tolerance is met only when a bracket of z* is narrow enough."""
 
     precision = "highest"  # rounding is counted for full products, on every platform
-    one_function = True
+    needs_same_f = True
 
     upper: AbstractVar[float | None]
     fan_in: AbstractVar[int | None]

@@ -83,9 +83,9 @@ class Reversible(AbstractSolver):
     - `denominator`: as above; an int from 2 to 65,536.
 
     **Cost:** one evaluation of `f` per step; two copies of `z`. For a reversal in the exact mode
-    also, with room for `max_steps` steps, per entry the remainders in 4-byte words (32 steps each
-    for d = 2, 13 for d = 5, 5 for `denominator` 64), and guard digits in one byte a step, two with
-    more than 8 bits (half a byte with 3 or 4).
+    also, with room for `max_steps` steps (or the adjoint's `last`), per entry the remainders in
+    4-byte words (32 steps each for d = 2, 13 for d = 5, 5 for `denominator` 64), and guard digits
+    in one byte a step, two with more than 8 bits (half a byte with 3 or 4).
 
     **When not to use it:** without `deqjax.ReversibleAdjoint`, as it then has no advantage over
     `deqjax.FixedPointIteration`; exact, for states whose useful digits lie below `2^-b`.

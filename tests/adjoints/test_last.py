@@ -3,12 +3,14 @@
 import collections
 import functools as ft
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix
 import pytest
 import ways
+from jax.sharding import AxisType, PartitionSpec as P
 from problems import noisy, nothing_but_nan, relative_error
 from registry import slow
 
@@ -61,8 +63,8 @@ def test_it_is_stop_gradient(kind, last):
 
     def solve(args, z0, beta):
         s = solver(beta, **options)
-        options_ = dict(max_steps=STEPS, adjoint=adjoint(last=last))
-        return deqjax.fixed_point(cell, s, z0, args, **options_).value
+        how = dict(max_steps=STEPS, adjoint=adjoint(last=last))
+        return deqjax.fixed_point(cell, s, z0, args, **how).value
 
     def derivatives(value):
         loss = lambda at: g @ jnp.sin(value(*at))
@@ -83,15 +85,12 @@ def test_under_every_transformation(way, kind):
 
     def solve(args, z0, batched):
         fn, s = cells if batched else cell, solver(**options)
-        options_ = dict(max_steps=STEPS, adjoint=adjoint(last=5), batched=batched)
-        return deqjax.fixed_point(fn, s, z0, args, **options_).value
+        how = dict(max_steps=STEPS, adjoint=adjoint(last=5), batched=batched)
+        return deqjax.fixed_point(fn, s, z0, args, **how).value
 
-    each = jax.vmap(lambda x, z: steps((args[0], x), z, 0.75, STEPS, 5))
-    weight = lambda w: jax.vmap(lambda x, z: steps((w, x), z, 0.75, STEPS, 5))(args[1], z0)
-    truth = (
-        jax.vjp(weight, args[0])[1](g)[0],
-        jax.vjp(lambda x: each(x, z0), args[1])[1](g)[0],
-    )
+    one = lambda w, x, z: steps((w, x), z, 0.75, STEPS, 5)
+    each = lambda w, x: jax.vmap(one, (None, 0, 0))(w, x, z0)
+    truth = jax.vjp(each, args[0], args[1])[1](g)
     assert relative_error(way(solve, args, z0, g), truth) < 1e-5
 
 
@@ -107,8 +106,8 @@ def test_one_program_for_every_number_of_steps(kind):
         traces["run"] += 1
 
         def solve(args, z0):
-            options_ = dict(max_steps=20, steps=budget, adjoint=adjoint(last=5), batched=True)
-            return deqjax.fixed_point(cells, solver(**options), z0, args, **options_).value
+            how = dict(max_steps=20, steps=budget, adjoint=adjoint(last=5), batched=True)
+            return deqjax.fixed_point(cells, solver(**options), z0, args, **how).value
 
         return jax.vjp(solve, args, z0)[1](g)
 
@@ -135,8 +134,8 @@ def test_a_tolerance(kind):
     def run(fn, x, z0, g, batched):
         def solve(x):
             s = solver(tol=1e-3, **options)
-            options_ = dict(max_steps=60, adjoint=adjoint(last=4), batched=batched)
-            sol = deqjax.fixed_point(fn, s, z0, (args[0], x), **options_)
+            how = dict(max_steps=60, adjoint=adjoint(last=4), batched=batched)
+            sol = deqjax.fixed_point(fn, s, z0, (args[0], x), **how)
             return sol.value, sol.stats["num_steps"]
 
         value, pull, n = jax.vjp(solve, x, has_aux=True)
@@ -186,9 +185,9 @@ def test_the_cost_is_that_of_the_last_steps(kind, budget):
 
     @jax.jit
     def forwards(args):
-        steps_ = None if min(budget) == STEPS else jnp.asarray(budget)
-        options_ = dict(max_steps=STEPS, steps=steps_, adjoint=adjoint(last=4), batched=True)
-        solve = lambda a: deqjax.fixed_point(fn, solver(**options), z0, a, **options_).value
+        per = None if min(budget) == STEPS else jnp.asarray(budget)
+        how = dict(max_steps=STEPS, steps=per, adjoint=adjoint(last=4), batched=True)
+        solve = lambda a: deqjax.fixed_point(fn, solver(**options), z0, a, **how).value
         return jax.vjp(solve, args)
 
     _, pull = jax.block_until_ready(forwards(args))
@@ -232,6 +231,103 @@ def test_a_failed_reversal_is_caught():
         assert 0 < stats["reversal_residual"] < jnp.inf
     _, stats = run(noisy(1e-7))
     assert stats["trusted"] and 0 < stats["guard"] < 1
+
+
+def test_a_failed_reversal_in_floating_point():
+    """Of a segment within the last steps; and stored states keep the others accurate."""
+    args, z0, g = problem()
+    adjoint = Reversed(segment=2, last=6)
+    run = lambda fn, **how: deqjax.reversible_vjp(
+        fn, solver(exact=False, **how), z0, args, g, max_steps=15, adjoint=adjoint
+    )
+    found, stats = run(noisy(0.1))
+    assert not stats["trusted"] and nothing_but_nan(found[:2])
+    # Without its stored states a reversal of 25 steps at 1 - beta = 1/10 is lost.
+    how = dict(max_steps=60, adjoint=Reversed(segment=4, last=25))
+    s = solver(0.9, exact=False)
+    found, stats = deqjax.reversible_vjp(cell, s, z0, args, g, **how)
+    truth = jax.vjp(lambda a: steps(a, z0, 0.9, 60, 25), args)[1](g)
+    assert stats["trusted"] and relative_error(found[1], truth[0]) < 1e-3
+
+
+def test_a_failure_is_raised():
+    args, z0, g = problem()
+    adjoint = Reversed(on_failure="raise", last=6)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="before the last K steps"):
+        out = deqjax.reversible_vjp(
+            noisy(1e-3), solver(), z0, args, g, max_steps=15, adjoint=adjoint
+        )
+        jax.block_until_ready(out)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("method", [deqjax.Anderson, deqjax.Broyden])
+@pytest.mark.parametrize("tol", [0.0, 1e-6])
+def test_solvers_that_remember(method, tol):
+    """Their memory is kept where another loop goes on from it, also in a batch that stops apart."""
+    args, z0, g = problem(jnp.float64, (3,))
+    xs = args[1] * jnp.asarray([0.1, 1.0, 3.0])[:, None]
+    budget = jnp.asarray([3, 5, 8]) if tol == 0 else None
+
+    def run(last, batched):
+        def solve(w, x, z, n):
+            fn, how = cells if batched else cell, dict(max_steps=30, steps=n, batched=batched)
+            sol = deqjax.fixed_point(
+                fn, method(tol, tol), z, (w, x), adjoint=Stored(last=last), **how
+            )
+            return sol.value, sol.stats
+
+        def each(w, x):
+            if batched:
+                return solve(w, x, z0, budget)
+            return jax.vmap(solve, (None, 0, 0, None if budget is None else 0))(w, x, z0, budget)
+
+        value, pull, stats = jax.vjp(each, args[0], xs, has_aux=True)
+        return value, pull(g), stats
+
+    value, _, stats = jax.jit(ft.partial(run, None, True))()
+    together, d_together, found = jax.jit(ft.partial(run, 2, True))()
+    apart, d_apart, _ = jax.jit(ft.partial(run, 2, False))()
+    assert len(set(stats["num_steps"].tolist())) > 1
+    np.testing.assert_array_equal(found["num_steps"], stats["num_steps"])
+    np.testing.assert_allclose(together, value, rtol=1e-9)
+    np.testing.assert_allclose(found["residual"], stats["residual"], rtol=1e-3, atol=1e-12)
+    assert relative_error(d_together, d_apart) < 1e-6
+    assert relative_error(together, apart) < 1e-9
+
+
+def test_devices_that_stop_at_different_steps():
+    """In a shard_map, f closing over what devices share: all take part in each of its sums."""
+    args, z0, g = problem(batch=(BATCH,))
+    xs = args[1] * jnp.arange(BATCH, dtype=jnp.float32)[:, None]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    many = lambda w: lambda z, x: jnp.tanh(z @ w.T + x)
+
+    def pulled(w, x, z, g):
+        how = dict(max_steps=60, batched=True, adjoint=Reversed(last=3))
+        value = lambda w: deqjax.fixed_point(many(w), solver(tol=1e-3), z, x, **how).value
+        return jax.vjp(value, w)[1](g)[0]
+
+    split = (P(), *3 * (P("data"),))
+    apart = jax.shard_map(pulled, mesh=mesh, in_specs=split, out_specs=P())
+    truth = jax.jit(pulled)(args[0], xs, z0, g)
+    assert relative_error(jax.jit(apart)(args[0], xs, z0, g), truth) < 1e-5
+
+
+def test_a_tolerance_is_found_by_a_first_run():
+    """Stored steps of a solve with a tolerance are taken twice."""
+    args, z0, _ = problem(batch=(1,))
+    fn, count = counted()
+    evaluations = []
+    for last in None, 2:
+        how = dict(max_steps=60, batched=True, adjoint=Stored(last=last))
+        sol = deqjax.fixed_point(fn, solver(tol=1e-3), z0, args, **how)
+        jax.block_until_ready(sol.value)
+        jax.effects_barrier()
+        evaluations.append(count["f"])
+        count.clear()
+    n = int(sol.stats["num_steps"][0])
+    assert evaluations[1] - evaluations[0] == n
 
 
 def test_an_early_step_that_is_not_reproducible():
@@ -336,5 +432,5 @@ def test_the_best_iterate():
 @pytest.mark.parametrize("adjoint", [Reversed, Stored])
 @pytest.mark.parametrize("last", [0, -1, 2.0, "all", True])
 def test_what_last_may_be(adjoint, last):
-    with pytest.raises(ValueError, match="last"):
+    with pytest.raises(ValueError, match="expects last to be an int"):
         adjoint(last=last)

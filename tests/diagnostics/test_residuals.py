@@ -59,6 +59,22 @@ def test_the_step_number_and_aux():
     np.testing.assert_allclose(found, [1 / 1, 2 / 3, 3 / 6, 4 / 10], rtol=1e-6)
 
 
+def test_in_vmap_and_in_shard_map():
+    p = tanh(4, 0.8)
+    starts = jnp.stack([p.z0 + k for k in range(8)])
+    one = lambda z: deqjax.residuals(p.fn, deqjax.Anderson(), z, p.args, steps=4)
+    many = lambda z: deqjax.residuals(
+        lambda z, a: jax.vmap(p.fn, (0, None))(z, a), deqjax.Anderson(), z, p.args, steps=4,
+        batched=True,
+    )  # fmt: skip
+    alone = jnp.stack([one(z) for z in starts])
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.P("data")
+    apart = jax.shard_map(lambda z: many(z).T, mesh=mesh, in_specs=split, out_specs=split)
+    for found in jax.vmap(one)(starts), many(starts).T, jax.jit(apart)(starts):
+        np.testing.assert_allclose(found, alone, rtol=1e-3, atol=1e-6)
+
+
 def test_divergence_is_seen():
     fn = lambda z, _: z**2
     found = deqjax.residuals(fn, deqjax.FixedPointIteration(), jnp.full(2, 100.0), steps=9)
@@ -71,6 +87,6 @@ def test_what_it_refuses():
         deqjax.residuals(p.fn, optimistix.Newton(1e-3, 1e-3), p.z0, p.args)
     with pytest.raises(ValueError, match="steps"):
         deqjax.residuals(p.fn, deqjax.Anderson(), p.z0, p.args, steps=0)
-    with pytest.raises(ValueError, match="same f|one f"):
+    with pytest.raises(ValueError, match="residuals with indexed=True"):
         solver = deqjax.PositiveConcaveSolver()
         deqjax.residuals(lambda z, a, k: z, solver, p.z0, p.args, indexed=True)

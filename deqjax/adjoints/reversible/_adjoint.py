@@ -35,7 +35,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     rounded differently in the forward and in the backward program, within the solver's
     `guard_bits`. With `guard_bits=0` it has to give the same bits in both: this holds on one device
     and for data parallelism, and not for a cell sharded over tensors. The check is at the end: the
-    sweep has to arrive exactly at z0. Draw random numbers once per solve and pass them in.
+    sweep has to arrive exactly at z0. Draw random numbers from the step number (`indexed=True`), or
+    once per solve, and pass them in.
 
     **Floating-point mode**: every k-th pair of states is stored. The reversal is compared with each
     pair, and starts again from it.
@@ -55,22 +56,24 @@ class ReversibleAdjoint(AbstractAdjoint):
         z0 is known, and nothing is checked. After n steps the early states have a relative error of
         about `u |1 - beta|^-n` (0.25 after 22 steps at beta = 1/2 in float32); up to the
         contraction of f, the gradient has it too.
-    - `last`: K, to differentiate only the last K steps of each problem (truncated backpropagation):
-        the state before them is a constant. The gradient is that of `jax.lax.stop_gradient` there,
-        to any order, and that of z0 is zero after more than K steps. `None` is all steps. In the
-        exact mode the sweep has to arrive at a state with the checksum, of 32 bits, of the true
-        one; in the floating-point mode, states before the first stored pair are not checked.
+    - `last`: K, to differentiate only the last K steps of each problem (truncated backpropagation),
+        as if `jax.lax.stop_gradient` stood on the state before them. z0 then has the gradient 0,
+        unless the problem took at most K steps. `None`: all steps. In the exact mode that state is
+        compared by a checksum of 32 bits, so that a wrong reversal is not noticed with a
+        probability of 2^-32. In the floating-point mode, states before the first pair that is
+        stored within these steps are not compared; if K < k there may be none.
 
-    **Cost:** backwards, one evaluation of `f` with its VJP per step, of at most `last` steps; with
-    `guard_bits=0` one more evaluation. Stored for the backward pass, per entry of z: two states (8
-    bytes in float32); in the exact mode the digits that `deqjax.Reversible` counts; in the
-    floating-point mode two states every k steps; with `last`, those of the last steps alone. In the
-    sweep, five copies of `z` and one of the parameters, for any number of steps; under `jax.vmap`
-    too, only one of those that examples share. Called by Optimistix, the steps are taken a second
-    time for the record.
+    **Cost:** backwards, one evaluation of `f` with its VJP for each step that is differentiated;
+    with `guard_bits=0` one more evaluation. Stored for the backward pass, per entry of z: two
+    states (8 bytes in float32); in the exact mode the digits that `deqjax.Reversible` counts; in
+    the floating-point mode two states every k steps. With `last` it is those of K steps, 4 bytes
+    for each step and problem, and a hash of the state in each forward step. In the sweep, five
+    copies of `z` and one of the parameters, for any number of steps; under `jax.vmap` too, only one
+    of those that examples share. Called by Optimistix, the steps are taken a second time for the
+    record.
 
     Forward mode differentiates the recurrence as it runs. Higher derivatives, in any order of
-    modes, differentiate it from its start by checkpoints: `sqrt(max_steps)` states.
+    modes, differentiate it by checkpoints, `sqrt(max_steps)` states, or `sqrt(K)` with `last`.
 
     **When not to use it:** at a converged fixed point, where `deqjax.ImplicitAdjoint` needs no
     steps; for an `f` that differs from call to call (use `deqjax.RecursiveCheckpointAdjoint`).

@@ -1,4 +1,4 @@
-"""Rows of a tape, each of one step or of several; a tape with fewer rows keeps the last ones.
+"""Rows of a tape, each of one step or of several; a tape of the last steps writes over older rows.
 
 The rows are an axis after the problem axes; row k lies at place `k mod rows`. Where k has an entry
 per problem, each problem reads its own row.
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
-from ..._tree import select
+from ..._tree import per_problem, select
 
 
 def blank_rows(x: Shaped[Array, "..."], rows: int, rank: int, dtype: Any) -> Shaped[Array, "..."]:
@@ -23,8 +23,8 @@ def get_row(x: Shaped[Array, "..."], k: Int[Array, "..."], rank: int) -> Shaped[
     k = k % x.shape[rank]
     if not k.ndim:
         return jax.lax.dynamic_index_in_dim(x, k, rank, keepdims=False)
-    at = k.reshape(k.shape + (1,) * (x.ndim - rank))
-    return jnp.squeeze(jnp.take_along_axis(x, at, rank), rank)
+    one = lambda x, k: jax.lax.dynamic_index_in_dim(x, k, 0, keepdims=False)
+    return per_problem(one, rank)(x, k)
 
 
 def set_row(
@@ -45,7 +45,7 @@ class Stream(NamedTuple):
     def blank(self, like: PyTree, max_steps: int, rank: int) -> PyTree:
         """The stream before the first step, for numbers like those of `like`."""
         words = -(-max_steps // self.per_word)
-        if self.last is not None:  # these may begin and end within a word
+        if self.last is not None:  # the last steps may begin and end within a word
             words = min(words, (self.last - 2) // self.per_word + 2)
         return jax.tree.map(lambda x: blank_rows(x, words, rank, self.dtype), like)
 

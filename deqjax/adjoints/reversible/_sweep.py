@@ -49,7 +49,7 @@ class Cotangents(eqx.Module):
 
 
 class _Sweep(NamedTuple):
-    trips: Int[Array, ""]
+    done: Int[Array, ""]  # steps of the sweep
     y: PyTree  # s[k-1]
     z: PyTree  # s[k]
     words: PyTree  # carried for the tape
@@ -89,13 +89,12 @@ def sweep(
     memory = per_problem(lambda s, z0: s.blank(z0), flat.budget.rank)(flat.solver, flat.z0)
     (start, _) = flat.solver.pair(flat.z0, memory)
     axes = mesh_axes(flat, record, gz)
-    top, trips, waits = _trips(flat, record, params, axes)
-    # The steps of each problem that are not undone: none, or those before the last.
-    last = flat.tape.last
-    end = jnp.maximum(record.num_steps - (flat.budget.max_steps if last is None else last), 0)
+    top, trips, waits = _extent(flat, record, params, axes)
+    # The number of each problem's steps that are not undone.
+    end = jnp.maximum(record.num_steps - (flat.tape.last or flat.budget.max_steps), 0)
 
     def body(c: _Sweep) -> _Sweep:
-        k = top - c.trips  # steps that are not yet undone
+        k = top - c.done  # steps that are not yet undone
         i = jnp.maximum(k - 1, 0)
         active = (end < k) & (k <= record.num_steps)  # others wait for their last step, or are done
         gz = select(active, c.gz, _zeros(c.gz)) if waits else c.gz
@@ -103,7 +102,7 @@ def sweep(
         fy, dp, dy = _pulled_back(flat, params, others, i, y, gz)
         if flat.tape.isolated:  # with the bits that the forward loop had
             arrays = flat.budget.at(flat.arrays, i)
-            fy, _ = isolate(lambda y, arrays: (flat.f(arrays, y), None), c.trips)(y, arrays)
+            fy, _ = isolate(lambda y, arrays: (flat.f(arrays, y), None), c.done)(y, arrays)
 
         # Undo the step, and pass its cotangents on; a problem that waits keeps its own.
         first, pair = k == record.num_steps, (c.y, c.z)
@@ -117,12 +116,12 @@ def sweep(
         found = jax.tree.map(most, c.found, found)
         gbeta = _plus_relaxation(flat, c.gbeta, gz, fy, before)
         y, z, gy, gz, words, gbeta, found = vary((*new, words, gbeta, found), axes)
-        return _Sweep(c.trips + 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, found)
+        return _Sweep(c.done + 1, y, z, words, gy, gz, add(c.gp, dp), gbeta, found)
 
     # Sweep from the last step to the first.
-    c = lax_while(lambda c: c.trips < trips, body, _last(flat, record, params, gz, axes))
+    c = lax_while(lambda c: c.done < trips, body, _initial(flat, record, params, gz, axes))
     g_z0 = add(c.gy, c.gz)
-    if last is not None:  # the state before these is a constant
+    if flat.tape.last is not None:  # the state after the steps that are not undone is a constant
         g_z0 = select(end > 0, _zeros(g_z0), g_z0)
     out = Cotangents(cast(c.gp, params), g_z0, _of_relaxation(flat, c.gbeta))
     gap = flat.tape.final_gap(record.tape, record.num_steps, (c.y, c.z), start)
@@ -130,7 +129,7 @@ def sweep(
     return out, c.found._replace(gap=gap)
 
 
-def _trips(
+def _extent(
     flat: Flat, record: Record, params: PyTree, axes: Axes
 ) -> tuple[Int[Array, "..."], Int[Array, ""], bool]:
     """The step at which the sweep begins, its length, and whether a problem may have to wait."""
@@ -145,11 +144,11 @@ def _trips(
     if last is None:
         top = slowest(jnp.max(n, initial=0))
         return top, top, waits
-    # Each problem begins at its own last step, so that the sweep has no more than `last`.
+    # Each problem begins at its own last step, so that no more than K steps are swept.
     return n, slowest(jnp.max(jnp.minimum(n, last), initial=0)), waits
 
 
-def _last(flat: Flat, record: Record, params: PyTree, gz: PyTree, axes: Axes) -> _Sweep:
+def _initial(flat: Flat, record: Record, params: PyTree, gz: PyTree, axes: Axes) -> _Sweep:
     """The carry at the end of the solve, where the sweep begins."""
     shape = record.num_steps.shape
     # Sums over steps are in float32 or wider, and vary over the mesh axes of the parameters.
@@ -164,7 +163,7 @@ def _last(flat: Flat, record: Record, params: PyTree, gz: PyTree, axes: Axes) ->
 
 
 def _pulled_back(
-    flat: Flat, params: PyTree, others: PyTree, i: Int[Array, ""], y: PyTree, gz: PyTree
+    flat: Flat, params: PyTree, others: PyTree, i: Int[Array, "..."], y: PyTree, gz: PyTree
 ) -> tuple:
     """f at `y = s[i]`, and the cotangents that step i sends to the arrays and to y."""
 
@@ -241,9 +240,10 @@ def judged(flat: Flat, out: Cotangents, found: Mismatch, gz: PyTree, on_failure:
 
 
 _MESSAGE = (
-    "ReversibleAdjoint: the backward sweep did not end at z0, so that the gradient would be wrong. "
-    "Is f the same function at each call (no noise drawn inside it)? Is it rounded too differently "
-    "(raise guard_bits of deqjax.Reversible, or lower its fraction_bits; reversible_vjp says in "
+    "ReversibleAdjoint: the backward sweep did not end at z0 or, with last=K, at the state before "
+    "the last K steps, so that the gradient would be wrong. Does f draw noise? Draw it from the "
+    "step number (indexed=True), or once before the solve. Is f rounded too differently (raise "
+    "guard_bits of deqjax.Reversible, or lower its fraction_bits; reversible_vjp says in "
     "stats['guard'] how much of the guard was used)? Is the state out of range "
     "(sol.stats['overflow'])? deqjax.RecursiveCheckpointAdjoint() needs none of this."
 )

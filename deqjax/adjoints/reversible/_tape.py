@@ -22,7 +22,7 @@ from ._stream import Stream, blank_rows, get_row, set_row
 
 class _Tape(NamedTuple):
     digits: list[PyTree]
-    sums: UInt[Array, "... rows"] | None  # the checksums of the pairs before the last steps
+    sums: UInt[Array, "... rows"] | None  # the checksum of the pair before each of the last steps
 
 
 class Digits(AbstractTape):
@@ -43,20 +43,23 @@ class Digits(AbstractTape):
         bits, dtype = (8, np.uint8) if guard <= 8 else (16, np.uint16)
         return [rests, Stream(2**guard, bits // guard, dtype, last)] if guard else [rests]
 
+    @property
+    def _sums(self) -> Stream:
+        return Stream(2**32, 1, np.uint32, self.last)
+
     def blank(self, pair, max_steps, rank):
         digits = [s.blank(pair[0], max_steps, rank) for s in self._streams]
         if self.last is None:
             return _Tape(digits, None)
-        shape = jax.tree.leaves(pair)[0].shape[:rank]
-        return _Tape(digits, jnp.zeros((*shape, min(self.last, max_steps)), jnp.uint32))
+        return _Tape(digits, self._sums.blank(_checksums(pair, rank), max_steps, rank))
 
     def push(self, solver, tape, i, go, pair, after):
         digits = per_problem(lambda s, *at: s.digits(*at), go.ndim)(solver, pair[0], after[1])
-        streams = zip(self._streams, tape.digits, digits, strict=False)
+        digits = digits[: len(tape.digits)]  # without guard digits, remainders alone
+        streams = zip(self._streams, tape.digits, digits, strict=True)
         digits, sums = [s.push(t, i, go, x) for s, t, x in streams], tape.sums
         if sums is not None:
-            new = per_problem(_checksum, go.ndim)(pair)
-            sums = set_row(sums, i, select(go, new, get_row(sums, i, go.ndim)), go.ndim)
+            sums = self._sums.push(sums, i, go, _checksums(pair, go.ndim))
         return _Tape(digits, sums)
 
     def words(self, tape, rank):
@@ -81,7 +84,7 @@ class Digits(AbstractTape):
             return gap
         # The state before the last steps is known by its checksum alone.
         same = get_row(tape.sums, jnp.maximum(num_steps - self.last, 0), rank)
-        same = same == per_problem(_checksum, rank)(pair)
+        same = same == _checksums(pair, rank)
         return jnp.where(num_steps > self.last, jnp.where(same, 0, jnp.inf), gap)
 
     def _gap(self, a: PyTree, b: PyTree) -> Float[Array, ""]:
@@ -148,11 +151,15 @@ class Segments(AbstractTape):
         return math.inf if self.length is None else 10 * math.sqrt(_unit(z0))
 
 
+def _checksums(pair: PyTree, rank: int) -> UInt[Array, "..."]:
+    return per_problem(_checksum, rank)(pair)
+
+
 def _checksum(pair: PyTree) -> UInt[Array, ""]:
     """A hash of the integers of one problem; another state has the same one in 1 of 2^32 cases.
 
-    It is a sum, which has no order. The entries go through the mixer of MurmurHash3 first, so that
-    errors with a common factor do not cancel.
+    An integer sum does not depend on the order of its terms, in which devices may add. The entries
+    go through the mixer of MurmurHash3 first, so that errors with a common factor do not cancel.
     """
     total, count = jnp.uint32(0), 0
     for x in jax.tree.leaves(pair):

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Int, PyTree
 
-from ..._problem import check_output, check_state, first_step, prepare
+from ..._problem import check_output, check_state, prepare, steps_before
 from ..._program import run
 from ..._solution import completed, outcome
 from ..._traced import trace
@@ -53,11 +53,11 @@ def reversible_vjp(
 
     - `"value"`: `s[n]`; `"result"`, `"num_steps"`, `"num_fn_evals"`, `"residual"`, `"overflow"` and
         `"max_steps"`: as in `deqjax.fixed_point`.
-    - `"reversal_residual"`: in the exact mode, the largest difference between the initial states
-        at which the sweep arrives and the true ones, 0 if and only if they are equal; in the
-        floating-point mode, the largest difference from a known state, relative to the size of the
-        states. Infinite if the integers could not take a step, forwards or back, or if a sweep of
-        the `last` steps does not arrive at the true states.
+    - `"reversal_residual"`: in the exact mode, the largest difference between the states at which
+        the sweep arrives and the true ones, 0 if and only if they are equal; with `last`, infinite
+        if their checksums differ. In the floating-point mode, the largest difference from a known
+        state, relative to the size of the states. Infinite if the integers could not take a step,
+        forwards or back.
     - `"trusted"`: whether the reversal residual is within the bound of `adjoint`.
     - `"guard"`: from 0 to 1, the largest difference between the two evaluations of f, over the
         largest that `guard_bits` can correct. Near 1, raise `guard_bits` or lower `fraction_bits`;
@@ -76,7 +76,7 @@ def reversible_vjp(
     adjoint.check_solver(solver)
     prepared, budget, requested = prepare(solver, z0, batched, max_steps, steps)
     budget = dataclasses.replace(budget, indexed=indexed)
-    step = [first_step(solver, 0, z0, budget.rank)] if indexed else []
+    step = [steps_before("reversible_vjp", solver, 0, z0, budget.rank)] if indexed else []
     own, form = arrays_of("reversible_vjp", fn, z0, args, *step)
     check_output(own.call.out_struct, z0)
     d, d_z0, stats = run(_reversible_vjp, own, prepared, z0, cotangent, budget, requested, adjoint)
