@@ -1,4 +1,4 @@
-"""Pytree arithmetic, norms with a safe gradient at zero, and mesh axes."""
+"""Pytree arithmetic, norms with a safe gradient at zero, mesh axes, and derivative rules."""
 
 import itertools
 import math
@@ -10,6 +10,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, Inexact, PyTree, Shaped
 
 Axes = frozenset[Any]
@@ -180,3 +182,68 @@ def stop_gradient(tree: PyTree) -> PyTree:
 def strong(tree: PyTree) -> PyTree:
     """`tree` as strongly typed arrays."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
+
+
+def attach(out: PyTree, inputs: PyTree, tangent: Callable[[PyTree, PyTree, PyTree], PyTree]):
+    """`out`, with the derivative `tangent(out, inputs, tangents of inputs)` and no other one.
+
+    Tangents are None where they are zero. JAX forgets the rule of a `jax.custom_jvp` function in
+    partial evaluation, for instance of `jax.checkpoint` inside a scan, where only the second
+    derivative shows it. A primitive keeps its rule.
+    """
+    values, rest = eqx.partition(out, eqx.is_inexact_array)
+    values, out_tree = jax.tree.flatten(values)
+    arrays, static = eqx.partition((rest, inputs, tangent), eqx.is_array)
+    others, in_tree = jax.tree.flatten(arrays)
+
+    def rule(values, others, moved):
+        rest, inputs, tangent = eqx.combine(in_tree.unflatten(others), static)
+        out = eqx.combine(out_tree.unflatten(values), rest)
+        return out_tree.flatten_up_to(tangent(out, inputs, in_tree.unflatten(moved)[1]))
+
+    values = _attach_p.bind(*values, *others, rule=rule, count=len(values))
+    return eqx.combine(out_tree.unflatten(values), rest)
+
+
+def straight_through(exact: PyTree, real: PyTree) -> PyTree:
+    """`exact` with the derivative of `real`: a straight-through estimator for rounding."""
+    return attach(exact, real, lambda out, real, tangent: tangent)
+
+
+def _first(*operands, rule, count):
+    del rule
+    return list(operands[:count])
+
+
+def _attach_jvp(operands, tangents, *, rule, count):
+    out = _attach_p.bind(*operands, rule=rule, count=count)
+    others = list(operands[count:])
+    moved = [None if isinstance(t, ad.Zero) else t for t in tangents[count:]]
+    t_out = [None] * count if all(t is None for t in moved) else rule(out, others, moved)
+    zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())
+    return out, [zero(x) if t is None else t for x, t in zip(out, t_out, strict=True)]
+
+
+def _attach_batch(axis, operands, places, *, rule, count):
+    if all(a is None for a in places):
+        return _attach_p.bind(*operands, rule=rule, count=count), [None] * count
+    front = [
+        x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(operands, places, strict=True)
+    ]
+    # The tangent of each value may depend on what is mapped, so that all of them are.
+    for i in range(count):
+        if places[i] is None:
+            front[i] = jnp.broadcast_to(front[i], (axis.size, *front[i].shape))
+    axes = [None if a is None else 0 for a in places[count:]]
+    names = {"axis_name": axis.name, "spmd_axis_name": axis.spmd_name}
+    mapped = jax.vmap(rule, in_axes=(0, axes, axes), axis_size=axis.size, **names)
+    return _attach_p.bind(*front, rule=mapped, count=count), [0] * count
+
+
+_attach_p = Primitive("deqjax_attach")
+_attach_p.multiple_results = True
+_attach_p.def_impl(_first)
+_attach_p.def_abstract_eval(_first)
+ad.primitive_jvps[_attach_p] = _attach_jvp
+batching.fancy_primitive_batchers[_attach_p] = _attach_batch
+mlir.register_lowering(_attach_p, mlir.lower_fun(_first, multiple_results=True))

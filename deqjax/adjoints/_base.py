@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 from .._checks import check_choice, check_int
 from .._iterate import LoopResult, lax_while
 from .._problem import Budget
-from .._tree import as_real, dot, from_real, mesh_axes, scale, stop_gradient, vary
+from .._tree import as_real, attach, dot, from_real, mesh_axes, scale, stop_gradient, vary
 from ._linear_solve import LinearMap
 
 AbstractAdjoint = optimistix.AbstractAdjoint
@@ -64,22 +64,21 @@ def no_gradient(tree: PyTree) -> PyTree:
     return jax.tree.map(eqxi.nondifferentiable_backward, tree)
 
 
-@eqx.filter_custom_jvp
-def attach(out: PyTree, inputs: PyTree, tangent: Callable[[PyTree, PyTree, PyTree], PyTree]):
-    """`out = (z, extras)`, where z has the derivative `tangent(out, inputs, their tangents)`."""
-    del inputs, tangent
-    return out
+def with_tangent(out: PyTree, inputs: PyTree, tangent: Callable) -> PyTree:
+    """`out = (z, extras)`, where z has the derivative `tangent(out, inputs, their tangents)`.
+
+    A loss of the extras, which has no derivative, raises.
+    """
+    z, extras = attach(out, inputs, eqx.Partial(_tangent_of_both, tangent))
+    return z, no_gradient(extras)
 
 
-@attach.def_jvp
-def _attach_jvp(primals, tangents):
-    _, inputs, tangent = primals
-    z, extras = attach(*primals)  # so that z has a derivative here too
-    t_z = tangent((z, extras), inputs, tangents[1])
+def _tangent_of_both(tangent: Callable, out: PyTree, inputs: PyTree, t_inputs: PyTree) -> PyTree:
+    t_z = tangent(out, inputs, t_inputs)
     # Zero, but computed from tangents, so that `no_gradient` notices a loss of the extras.
     zero = dot(t_z, scale(0, t_z))
     like = lambda x: vary(jnp.broadcast_to(zero.astype(x.dtype), x.shape), mesh_axes(x))
-    return (z, extras), (t_z, jax.tree.map(like, eqx.filter(extras, eqx.is_inexact_array)))
+    return t_z, jax.tree.map(like, eqx.filter(out[1], eqx.is_inexact_array))
 
 
 class AbstractFixedPointAdjoint(AbstractAdjoint):
@@ -101,8 +100,7 @@ class AbstractFixedPointAdjoint(AbstractAdjoint):
         del tags
         self.check_solver(unpack(inputs).solver)
         out = primal_fn((*stop_gradient(inputs), lax_while))
-        z, extras = attach(out, inputs, eqx.Partial(_tangent_of, self, rewrite_fn))
-        return z, no_gradient(extras)
+        return with_tangent(out, inputs, eqx.Partial(_tangent_of, self, rewrite_fn))
 
 
 class Linearisation(NamedTuple):
@@ -177,7 +175,7 @@ class AbstractImplicitAdjoint(AbstractFixedPointAdjoint):
 
 
 def _tangent_of(adjoint: Any, rewrite_fn: Callable, out: PyTree, inputs: tuple, t_inputs: PyTree):
-    """The tangent of z by the residual of the inputs, in the form that `attach` expects."""
+    """The tangent of z by the residual of the inputs, in the form that `with_tangent` expects."""
     z, extras = out
     is_none = lambda x: x is None
     moved = jax.tree.map(lambda t: t is not None, t_inputs, is_leaf=is_none)

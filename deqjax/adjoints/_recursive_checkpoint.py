@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._iterate import checkpointed_while, last_steps, lax_while
-from .._tree import mesh_axes, select, stop_gradient, vary
+from .._tree import mesh_axes, select, stop_gradient, straight_through, vary
 from ..solvers import Anderson, Broyden
-from ..solvers._retention import straight_through
 from ._base import AbstractAdjoint, check_ceiling, check_last, unpack
 
 

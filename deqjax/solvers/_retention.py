@@ -9,19 +9,7 @@ import numpy as np
 import paramax
 from jaxtyping import Array, Inexact, Int, PyTree
 
-from .._tree import widen
-
-
-@jax.custom_jvp
-def straight_through(exact: PyTree, real: PyTree) -> PyTree:
-    """`exact` with the derivative of `real`: a straight-through estimator for rounding."""
-    del real
-    return exact
-
-
-@straight_through.defjvp
-def _(primals, tangents):
-    return straight_through(*primals), tangents[1]
+from .._tree import straight_through, widen
 
 
 def is_number(beta: Any) -> bool:

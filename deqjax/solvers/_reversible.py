@@ -8,7 +8,7 @@ import optimistix
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._checks import check_real
-from .._tree import aligned, as_real, from_real, lincomb, scale, select, widen
+from .._tree import aligned, as_real, from_real, lincomb, scale, select, straight_through, widen
 from ._base import AbstractSolver, Number, Status
 from ._grid import Grid, grid, narrowest
 from ._lattice import Lattice, finite, nan_where
@@ -20,7 +20,6 @@ from ._retention import (
     is_wrapped,
     numerator,
     rounded,
-    straight_through,
 )
 
 

@@ -11,7 +11,7 @@ from ..._problem import Budget
 from ..._step import AbstractTape
 from ..._tree import stop_gradient
 from ...solvers import Reversible
-from .._base import AbstractAdjoint, attach, check_ceiling, check_last, no_gradient, unpack
+from .._base import AbstractAdjoint, check_ceiling, check_last, unpack, with_tangent
 from ._flat import flatten
 from ._linearise import linear, tangents_of
 from ._sweep import recorded
@@ -128,8 +128,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             steps = LoopResult(*out[1][:3]).num_steps.astype(jnp.int32)
             budget = Budget(most, steps, 0, fixed=True)
             flat, rec = flatten(p.fn, p.args, solver, p.z0, budget, tape), None
-        z, extras = attach(out, (flat, rec), eqx.Partial(_of_steps, self.on_failure))
-        return z, no_gradient(extras)
+        return with_tangent(out, (flat, rec), eqx.Partial(_of_steps, self.on_failure))
 
     def check_solver(self, solver: Any) -> None:
         """Raises `ValueError` for another solver than `Reversible`."""
@@ -150,7 +149,7 @@ class ReversibleAdjoint(AbstractAdjoint):
 
 
 def _of_steps(on_failure: str, out: PyTree, inputs: tuple, t_inputs: tuple) -> PyTree:
-    """The tangent of z by the steps taken, in the form that `attach` expects."""
+    """The tangent of z by the steps taken, in the form that `with_tangent` expects."""
     del out
     (flat, rec), (t_flat, _) = inputs, t_inputs
     if rec is None:  # Optimistix's loop has recorded nothing

@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
 
 from ..._iterate import checkpointed_while, last_steps, lax_while
-from ..._tree import mesh_axes, vary
+from ..._tree import attach, mesh_axes, stop_gradient, vary
 from ...solvers import Reversible
 from ._flat import Flat, with_axis
 from ._sweep import Cotangents, Record, judged, sweep
@@ -47,16 +47,15 @@ def linear(flat: Flat, record: Record, tangents: Cotangents, on_failure: str) ->
     return eqxi.filter_primitive_bind(_linear_p, flat, record, tangents, on_failure)
 
 
-@eqx.filter_custom_jvp
 def backward(flat: Flat, own: Sequence[bool], record: Record, gz: PyTree) -> tuple[Cotangents, Any]:
     """`sweep`, with its own derivative rule."""
-    return sweep(flat, own, record, gz)
+    out = sweep(stop_gradient(flat), own, stop_gradient(record), stop_gradient(gz))
+    return attach(out, (flat, own, record, gz), _tangent_of_sweep)
 
 
-@backward.def_jvp
-def _backward_jvp(primals, tangents):
-    flat, own, record, gz = primals
-    t_flat, _, _, t_gz = tangents
+def _tangent_of_sweep(out: PyTree, inputs: PyTree, t_inputs: PyTree) -> PyTree:
+    flat, own, record, gz = inputs
+    t_flat, _, _, t_gz = t_inputs
 
     # The states depend on the perturbed values too: differentiate the recurrence from its start,
     # by checkpoints, since reversal would amplify the rounding of the states' tangents.
@@ -67,9 +66,8 @@ def _backward_jvp(primals, tangents):
         run = lambda diff: steps(flat, diff, record.num_steps, checkpointed_while)
         return jax.vjp(run, chosen(flat, own))[1](gz)[0]
 
-    out, found = backward(*primals)
     _, t_out = jax.jvp(vjp, (moving, gz), (_zeros(moving, t_flat), _zeros(gz, t_gz)))
-    return (out, found), (t_out, jax.tree.map(jnp.zeros_like, found))
+    return t_out, jax.tree.map(lambda _: None, out[1])
 
 
 def tangents_of(flat: Flat, t_flat: Flat) -> Cotangents:
