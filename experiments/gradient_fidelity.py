@@ -21,10 +21,10 @@ printed (all of it: results/gradient_fidelity.md):
     exact: gradient error / that of float32 checkpointed autodiff, worst      2.84
     exact: bytes kept per state element beyond 8 + whole words of digits      0
     float: temporary memory at 512 evaluations / at 8 - 1, worst block        0
-    exact: time / that of the float state                                     1.01
-    isolated: time per evaluation / (floor + one f)                           0.84
-    float: time per evaluation / floor                                        0.81
-    jax.vmap / batched=True, exact: seconds, bytes                            1.01, 1.00
+    exact: time / that of the float state                                     0.99
+    isolated: time per evaluation / (floor + one f)                           0.85
+    float: time per evaluation / floor                                        0.83
+    jax.vmap / batched=True, exact: seconds, bytes                            0.99, 1.00
 """
 
 # ruff: noqa: E402
