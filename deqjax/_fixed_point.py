@@ -99,7 +99,7 @@ def fixed_point(
     number in `fn` or in `args` makes another program; the last 64 programs are kept. A function
     that cannot be compared is compiled at each call: your own norm, or norm of a linear solver,
     that uses more than its arguments and library functions; a callback; a derivative rule that
-    closes over arrays or asks which tangents are zero.
+    closes over arrays or asks which tangents are zero; another fixed point.
 
     Inside `jax.shard_map`, `fn` may not communicate between devices: they stop at different steps.
 

@@ -56,6 +56,19 @@ def test_second_derivatives_in_a_recomputed_part(name, order, getkey):
         assert jnp.max(jnp.abs(got - expected)) <= 1e-9 * jnp.max(jnp.abs(expected))
 
 
+@pytest.mark.parametrize("name", [n if n in FEW else slow(n) for n in WAYS])
+def test_no_tracer_outlives_its_trace(name):
+    solver, adjoint = (make(1e-3) for make in WAYS[name])
+    f = lambda z, args: jnp.tanh(args[0] @ z + args[1])
+
+    def loss(w, xs):
+        solve = lambda x: deqjax.fixed_point(f, solver, x, (w, x), adjoint=adjoint, max_steps=8)
+        return jnp.sum(jax.vmap(solve)(xs).value)
+
+    with jax.checking_leaks():
+        jax.jit(jax.grad(loss))(jnp.eye(3) / 4, jnp.ones((2, 3)))
+
+
 def cubed(x):
     """x^3 as a value without a derivative, to which one is attached: 5 x^2."""
     return attach(x**3, x, lambda out, x, t: 5 * x**2 * t)

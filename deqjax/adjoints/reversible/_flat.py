@@ -57,9 +57,11 @@ class Flat(eqx.Module):
         own_axes = [0 if b or o else None for b, o in zip(mapped, own, strict=True)]
         copied = [a != b for a, b in zip(in_axes, own_axes, strict=True)]
 
+        # Not a closure over self, whose tracers it would keep.
+        inner = jax.vmap(self.to_own, (in_axes,), in_axes, axis_size=size)
+
         def to_own(arrays):
-            inner = jax.vmap(self.to_own, (in_axes,), in_axes, axis_size=size)(arrays)
-            return [spread(x, not c) for x, c in zip(inner, copied, strict=True)]
+            return [spread(x, not c) for x, c in zip(inner(arrays), copied, strict=True)]
 
         return Flat(
             jax.vmap(self.f, (in_axes, 0)),
