@@ -19,7 +19,9 @@ from .adjoints import (
 from .adjoints._implicit import implicit_vjp as implicit_vjp
 from .adjoints.reversible import reversible_vjp as reversible_vjp
 from .diagnostics import (
+    Diagnosis as Diagnosis,
     SpectralRadius as SpectralRadius,
+    diagnose as diagnose,
     fixed_point_path as fixed_point_path,
     jacobian_frobenius as jacobian_frobenius,
     residuals as residuals,

@@ -26,13 +26,17 @@ class Solution(optimistix.Solution):
         value = eqx.tree_pformat(self.value, struct_as_array=True)
         if any(map(is_traced, jax.tree.leaves((self.result, self.stats)))):
             return f"Solution(value={value}, traced)"
-        counts = {name: np.sum(self.result == getattr(RESULTS, name)) for name in _CODES}
-        counts["another result"] = self.stats["num_steps"].size - sum(counts.values())
-        seen = {name: n for name, n in counts.items() if n}
-        one = self.stats["num_steps"].ndim == 0
-        words = [name if one else f"{n} {name}" for name, n in seen.items()]
-        words += [f"{name}={span(self.stats[name])}" for name in ("num_steps", "residual")]
-        return f"Solution(value={value}, {', '.join(words)})"
+        words = [f"{name}={span(self.stats[name])}" for name in ("num_steps", "residual")]
+        return f"Solution(value={value}, {', '.join([counted(self.result), *words])})"
+
+
+def counted(result: RESULTS) -> str:
+    """The code of one problem, or how many of several problems have each, as text."""
+    counts = {name: np.sum(result == getattr(RESULTS, name)) for name in _CODES}
+    size = np.size(result == RESULTS.successful)
+    counts["another result"] = size - sum(counts.values())
+    one = np.ndim(result == RESULTS.successful) == 0
+    return ", ".join(name if one else f"{n} {name}" for name, n in counts.items() if n)
 
 
 def span(x: Array) -> str:

@@ -1,5 +1,6 @@
 """Diagnostics of a solve: its iterates and their residuals, and the Jacobian at the solution."""
 
+from ._diagnose import Diagnosis as Diagnosis, diagnose as diagnose
 from ._jacobian import (
     SpectralRadius as SpectralRadius,
     jacobian_frobenius as jacobian_frobenius,

@@ -93,7 +93,7 @@ def _frobenius(fn, z, args, key, samples: int, rank: int, axes: Axes):
     def sample(key):
         # Signs, not normals: with A = J J^T the variance of v^T A v is 2 (||A||_F^2 - sum A_ii^2),
         # for normals 2 ||A||_F^2, the larger of the two; and signs are exact in half precision.
-        v = _draw(jax.random.rademacher, key, z, rank)
+        v = draw(jax.random.rademacher, key, z, rank)
         (product,) = vjp(vary(v, axes))
         return per_problem(lambda x: dot(x, x), rank)(product)
 
@@ -153,7 +153,7 @@ def _radius(fn, z, args, key, max_steps: int, rank: int, axes: Axes):
     f, z = _over_reals(fn, z, args)
     _, product = jax.linearize(f, z)
     unit = per_problem(_unit, rank)
-    v, _ = unit(vary(_draw(jax.random.normal, key, z, rank), axes))
+    v, _ = unit(vary(draw(jax.random.normal, key, z, rank), axes))
     v = jax.lax.fori_loop(0, max_steps - 2, lambda _, v: unit(product(v))[0], v)
     u, s = unit(product(v))
     w, t = unit(product(u))
@@ -200,7 +200,7 @@ def _unit(x: PyTree) -> tuple[PyTree, Array]:
     return cast(unit, x), size * norm
 
 
-def _draw(sampler: Callable, key: PRNGKeyArray, z: PyTree, rank: int) -> PyTree:
+def draw(sampler: Callable, key: PRNGKeyArray, z: PyTree, rank: int) -> PyTree:
     """Random entries like `z`; those of a problem do not depend on the number of others."""
     leaves, treedef = jax.tree.flatten(z)
 

@@ -123,7 +123,7 @@ class ReversibleTransformer(AbstractLanguageModel):
         return jax.vmap(one)(jnp.arange(self.deq.max_steps))
 
     def extend(self, tokens, caches, start):
-        solver = self.deq.solver
+        solver: Any = paramax.unwrap(self.deq.solver)
         zero = lambda tolerance: isinstance(tolerance, int | float) and tolerance == 0
         if not isinstance(solver, Reversible | FixedPointIteration) or not (
             zero(solver.rtol) and zero(solver.atol)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import paramax
 import pytest
 
 import deqjax
@@ -15,6 +16,7 @@ from deqjax.nn import CausalAttention
 
 SMALL = {"width": 16, "heads": 2, "hidden": (24,), "max_steps": 4}
 SIZE, LENGTH = 11, 12
+RETENTION = paramax.Parameterize(jax.nn.sigmoid, jnp.linspace(-1.0, 1.0, 16))
 both_positions = pytest.mark.parametrize("rotary", [False, True])
 
 
@@ -208,7 +210,8 @@ def slow(model, prompt, length):
 @pytest.mark.parametrize("options", [
     {}, {"rotary": True}, {"cls": Transformer, "blocks": 2},
     {"solver": deqjax.FixedPointIteration(rtol=0.0, atol=0.0), "adjoint": deqjax.PhantomAdjoint()},
-], ids=["learned", "rotary", "explicit", "picard"])  # fmt: skip
+    {"solver": deqjax.Reversible(rtol=0.0, atol=0.0, beta=RETENTION)},
+], ids=["learned", "rotary", "explicit", "picard", "retention"])  # fmt: skip
 def test_a_cached_prefix_changes_no_token(getkey, options):
     model, prompt = build(getkey(), **options), tokens(getkey())[0, :5]
     found = model.generate(prompt, 7)
