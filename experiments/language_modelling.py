@@ -48,6 +48,7 @@ from training.flags import read
 if __name__ == "__main__":  # before the rest, which takes seconds to import
     choose(read(Config))
 
+import json
 import time
 from functools import partial
 from typing import Any
@@ -96,7 +97,7 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         ),
     )
     batch, replicated = mesh()
-    loss_fn = make_loss(static, batch)
+    loss_fn = make_loss(static, config, batch)
     step = make_step(loss_fn, optimizer, batch, replicated, accumulate=config.accumulate)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(params, None, optimizer.init(params), train_key, zero)
@@ -140,6 +141,15 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
         "seconds": f"{time.perf_counter() - start_time:.0f}",
         "folder": f"{folder.path}/",
     }
+    if config.model == "reversible":
+        n = config.max_steps or 1
+        depths = sorted({1, max(1, n // 2), n, 2 * n, 4 * n})
+        found = {k: evaluate(state, k)["eval_perplexity"] for k in depths}
+        if is_main():
+            with folder.writing("depths.json"):
+                (folder.path / "depths.json").write_text(json.dumps(found) + "\n")
+            shown = ", ".join(f"{x:.3f} after {k}" for k, x in found.items())
+            print(f"{title(config)}: perplexity {shown} steps\n")
     folder.close()
     return row
 

@@ -34,6 +34,11 @@ def _resolve(config: Config, alone: bool) -> Config:
         name = f"{config.name}-{default}"
     config = filled(dataclasses.replace(config, name=name), values)
     check(config)
+    if config.retention == "learned" and not 0 < config.beta < 1:
+        raise SystemExit(
+            f"Expected --beta between 0 and 1 beside --retention learned, which starts there and "
+            f"stays between these, got {config.beta}. Pass another, or leave it out."
+        )
     if (config.epochs is None) == (config.steps is None):
         raise SystemExit(
             f"Expected either --epochs or --steps, got {config.epochs} and {config.steps}. Leave "
@@ -44,7 +49,10 @@ def _resolve(config: Config, alone: bool) -> Config:
 
 def title(config: Config) -> str:
     if config.model == "reversible":
-        return f"RevDEQ, {config.max_steps} steps"
+        words = [f"RevDEQ, {config.max_steps} steps"]
+        words += ["retention learned"] if config.retention == "learned" else []
+        words += ["random depth"] if config.random_depth else []
+        return ", ".join(words + ([f"last {config.last}"] if config.last else []))
     return (
         "explicit, 1 block"
         if config.model == "explicit"

@@ -1,5 +1,6 @@
 """The parts of a language model's training: the network, its loss, an evaluation."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import paramax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 import deqjax
@@ -36,21 +38,37 @@ def make_model(config: Config, size: int, key: PRNGKeyArray) -> Model:
         return Transformer(size, length, blocks=blocks, **options)
     # Zero tolerances: all windows take the same steps, and the gradient is that of these.
     exact: dict[str, Any] = {"exact": config.exact, "fraction_bits": config.fraction_bits}
-    solver = deqjax.Reversible(beta=config.beta, rtol=0.0, atol=0.0, **exact)
+    beta: Any = config.beta
+    if config.retention == "learned":
+        start = jax.scipy.special.logit(jnp.asarray(beta))
+        beta = paramax.Parameterize(jax.nn.sigmoid, jnp.full(config.width, start))
+    solver = deqjax.Reversible(beta=beta, rtol=0.0, atol=0.0, **exact)
+    options["adjoint"] = deqjax.ReversibleAdjoint(last=config.last)
     return ReversibleTransformer(size, length, solver=solver, max_steps=steps, **options)
 
 
-def _losses(model: Model, tokens: Int[Array, "b l"]) -> tuple[Array, Any]:
-    logits, solves = model(tokens[:, :-1])
+def deeper(model: ReversibleTransformer, steps: int) -> ReversibleTransformer:
+    """The model with another ceiling on its steps."""
+    deq = dataclasses.replace(model.deq, max_steps=steps)
+    return eqx.tree_at(lambda model: model.deq, model, deq)
+
+
+def _losses(model: Model, tokens: Int[Array, "b l"], **steps: Any) -> tuple[Array, Any]:
+    logits, solves = model(tokens[:, :-1], **steps)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]), solves
 
 
-def make_loss(static: PyTree, batch) -> Callable:
+def make_loss(static: PyTree, config: Config, batch) -> Callable:
     """Mean cross-entropy of the next token, in nats: for `training.fit.make_step`."""
+    n = config.max_steps
+    assert n
 
     def loss_fn(params, norms, key, tokens: Int[Array, "b l"]):
-        del key
-        losses, solves = _losses(shard_solves(eqx.combine(params, static), batch), tokens)
+        model, steps = eqx.combine(params, static), {}
+        if config.random_depth:
+            model = deeper(model, n + n // 2)
+            steps["steps"] = jax.random.randint(key, (), n - n // 2, n + n // 2 + 1)
+        losses, solves = _losses(shard_solves(model, batch), tokens, **steps)
         metrics = solve_metrics(solves, len(tokens))
         for _, sol in solves:
             metrics["state_peak"] = jnp.max(jnp.abs(jax.lax.stop_gradient(sol.value)))
@@ -60,7 +78,9 @@ def make_loss(static: PyTree, batch) -> Callable:
 
 
 def make_evaluate(static: PyTree, corpus: Corpus, config: Config, batch, replicated) -> Callable:
-    """`evaluate(state)`: the validation split, every token but the first predicted once."""
+    """`evaluate(state, steps=None)`: the validation split, every token but the first predicted
+    once; with as many steps as in training, or so many.
+    """
     size, length = config.batch_size, config.length
     assert size and length
     tokens, counted = windows(corpus.valid, length)
@@ -68,18 +88,19 @@ def make_evaluate(static: PyTree, corpus: Corpus, config: Config, batch, replica
     fill = ((0, -n % size), (0, 0))  # one compilation: the last batch is filled up
     tokens, counted = np.pad(tokens, fill), np.pad(counted, fill)
 
-    def total(params, tokens, counted):
-        losses, solves = _losses(shard_solves(eqx.combine(params, static), batch), tokens)
+    def total(params, tokens, counted, steps):
+        model = eqx.combine(params, static)
+        if steps is not None:
+            model = deeper(model, steps)
+        losses, solves = _losses(shard_solves(model, batch), tokens)
         evaluations = jnp.where(counted[:, 0], forward_evaluations(solves, size), 0)
         return jnp.sum(jnp.where(counted, losses, 0)), jnp.sum(evaluations)
 
-    compiled = jax.jit(total, out_shardings=replicated)
+    compiled = jax.jit(total, out_shardings=replicated, static_argnums=3)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        sums = [
-            compiled(state.params, *place([tokens[i : i + size], counted[i : i + size]], batch))
-            for i in range(0, len(tokens), size)
-        ]
+    def evaluate(state: TrainState, steps: int | None = None) -> dict[str, float]:
+        part = lambda i: place([tokens[i : i + size], counted[i : i + size]], batch)
+        sums = [compiled(state.params, *part(i), steps) for i in range(0, len(tokens), size)]
         nats, evaluations = np.sum(np.asarray(local(sums), np.float64), 0)
         loss = nats / counted.sum()
         per_word = nats / corpus.valid_words

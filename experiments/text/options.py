@@ -57,6 +57,13 @@ class Config(TextSession, Training):
     explicit-deep."""
     beta: Annotated[Beta, SOLVED] = 0.5
     """Relaxation of reversible, the paper's; 1 - beta is 1/d or -1/d, d an integer."""
+    retention: Annotated[Literal["fixed", "learned"], SOLVED] = "fixed"
+    """learned: beta is one number per channel, from --beta on, by a sigmoid."""
+    last: Annotated[Count | None, SOLVED] = None
+    """Evaluations, the last ones, that the gradient of reversible goes through; None: all."""
+    random_depth: Annotated[bool, SOLVED] = False
+    """Draws the steps of reversible anew in each training step, from half of them to one and a half
+    times as many."""
     fraction_bits: Annotated[int, Range(8, 30), SOLVED, Only("exact", (True,))] = 20
     """Bits of the exact state behind the point: its range is 2^(31 - bits), 2,048; state_peak in
     the metrics says how much is used."""

@@ -5,16 +5,22 @@ import math
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+import paramax
 import pytest
 from processes import runner
 
+import deqjax
+
 from text.config import choose
-from text.language import make_model
+from text.language import _losses, deeper, make_evaluate, make_loss, make_model
 from text.options import Config
+from training.devices import mesh
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "language_modelling.py"
 
@@ -109,6 +115,8 @@ def test_resuming_is_bit_for_bit_and_of_the_same_text(run, default, tmp_path):
     (dict(learning_rate=0.0), "Expected --learning-rate above 0"),
     (dict(temperature=-1.0), "Expected --temperature of at least 0"),
     (dict(model="explicit", beta=0.8), "Expected no --beta"),
+    (dict(model="explicit", retention="learned"), "Expected no --retention"),
+    (dict(retention="learned", beta=1.25), "Expected --beta between 0 and 1"),
     (dict(log_every=0), "Expected --log-every of at least 1"),
     (dict(name="../there"), "Expected a --name that is that of a folder"),
     (dict(resume=True, name="never"), "--resume expected a run in one of"),
@@ -128,7 +136,37 @@ def test_the_papers_preset_and_ways_of_computing():
     (config,) = choose(Config(model="explicit-deep", max_steps=3, rotary=True, tied=True))
     model = eqx.filter_eval_shape(lambda key: make_model(config, 10, key), jax.random.key(0))
     assert len(model.blocks) == 3 and model.vocabulary.head is None
+    (config,) = choose(Config(model="reversible", retention="learned", beta=0.8, last=2))
+    model = make_model(config, 10, jax.random.key(0))
+    beta = paramax.unwrap(model.deq.solver).beta
+    assert beta.shape == (config.width,) and jnp.allclose(beta, 0.8)
+    assert model.deq.adjoint == deqjax.ReversibleAdjoint(last=2)
     assert model.vocabulary.positions is None
+
+
+def test_a_drawn_depth_is_one_program_and_evaluated_by_the_same_steps():
+    """The loss of a step is that of a model of so many steps; the ceiling is one and a half."""
+    corpus = SimpleNamespace(valid=np.arange(60, dtype=np.uint8) % 10, valid_words=7)
+    (config,) = choose(Config(model="reversible", random_depth=True, smoke=True, max_steps=4))
+    model = make_model(config, 10, jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    batch, replicated = mesh()
+    tokens = jnp.asarray(corpus.valid[: 8 * 6].reshape(8, 6), jnp.int32)
+    loss = jax.jit(make_loss(static, config, batch))
+    losses = [loss(params, None, jax.random.key(i), tokens)[0] for i in range(12)]
+    depths = [
+        float(loss(params, None, jax.random.key(i), tokens)[1][1]["evaluations"]) for i in range(12)
+    ]
+    assert {n - 1 for n in depths} == {2, 3, 4, 5, 6}
+    fixed = [np.mean(_losses(deeper(model, int(n) - 1), tokens)[0]) for n in depths]
+    np.testing.assert_allclose(losses, fixed, rtol=1e-5)
+    evaluate = make_evaluate(static, corpus, config, batch, replicated)
+    state = SimpleNamespace(params=params)
+    assert (
+        evaluate(state)["eval_loss"]
+        == evaluate(state, 4)["eval_loss"]
+        != evaluate(state, 2)["eval_loss"]
+    )
 
 
 @pytest.mark.slow
