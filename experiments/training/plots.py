@@ -12,7 +12,9 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 
-def plot_curves(folder: RunFolder, title: str, test_name: str) -> None:
+def plot_curves(
+    folder: RunFolder, title: str, test_name: str, loss: str = "cross-entropy, nats"
+) -> None:
     """Loss, and accuracy where there is one, of every step and evaluation, against the step."""
     lines = folder.metrics()
     train = [line for line in lines if "loss" in line]
@@ -36,7 +38,7 @@ def plot_curves(folder: RunFolder, title: str, test_name: str) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         panel.legend()
     panels[0].set_yscale("log")
-    panels[0].set_ylabel("loss (cross-entropy, nats)")
+    panels[0].set_ylabel(f"loss ({loss})")
     figure.suptitle(title)
     _save(folder, figure, "curves.png")
 

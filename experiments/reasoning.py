@@ -1,0 +1,206 @@
+"""How deep must a gradient go? One recursion, differentiated through its last K evaluations.
+
+Shown: a network that repeats one cell learns to solve Sudokus and mazes, to multiply permutations,
+and to grow a digit from a single cell; with a gradient through the last evaluation, the last few or
+all of them, which is exact and takes the memory of one. How deep the gradient has to go depends on
+the task: on how far what is known has to travel.
+
+    python experiments/reasoning.py                           # 6 x 6 Sudokus, all against the last
+    python experiments/reasoning.py --task sudoku4 --last 0 1 2 4          # two minutes
+    python experiments/reasoning.py --task maze --size 15 --last 0 8
+    python experiments/reasoning.py --task growth --size 32 --last 0 8     # a cellular automaton
+    python experiments/reasoning.py --task growth --segments 4 --fire 0.5  # that lasts, and heals
+    python experiments/reasoning.py --task permutations --noise 0.1 --random-depth
+    python experiments/reasoning.py --law          # every task, depth and seed on record: hours
+    python experiments/reasoning.py --smoke        # the same, tiny, not learning
+
+Tasks come from seeded generators; no test puzzle has a solution, or walls, that a training puzzle
+has, nor a mirrored or renamed one. The table says how many unseen puzzles are solved after as many
+evaluations as in training, and after 2, 4 and 8 times as many; how long the training took without
+what else the machine did, and the temporary memory of its step; the residual and the spectral
+radius of the cell at the end. Below it: whether the recursion converges, and from other starts to
+the same point; how often the start with the lowest residual is right; how a grown picture heals.
+
+`--resume` with the same options goes on where a run was stopped, bit for bit. Every run has a
+folder runs/<name>/ with its configuration, metrics, checkpoints and result.json; the first has the
+picture. `--law` trains what is not trained yet, and writes reasoning.md, .json and .png into
+runs/law/. Several GPUs, hosts or a TPU pod: see the README. All options: --help.
+"""
+
+from puzzles.config import choose
+from puzzles.options import Config
+from training.flags import read
+
+if __name__ == "__main__":  # before the rest, which takes seconds to import
+    choose(read(Config))
+
+import json
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from puzzles.config import title
+from puzzles.law import all_runs, rows
+from puzzles.measure import damage, diagnosis, frames, progress, radius, starts
+from puzzles.memory import measure as measure_memory
+from puzzles.networks import make_model
+from puzzles.pictures import draw_law, draw_runs
+from puzzles.tasks import Task, load
+from puzzles.train import TIMES, empty, make_evaluate, make_loss, make_run
+from training.devices import begin, check_batch, is_main, local, main_first, mesh, place, replicate
+from training.fit import TrainState, fit, make_step
+from training.options import RUNS, recorded
+from training.plots import plot_curves
+from training.run import RunFolder
+from training.table import ending
+
+
+def train(config: Config, task: Task) -> dict[str, Any]:
+    """One run, from its folder to its row of the table."""
+    size, total, n, peak = config.batch_size, config.steps, config.evaluations, config.learning_rate
+    assert size and total and n and peak and config.name and config.weight_decay is not None
+    check_batch(size, config.accumulate, 10**9, "examples")
+
+    # --- network, optimiser, compiled functions
+    model_key, train_key = jax.random.split(jax.random.key(config.seed))
+    model = eqx.filter_jit(make_model)(config, task, model_key)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    folder = RunFolder(RUNS, config.name, recorded(config), resume=config.resume, keep=config.keep)
+    warmup = min(config.warmup, total // 10)
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(rate, weight_decay=config.weight_decay),
+    )
+    batch, replicated = mesh()
+    step = make_step(make_loss(static, task, config, batch), optimizer, batch, replicated,
+                     accumulate=config.accumulate)  # fmt: skip
+    zero = jnp.zeros((), jnp.int32)
+    carry = empty(model, task, config)
+    state = TrainState(params, carry, optimizer.init(params), train_key, zero)
+    state = folder.restore(replicate(state, replicated))
+    examples = lambda step: task.batch(step, size, config.seed)
+    # Compiled ahead, so that the memory it asks for can be read.
+    compiled = step.lower(state, *place(examples(0), batch)).compile()
+    memory: Any = compiled.memory_analysis()
+    run = make_run(static, config, batch, replicated)
+    evaluate = make_evaluate(run, task, config)
+
+    state, _ = fit(
+        folder,
+        compiled,
+        state,
+        examples,
+        batch,
+        session=config,
+        total=total,
+        assess=evaluate,
+        assess_every=max(1, total // 6),
+        per_step=size,
+        unit="examples",
+    )
+    result = results(config, task, folder, state, run, static)
+    result["mib"] = memory.temp_size_in_bytes / 2**20
+    if is_main():
+        name = "cross-entropy, nats" if task.tokens else "squared error over variance"
+        plot_curves(folder, f"{config.task}, gradient through {title(config)}", "test", name)
+        with folder.writing("result.json"):
+            (folder.path / "result.json").write_text(json.dumps(result, indent=1))
+    folder.close()
+    return result
+
+
+def results(
+    config: Config, task: Task, folder: RunFolder, state: TrainState, run: Any, static: Any
+) -> dict[str, Any]:
+    """All that is said of a run, measured at its end."""
+    size, params = config.batch_size, state.params
+    assert size
+    model = eqx.combine(local(params), static)
+    at = progress(run, params, task, config)
+    _, sol = run(params, task.test[0], config.evaluations, jax.random.key(1))
+    result = {name: getattr(config, name) for name in ("task", "size", "evaluations", "seed")}
+    result |= {"gradient": title(config), "last": config.depth, "steps": config.steps}
+    result |= {"parameters": sum(x.size for x in jax.tree.leaves(params))}
+    result |= {
+        "solved": at["solved"],
+        "loss": at["loss"],
+        "residual": at["residual"][str(config.evaluations)],
+    }
+    result["folder"] = folder.path.name
+    result["radius"] = radius(model, sol.value, task.test[0])
+    lines = [line for line in folder.metrics() if "loss" in line]
+    # Without what else the machine did: at the speed of the fastest tenth of the readings.
+    speed = np.percentile([line["examples_per_second"] for line in lines], 90)
+    result["seconds"] = len(lines) * size / speed
+    result["curve"] = [
+        {k: line[k] for k in ("step", "eval_loss", "eval_accuracy")}
+        for line in folder.metrics() if "eval_loss" in line
+    ]  # fmt: skip
+    if is_main():
+        with folder.writing("frames.npz"):
+            save: Any = np.savez_compressed
+            save(folder.path / "frames.npz", **frames(run, params, task, config))
+    if not config.seed:
+        result["diagnosis"] = repr(diagnosis(model, task, config))
+        if config.task == "growth":
+            result["damage"] = damage(run, params, task, config)
+        else:
+            result["starts"] = starts(run, params, task, config)
+    return result
+
+
+def row(result: dict[str, Any]) -> dict[str, Any]:
+    n = result["evaluations"]
+    line = {"task": result["task"], "gradient": result["gradient"]}
+    line |= {f"solved at {t * n}": f"{100 * result['solved'][str(t * n)]:.1f} %" for t in TIMES}
+    line |= {"error": f"{result['loss'][str(n)]:.3f}", "seconds": f"{result['seconds']:.0f}"}
+    line |= {"MiB": f"{result['mib']:.1f}", "residual": f"{result['residual']:.1e}"}
+    return line | {"radius": f"{result['radius']:.2f}", "folder": f"{RUNS / result['folder']}/"}
+
+
+def law(config: Config) -> None:
+    """The table, the picture and all numbers of every task, depth and seed."""
+    found = all_runs(lambda config: train(config, load(config)), config.smoke)
+    folder = RUNS / "law"
+    folder.mkdir(exist_ok=True)
+    memory = measure_memory(16, (4, 8)) if config.smoke else measure_memory()
+    draw_law(found, memory, RUNS, folder / "reasoning.png")
+    record = {"results": found, "memory": memory}
+    (folder / "reasoning.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [f"{n:>12}" + "".join(f"{memory[name][i]:>14.0f}" for name in list(memory)[1:])
+             for i, n in enumerate(memory["evaluations"])]  # fmt: skip
+    table = ending(rows(found), config.smoke, "The gradient goes through the last K evaluations")
+    table += "\n\nevaluations" + "".join(f"{name:>14}" for name in list(memory)[1:]) + "\n"
+    table += "\n".join(lines)
+    (folder / "reasoning.md").write_text(f"```\n{table.strip()}\n```\n")
+    print(table)
+
+
+def main(configs: list[Config]) -> None:
+    first = configs[0]
+    begin(first)
+    if first.law:
+        law(first)
+        return
+    task = main_first(lambda: load(first))
+    found = [(config, train(config, task)) for config in configs]
+    if is_main():
+        lines = [row(result) for _, result in found]
+        path = RUNS / found[0][1]["folder"] / "picture.png"
+        draw_runs([result for _, result in found], RUNS, path)
+        print(ending(lines, first.smoke, task.about, f"seed {first.seed}"))
+        for config, result in found:
+            print(f"\nGradient through {title(config)}:\n{result.get('diagnosis', '')}")
+            for name in ("starts", "damage"):
+                if name in result:
+                    print(name, result[name])
+        print(f"\nPicture: {path}")
+
+
+if __name__ == "__main__":
+    main(choose(read(Config)))
