@@ -78,6 +78,11 @@ def _check_fit(config: Config) -> None:
             f"Expected --width of at least 11 for growth, where the first cell names one of ten "
             f"digits, got {config.width}. Pass more."
         )
+    if mixing == "attention" and config.width % 4:
+        raise SystemExit(
+            f"Expected --width to be a multiple of the four heads of --mixing attention, got "
+            f"{config.width}. Pass such a number."
+        )
     if task == "maze" and config.size is not None and config.size % 2 == 0:
         raise SystemExit(
             f"Expected an odd --size of a maze, whose rooms have walls on both sides, got "

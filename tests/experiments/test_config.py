@@ -77,8 +77,8 @@ def test_every_preset_is_whole(name):
         assert (config.shift, config.mirror) == (0, False)
 
 
-# Found by the network, the data set or the name of a run.
-OPEN = {"preset", "kind", "mirror", "name", "steps", "epochs"}
+# Found by the network, the data set or the name of a run; or None is a value: all steps.
+OPEN = {"preset", "kind", "mirror", "name", "steps", "epochs", "last"}
 SESSION = {field.name for field in dataclasses.fields(Session)} | {"cache_dir", "model"}
 
 

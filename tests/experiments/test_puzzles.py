@@ -108,6 +108,7 @@ def test_the_runs_on_record_are_complete_and_have_names_of_their_own():
     (dict(task="maze", size=8), "Expected an odd --size"),
     (dict(task="growth", size=12), "multiple of 8"),
     (dict(task="growth", width=8), "Expected --width of at least 11"),
+    (dict(task="parity", width=30), "a multiple of the four heads"),
     (dict(task="sudoku6", mixing="automaton"), "Expected --mixing automaton for growth"),
     (dict(task="sudoku6", size=9), "Expected no --size"),
     (dict(task="sudoku6", fire=0.5), "Expected no --fire"),
