@@ -172,10 +172,10 @@ def law(config: Config) -> None:
     draw_law(found, memory, RUNS, folder / "reasoning.png")
     record = {"results": found, "memory": memory}
     (folder / "reasoning.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = [f"{n:>12}" + "".join(f"{memory[name][i]:>14.0f}" for name in list(memory)[1:])
+    lines = [f"{n:>12}" + "".join(f"{memory[name][i]:>17.0f}" for name in list(memory)[1:])
              for i, n in enumerate(memory["evaluations"])]  # fmt: skip
     table = ending(rows(found), config.smoke, "The gradient goes through the last K evaluations")
-    table += "\n\nevaluations" + "".join(f"{name:>14}" for name in list(memory)[1:]) + "\n"
+    table += "\n\nevaluations" + "".join(f"{name:>17}" for name in list(memory)[1:]) + "\n"
     table += "\n".join(lines)
     (folder / "reasoning.md").write_text(f"```\n{table.strip()}\n```\n")
     print(table)

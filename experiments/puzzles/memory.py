@@ -20,18 +20,19 @@ DEPTHS = (16, 32, 64, 128, 256)
 
 
 def measure(side: int = SIDE, depths: tuple[int, ...] = DEPTHS) -> dict[str, list[float]]:
-    """MiB of temporary memory of a compiled gradient, whatever device: exact, checkpointed, and
-    stored, which is the same recursion as a scan that JAX differentiates."""
+    """MiB of temporary memory of a compiled gradient: exact, with guard digits and without,
+    checkpointed, and stored, which is the same recursion as a scan that JAX differentiates."""
     found: dict[str, Any] = {"evaluations": list(depths)}
-    for name in ("exact", "checkpointed", "stored"):
+    for name in ("exact", "exact, no guard", "checkpointed", "stored"):
         found[name] = [_mib(name, side, n) for n in depths]
     return found
 
 
 def _mib(name: str, side: int, evaluations: int) -> float:
     adjoint: Any = "checkpointed" if name == "checkpointed" else "exact"
+    guard = 0 if name == "exact, no guard" else None
     config = resolved(
-        Config(task="growth", size=side, evaluations=evaluations, adjoint=adjoint, last=(0,))
+        Config(task="growth", size=side, evaluations=evaluations, adjoint=adjoint, guard_bits=guard)
     )
     task = load(config)
     model = make_model(config, task, jax.random.key(0))

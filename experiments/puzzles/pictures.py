@@ -54,7 +54,7 @@ def _draw_depths(panel: Any, results: list[dict[str, Any]]) -> None:
 
 def _draw_memory(panel: Any, memory: dict[str, list[float]]) -> None:
     styles = (("stored", COLORS[1]), ("checkpointed", COLORS[6]), ("exact", COLORS[0]))
-    for name, color in styles:
+    for name, color in (*styles, ("exact, no guard", COLORS[5])):
         panel.loglog(memory["evaluations"], memory[name], ".-", color=color, label=name)
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:.0f}")
