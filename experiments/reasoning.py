@@ -46,7 +46,7 @@ import optax
 from puzzles.config import title
 from puzzles.law import all_runs, rows
 from puzzles.measure import damage, diagnosis, frames, progress, radius, starts
-from puzzles.memory import measure as measure_memory
+from puzzles.memory import SIDE, measure as measure_memory
 from puzzles.networks import make_model
 from puzzles.pictures import draw_law, draw_runs
 from puzzles.tasks import Task, load
@@ -56,7 +56,7 @@ from training.fit import TrainState, fit, make_step
 from training.options import RUNS, recorded
 from training.plots import plot_curves
 from training.run import RunFolder
-from training.table import ending
+from training.table import ending, table
 
 
 def train(config: Config, task: Task) -> dict[str, Any]:
@@ -163,6 +163,21 @@ def row(result: dict[str, Any]) -> dict[str, Any]:
     return line | {"radius": f"{result['radius']:.2f}", "folder": f"{RUNS / result['folder']}/"}
 
 
+def further(config: Config, result: dict[str, Any]) -> str:
+    """Test-time compute of a puzzle, or what becomes of a damaged picture, as text."""
+    if "starts" in result:
+        found, share = result["starts"], lambda x: f"{100 * x:.1f} %"
+        best = f"lowest residual of {config.starts}"
+        lines = [
+            {"evaluations": k, "one random start": share(first), best: share(chosen),
+             "any of them": share(any_), "right above wrong": "-" if auc is None else f"{auc:.3f}"}
+            for k, first, chosen, any_, auc in zip(*found.values(), strict=True)
+        ]  # fmt: skip
+        return "\n" + table(lines)
+    words = [f"{name} {x:.3f}" for name, x in result.get("damage", {}).items()]
+    return f"error, a quarter set to zero: {', '.join(words)}" if words else ""
+
+
 def law(config: Config) -> None:
     """The table, the picture and all numbers of every task, depth and seed."""
     found = all_runs(lambda config: train(config, load(config)), config.smoke)
@@ -172,13 +187,12 @@ def law(config: Config) -> None:
     draw_law(found, memory, RUNS, folder / "reasoning.png")
     record = {"results": found, "memory": memory}
     (folder / "reasoning.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = [f"{n:>12}" + "".join(f"{memory[name][i]:>17.0f}" for name in list(memory)[1:])
-             for i, n in enumerate(memory["evaluations"])]  # fmt: skip
-    table = ending(rows(found), config.smoke, "The gradient goes through the last K evaluations")
-    table += "\n\nevaluations" + "".join(f"{name:>17}" for name in list(memory)[1:]) + "\n"
-    table += "\n".join(lines)
-    (folder / "reasoning.md").write_text(f"```\n{table.strip()}\n```\n")
-    print(table)
+    text = ending(rows(found), config.smoke, "The gradient goes through the last K evaluations")
+    text += f"\n\nMiB of a training step of growth, {SIDE} cells a side\n\n"
+    text += table([dict(zip(memory, (f"{x:.0f}" for x in line), strict=True))
+                   for line in zip(*memory.values(), strict=True)])  # fmt: skip
+    (folder / "reasoning.md").write_text(f"```\n{text.strip()}\n```\n")
+    print(text)
 
 
 def main(configs: list[Config]) -> None:
@@ -196,9 +210,7 @@ def main(configs: list[Config]) -> None:
         print(ending(lines, first.smoke, task.about, f"seed {first.seed}"))
         for config, result in found:
             print(f"\nGradient through {title(config)}:\n{result.get('diagnosis', '')}")
-            for name in ("starts", "damage"):
-                if name in result:
-                    print(name, result[name])
+            print(further(config, result))
         print(f"\nPicture: {path}")
 
 

@@ -94,7 +94,9 @@ class Diagnosis(NamedTuple):
                 "There are several fixed points: the output depends on z0.",
             ),
         ]
-        return [f"-> {sentence}" for holds, sentence in cases if np.any(holds)]
+        # Of a batch, how many of its problems.
+        of = lambda holds: f"{np.sum(holds)} of {holds.size}: " if holds.size > 1 else ""
+        return [f"-> {of(holds)}{sentence}" for holds, sentence in cases if np.any(holds)]
 
 
 def diagnose(

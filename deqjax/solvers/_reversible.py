@@ -62,8 +62,9 @@ class Reversible(AbstractSolver):
     - `rtol`, `atol`, `norm`: as in `deqjax.FixedPointIteration`.
     - `beta`: relaxation, in (0, 2) and not 1. A float is a constant; in the exact mode `1 - beta`
         is `1/d` or `-1/d`, d an integer from 2 on (1/2, 2/3, 0.75, 0.8, 0.9, 1.2, ...). An array is
-        differentiated. It broadcasts against each leaf of one problem's z, say with shape
-        `(channels,)`; a pytree has an array for each leaf. In the exact mode it lies in (0, 1),
+        differentiated by the adjoints of the steps taken; with those of the fixed point, which does
+        not depend on it, its gradient is 0. It broadcasts against each leaf of one problem's z, say
+        with shape `(channels,)`; a pytree has an array for each leaf. In the exact mode it lies in (0, 1),
         `1 - beta` is rounded to `n / denominator`, n from 1 to `denominator - 1`, and `Z[k+1]` is
         `round(n Z[k-1] / denominator) + round(beta f(z[k]) 2^b)`. So `Reversible(beta=
         paramax.Parameterize(jax.nn.sigmoid, jnp.zeros(channels)))` in `nn.DEQ` learns one.

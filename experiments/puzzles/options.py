@@ -48,7 +48,7 @@ class Config(PuzzleSession, Training):
     adjoint: Literal["exact", "checkpointed", "one-step", "implicit"] = "exact"
     """exact and checkpointed: the gradient of the evaluations taken, by reversal or by checkpoints;
     one-step: of one more evaluation, without damping; implicit: of a fixed point."""
-    guard_bits: Annotated[int | None, Range(0, 30), Only("adjoint", ("exact",))] = None
+    guard_bits: Annotated[int | None, Range(0, 16, but=(1,)), Only("adjoint", ("exact",))] = None
     """Bits by which a reversed evaluation is corrected; None: as many as suit the cell; 0: it is
     compiled by itself and evaluated once more, with the least memory."""
     retention: Literal["fixed", "learned"] = "fixed"
