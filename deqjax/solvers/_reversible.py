@@ -64,9 +64,9 @@ class Reversible(AbstractSolver):
         is `1/d` or `-1/d`, d an integer from 2 on (1/2, 2/3, 0.75, 0.8, 0.9, 1.2, ...). An array is
         differentiated by the adjoints of the steps taken; with those of the fixed point, which does
         not depend on it, its gradient is 0. It broadcasts against each leaf of one problem's z, say
-        with shape `(channels,)`; a pytree has an array for each leaf. In the exact mode it lies in (0, 1),
-        `1 - beta` is rounded to `n / denominator`, n from 1 to `denominator - 1`, and `Z[k+1]` is
-        `round(n Z[k-1] / denominator) + round(beta f(z[k]) 2^b)`. So `Reversible(beta=
+        with shape `(channels,)`; a pytree has an array for each leaf. In the exact mode it lies in
+        (0, 1), `1 - beta` is rounded to `n / denominator`, n from 1 to `denominator - 1`, and
+        `Z[k+1]` is `round(n Z[k-1] / denominator) + round(beta f(z[k]) 2^b)`. So `Reversible(beta=
         paramax.Parameterize(jax.nn.sigmoid, jnp.zeros(channels)))` in `nn.DEQ` learns one.
     - `exact`: whether to use the exact mode.
     - `fraction_bits`: b, from 8 to 30: the exact state has the range `+-2^(31 - b)` (128 for 24) at
