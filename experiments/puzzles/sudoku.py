@@ -10,6 +10,7 @@ import numpy as np
 
 from puzzles.split import held_out
 
+_MOST_TRIES = 500
 Cells = list[int]  # row by row; 0 is an empty cell
 
 
@@ -118,12 +119,19 @@ def puzzles(
     side: int, clues: int, count: int, *, test: bool, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` puzzles and their solutions, each of shape `(count, side^2)`, digits from 1."""
-    board, rng, found = BOARDS[side], random.Random(f"{seed} {test}"), []
+    board, rng, found, failed = BOARDS[side], random.Random(f"{seed} {test}"), [], 0
     while len(found) < count:
         solution = next(solutions(board, [0] * side**2, rng))
         if held_out(form(board, solution)) == test:
             cells = puzzle(board, solution, clues, rng)
             found += [(cells, solution)] if cells else []
+            failed = 0 if cells else failed + 1
+            if failed == _MOST_TRIES:
+                raise SystemExit(
+                    f"Expected --clues with which Sudokus of {side} x {side} cells have one "
+                    f"solution, got {clues}, with which none was found in {_MOST_TRIES:,}. Pass "
+                    f"another number."
+                )
     cells, solved = np.asarray(found, np.int8).swapaxes(0, 1)
     return cells, solved
 

@@ -106,6 +106,8 @@ def test_the_runs_on_record_are_complete_and_have_names_of_their_own():
 
 @pytest.mark.parametrize(("options", "words"), [
     (dict(task="maze", size=8), "Expected an odd --size"),
+    (dict(task="sudoku4", clues=2), "with which none was found in 500"),
+    (dict(task="sudoku4", clues=17), "with which none was found in 500"),
     (dict(task="growth", size=12), "multiple of 8"),
     (dict(task="growth", width=8), "Expected --width of at least 11"),
     (dict(task="parity", width=30), "a multiple of the four heads"),
