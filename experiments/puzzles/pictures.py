@@ -69,8 +69,7 @@ def _draw_strips(figure: Any, results: list[dict[str, Any]], runs: Path) -> None
     growth = [r for r in by_steps if r["task"] == "growth"]
     largest = max((r["size"] for r in growth), default=0)
     growth = [r for r in growth if r["size"] == largest]
-    full = [r for r in growth if r["last"] == 0]
-    short = sorted((r for r in growth if r["last"] > 1), key=lambda r: r["last"])[:1]
+    full, short = ([r for r in growth if r["last"] == depth] for depth in (0, 4))
     sudoku = [r for r in by_steps if r["task"].startswith("sudoku") and r["last"] == 0][:1]
     rows = [(r, draw_growth) for r in full + short] + [(r, draw_sudoku) for r in sudoku]
     if not rows:
