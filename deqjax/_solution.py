@@ -40,9 +40,14 @@ def counted(result: RESULTS) -> str:
 
 
 def span(x: Array) -> str:
-    """The number as text, or the least and the largest of several."""
-    ends = [f"{end:.3g}" for end in (np.min(x), np.max(x))] if x.size else ["none"]
-    return " to ".join(dict.fromkeys(ends))
+    """The number as text, or the least and the largest of several, and how many are NaN."""
+    values = np.asarray(x, float)
+    bad = np.sum(np.isnan(values))
+    ends = (np.nanmin(values), np.nanmax(values)) if bad < values.size else ()
+    words = " to ".join(dict.fromkeys(f"{end:.3g}" for end in ends))
+    if not words:
+        return "nan" if bad else "none"
+    return f"{words}, {bad} nan" if bad else words
 
 
 def too_large(tree: PyTree) -> Bool[Array, ""]:

@@ -201,6 +201,7 @@ def attach(out: PyTree, inputs: PyTree, tangent: Callable[[PyTree, PyTree, PyTre
         out = eqx.combine(out_tree.unflatten(values), rest)
         return out_tree.flatten_up_to(tangent(out, inputs, in_tree.unflatten(moved)[1]))
 
+    values = vary(values, mesh_axes(values, others))
     values = _attach_p.bind(*values, *others, rule=rule, count=len(values))
     return eqx.combine(out_tree.unflatten(values), rest)
 

@@ -9,6 +9,7 @@ gradient of the steps taken, in the memory of one.
     python experiments/language_modelling.py --corpus tiny_shakespeare --model reversible
     python experiments/language_modelling.py --corpus wikitext-2 --data-dir FOLDER  # its words
     python experiments/language_modelling.py --corpus text --data-dir FOLDER        # any text, bpe
+    python experiments/language_modelling.py --model reversible --retention learned --random-depth
     python experiments/language_modelling.py --preset paper --corpus text --data-dir FOLDER \\
         --dtype bfloat16                                          # the paper's 94 M parameters
     python experiments/language_modelling.py --smoke               # the same, tiny, not learning
@@ -16,9 +17,11 @@ gradient of the steps taken, in the memory of one.
 tiny_shakespeare is read by TensorFlow Datasets from TFDS_DATA_DIR; a folder of WikiText holds
 wiki.train.tokens and wiki.valid.tokens; a folder of text any .txt files; all of these may be
 compressed. Tokenised text is cached. Perplexities are of the whole validation split, per token and,
-whatever the tokens, per word. `--resume` with the same options goes on where a run was stopped,
-bit for bit. Several GPUs, hosts or a TPU pod: see the README. Every run has a folder runs/<name>/
-with its configuration, metrics, checkpoints, a sample of text and a plot. All options: --help.
+whatever the tokens, per word; a reversible model is also evaluated after fewer and more steps than
+in training, which takes as long as seven validations more (depths.json). `--resume` with the same
+options goes on where a run was stopped, bit for bit. Several GPUs, hosts or a TPU pod: see the
+README. Every run has a folder runs/<name>/ with its configuration, metrics, checkpoints, a sample
+of text and a plot. All options: --help.
 
 Hardware: two cores of a shared x86 CPU with other work on them, JAX 0.10.2. As printed:
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_int
 from .._fixed_point import fixed_point
-from .._problem import point
+from .._problem import convert, point, precision_of
 from .._solution import RESULTS, counted, span
 from .._tree import as_real, is_traced, per_problem, quotient, stop_gradient, two_norm, widen
 from ..solvers import AbstractSolver
@@ -29,7 +29,7 @@ class Diagnosis(NamedTuple):
     agreeing: Float[Array, "..."]
     elsewhere: Float[Array, "..."]
     distance: Float[Array, "..."]
-    floor: Float[Array, ""]
+    floor: Float[Array, "..."]
     starts: int
     max_steps: int
 
@@ -39,15 +39,16 @@ class Diagnosis(NamedTuple):
         lines = {
             "result": counted(self.result),
             "steps": f"{span(self.num_steps)} (at most {self.max_steps})",
-            "residual": f"{span(self.residual)} (rounding alone: {self.floor:.0e})",
+            "residual": f"{span(self.residual)} (rounding alone: {span(self.floor)})",
             "factor per step": span(self.rate),
             "spectral radius of f": span(self.spectral_radius.value),
         }
-        if self.starts:
+        if np.any(self.spectral_radius.residual > 0.1):
+            lines["spectral radius of f"] += " (uncertain)"
+        if self.starts and not np.all(np.isnan(self.agreeing)):
             lines["other starts"] = f"{self.starts}: share that ends here {span(self.agreeing)}, "
             lines["other starts"] += f"elsewhere {span(self.elsewhere)}"
-            if np.any(self.agreeing + self.elsewhere > 0):
-                lines["distance of ends"] = span(self.distance)
+            lines["distance of ends"] = span(self.distance)
         return "\n".join([f"{k:<22}{v}" for k, v in lines.items()] + self.advice())
 
     def advice(self) -> list[str]:
@@ -58,7 +59,7 @@ class Diagnosis(NamedTuple):
         )
         short = ended("nonlinear_max_steps_reached")
         rounding = short & (residual <= 10 * self.floor)
-        falls = (rate > 0) & (rate < 1)
+        falls = rate < 1
         cases = [
             (
                 ended("nonfinite"),
@@ -77,7 +78,8 @@ class Diagnosis(NamedTuple):
             ),
             (
                 short & ~rounding & falls,
-                "The residual falls, but slowly: allow more steps, or use deqjax.Anderson().",
+                "The residual falls, but slowly: allow more steps, or use deqjax.Anderson(). If "
+                "the factor is near 1, there may be no fixed point.",
             ),
             (
                 short & ~rounding & ~falls,
@@ -87,7 +89,7 @@ class Diagnosis(NamedTuple):
             (
                 ended("successful") & (radius > 1),
                 "Plain steps of f lead away from this point: deqjax.ImplicitAdjoint() has its "
-                "gradient; phantom gradients and a Neumann series do not.",
+                "gradient; undamped phantom gradients and a Neumann series do not.",
             ),
             (
                 ended("successful") & (np.asarray(self.elsewhere) > 0),
@@ -126,18 +128,20 @@ def diagnose(
 
     - `result`, `num_steps`, `residual`: those of the solve.
     - `rate`: the factor per step by which the residual falls, in the mean over the second half of
-        the steps before it meets rounding (`10 floor`).
+        the steps before it meets rounding (`10 floor`); NaN if there are fewer than two.
     - `spectral_radius`: of `df/dz` at the solution, a `deqjax.SpectralRadius`.
     - `agreeing`, `elsewhere`: the shares of the other starts that converge to the same point, and
         to another; the rest do not converge. `distance`: the largest distance of such an end,
         relative to the 2-norm of the solution. Ends are the same if they are no further apart than
-        their residuals allow at this rate, within a factor of 10.
-    - `floor`: the unit of rounding of the narrowest leaf of z: no residual is much smaller.
+        their residuals allow where f contracts by the larger of `rate` and the spectral radius, at
+        most 0.999, within a factor of 10. NaN if the solve itself does not succeed.
+    - `floor`: the relative rounding of the state, below which no residual is likely to fall: the
+        unit of the narrowest leaf of z, or the spacing of an exact `deqjax.Reversible`.
 
     Under `jax.jit` it is arrays. Printed, it says what to do.
 
-    **Cost:** `(starts + 2) max_steps` evaluations of f at most, and 50 JVPs; `starts + 1` copies of
-    z. Nothing is differentiated.
+    **Cost:** `(starts + 2) max_steps` evaluations of f at most, and 50 JVPs; the memory of one
+    solve, as starts are tried one after another. Nothing is differentiated.
 
     **When not to use it:** in a training step: log `sol.stats` there.
 
@@ -150,10 +154,10 @@ def diagnose(
     sol = fixed_point(fn, solver, z0, args, **options)
     start_key, radius_key = jax.random.split(key)
     radius = spectral_radius(fn, sol.value, args, key=radius_key, batched=batched)
-    eps = max(jnp.finfo(x.dtype).eps for x in jax.tree.leaves(sol.value))
-    floor = jnp.asarray(eps, sizes.dtype)
     rank = int(batched)
+    floor = _floor(fn, solver, z0, args, sol.value, rank).astype(sizes.dtype)
     rate = _rate(sizes, 10 * floor)
+    contraction = jnp.fmax(rate, radius.value)
 
     def other(key):
         """The distance of another start's end, whether it is the same point, and whether not."""
@@ -162,14 +166,15 @@ def diagnose(
         end = fixed_point(fn, solver, start, args, **options)
         distance = per_problem(_distance, rank)(end.value, sol.value)
         slack = 10 * (end.stats["residual"] + sol.stats["residual"] + floor)
-        same, ended = distance <= slack / (1 - jnp.minimum(rate, 0.999)), end.result == success
+        same = distance <= slack / (1 - jnp.minimum(contraction, 0.999))
+        ended = end.result == RESULTS.successful
         return jnp.where(ended, distance, 0), ended & same, ended & ~same
 
-    success, none = RESULTS.successful, jnp.zeros((0, *rate.shape))
-    ends = (none, none, none)
+    ends = (jnp.zeros((0, *rate.shape)),) * 3
     if starts:
         ends = jax.lax.map(other, jax.random.split(start_key, starts))
-    share = lambda x: jnp.sum(x, 0, dtype=rate.dtype) / max(starts, 1)
+    reached = lambda x: jnp.where(sol.result == RESULTS.successful, x, jnp.nan)
+    share = lambda x: reached(jnp.sum(x, 0, dtype=rate.dtype) / max(starts, 1))
     return Diagnosis(
         sol.result,
         sol.stats["num_steps"],
@@ -178,18 +183,29 @@ def diagnose(
         radius,
         share(ends[1]),
         share(ends[2]),
-        jnp.max(ends[0], 0, initial=0),
+        reached(jnp.max(ends[0], 0, initial=0)),
         floor,
         starts,
         max_steps,
     )
 
 
+def _floor(fn, solver, z0, args, value, rank: int) -> Float[Array, "..."]:
+    """The rounding of the dtype or, if that is coarser, of the solver's own state."""
+    with precision_of(solver):
+        fn, z0, args, _ = convert(fn, z0, args, solver)
+    solver = solver.prepared(fn, z0, args, rank)
+    between = jax.tree.map(lambda x: x * 1.3, value)  # the value itself is on the solver's grid
+    rounded = per_problem(lambda solver, z: solver.start(z), rank)(solver, between)
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(value))
+    return jnp.fmax(per_problem(_distance, rank)(rounded, between), eps)
+
+
 def _rate(sizes: Float[Array, "k ..."], floor: Array) -> Float[Array, "..."]:
     """exp of the slope of log residual over the second half of the steps before the floor."""
     k = jnp.arange(len(sizes)).reshape(-1, *[1] * (sizes.ndim - 1))
     k = jnp.broadcast_to(k, sizes.shape)
-    above = jnp.cumprod(sizes > floor, 0)  # NaN is not above
+    above = jnp.cumprod(sizes > floor[None], 0)  # NaN is not above
     last = jnp.sum(above, 0)
     used = (above == 1) & (k >= (last // 2)[None])
     weight = used.astype(sizes.dtype)
@@ -198,7 +214,7 @@ def _rate(sizes: Float[Array, "k ..."], floor: Array) -> Float[Array, "..."]:
     logs, steps = jnp.log(jnp.where(used, sizes, 1)), k.astype(sizes.dtype)
     away = steps - mean(steps)[None]
     slope = quotient(jnp.sum(weight * away * logs, 0), jnp.sum(weight * away**2, 0))
-    return jnp.where(count > 1, jnp.exp(slope), 0)
+    return jnp.where(count > 1, jnp.exp(slope), jnp.nan)
 
 
 def _start(noise: PyTree, value: PyTree) -> PyTree:

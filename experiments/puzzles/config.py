@@ -2,8 +2,9 @@
 
 import dataclasses
 from dataclasses import replace
+from typing import Any
 
-from puzzles.options import SUDOKUS, Config, Name
+from puzzles.options import SUDOKUS, Config, Name, PuzzleSession
 from training.flags import check, check_read
 from training.options import check_names, filled
 
@@ -31,6 +32,13 @@ TASKS: dict[Name, Config] = {
 
 def choose(config: Config) -> list[Config]:
     """The runs that are asked for, each with everything filled in; what does not fit is refused."""
+    if config.law:
+        given = replace(config, **_session(config), smoke=False)
+        if given != replace(Config(law=True), **_session(config)):
+            raise SystemExit(
+                "Expected --law without options of a run, which it has its own of, got some. Leave "
+                "them out."
+            )
     depths = config.last
     if depths is None:
         depths = (0, 1) if config.adjoint in ("exact", "checkpointed") else (0,)
@@ -65,13 +73,13 @@ def resolved(config: Config, several: bool = True) -> Config:
 
 def _check_fit(config: Config) -> None:
     task, mixing, n = config.task, config.mixing, config.evaluations
+    size = config.size or 0
     assert n and config.width
-    if (mixing == "automaton") != (task in ("maze", "growth")) and not (
-        task == "maze" and mixing != "automaton"
-    ):
+    automaton = mixing == "automaton"
+    if (task == "growth" and not automaton) or (automaton and task not in ("maze", "growth")):
         raise SystemExit(
             f"Expected --mixing automaton for growth, mlp or attention for sequences and Sudokus, "
-            f"got {mixing} for {task}. Leave --mixing out."
+            f"and any for mazes, got {mixing} for {task}. Leave --mixing out."
         )
     if task == "growth" and config.width < 11:
         raise SystemExit(
@@ -83,10 +91,10 @@ def _check_fit(config: Config) -> None:
             f"Expected --width to be a multiple of the four heads of --mixing attention, got "
             f"{config.width}. Pass such a number."
         )
-    if task == "maze" and config.size is not None and config.size % 2 == 0:
+    if task == "maze" and (size % 2 == 0 or size < 7):
         raise SystemExit(
-            f"Expected an odd --size of a maze, whose rooms have walls on both sides, got "
-            f"{config.size}. Pass an odd number."
+            f"Expected an odd --size of at least 7 of a maze, whose rooms have walls on both sides "
+            f"(those of 5 are all alike), got {size}. Pass such a number."
         )
     drawn = config.noise > 0 or config.fire < 1
     if drawn and config.adjoint in ("one-step", "implicit"):
@@ -105,6 +113,11 @@ def _check_fit(config: Config) -> None:
             f"Expected --last of at most the {n} --evaluations, got {config.depth}. Pass fewer, "
             f"or 0 for all."
         )
+
+
+def _session(config: Config) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(PuzzleSession)}
+    return {name: getattr(config, name) for name in names}
 
 
 def default_name(config: Config) -> str:

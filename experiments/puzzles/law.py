@@ -10,7 +10,7 @@ import numpy as np
 from puzzles.config import resolved
 from puzzles.options import Config
 from puzzles.train import TIMES
-from training.options import RUNS
+from training.options import RUNS, recorded
 
 SEEDS = (0, 1, 2)
 
@@ -21,7 +21,7 @@ class Case(NamedTuple):
     label: str
     options: dict[str, Any]
     depths: tuple[int, ...]
-    timed: tuple[int, ...]  # depths that are also trained for as long as the deepest
+    timed: tuple[int, ...]  # depths that are also trained for as long as all evaluations take
 
     def config(self, depth: int, seed: int, smoke: bool) -> Config:
         """The run of a depth and a seed; of a timed one, `steps` is replaced."""
@@ -40,9 +40,19 @@ CASES = (
 
 
 def finished(config: Config) -> dict[str, Any] | None:
-    """The result of a run that has come to its end."""
-    path = RUNS / str(config.name) / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    """The result of a run that has come to its end; refuses one with other options."""
+    folder = RUNS / str(config.name)
+    if not (folder / "result.json").exists():
+        return None
+    before = json.loads((folder / "config.json").read_text())["config"]
+    now = json.loads(json.dumps(recorded(config)))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        raise SystemExit(
+            f"--law expected {folder} to be of the table's own options, got others of {changed}. "
+            f"Move the folder away."
+        )
+    return json.loads((folder / "result.json").read_text())
 
 
 def all_runs(train: Callable[[Config], dict[str, Any]], smoke: bool) -> list[dict[str, Any]]:
@@ -50,25 +60,23 @@ def all_runs(train: Callable[[Config], dict[str, Any]], smoke: bool) -> list[dic
     results, seeds, cases = [], SEEDS, CASES
     if smoke:
         few = lambda case: case._replace(depths=(1, 0), timed=case.timed[:1])
-        seeds, cases = SEEDS[:1], [few(case) for case in CASES if "Sudoku" in case.label]
-        cases += [few(CASES[0])]
+        seeds, cases = SEEDS[:1], [few(CASES[0]), few(CASES[2])]
     for seed in seeds:
         for case in cases:
-            own = {}
             for depth in case.depths:
                 config = case.config(depth, seed, smoke)
-                own[depth] = finished(config) or train(config)
-                results.append(own[depth] | {"case": case.label, "equal": "steps"})
+                result = finished(config) or train(config)
+                results.append(result | {"case": case.label, "equal": "steps"})
+            # The first seed says how long it takes, so that all seeds take as many steps.
+            first = [r for r in results if (r["case"], r["equal"]) == (case.label, "steps")]
+            seconds = {r["last"]: r["seconds"] for r in first[: len(case.depths)]}
             for depth in case.timed:
-                # The ratio is that of the first seed, so that all seeds take as many steps.
-                first = [r for r in results if r["case"] == case.label and r["equal"] == "steps"]
-                seconds = {r["last"]: r["seconds"] for r in first[: len(case.depths)]}
                 config = case.config(depth, seed, smoke)
-                ratio = max(seconds.values()) / max(seconds[depth], 1e-9)
-                steps = max(config.steps or 1, round((config.steps or 1) * ratio, -1))
+                assert config.steps
+                steps = max(config.steps, round(config.steps * seconds[0] / seconds[depth], -1))
                 name = f"{config.name}-long"
-                exists = (RUNS / name).exists()
-                config = dataclasses.replace(config, steps=int(steps), name=name, resume=exists)
+                resume = (RUNS / name).exists()
+                config = dataclasses.replace(config, steps=int(steps), name=name, resume=resume)
                 result = finished(config) or train(config)
                 results.append(result | {"case": case.label, "equal": "time"})
     return results
@@ -93,9 +101,9 @@ def _row(case: str, equal: str, depth: int, runs: list[dict[str, Any]]) -> dict[
         solved = [100 * r["solved"][str(t * n)] for r in runs]
         row[f"x{t}"] = _span(solved, "{:.1f}")
     if growth:
-        row["error"] = _span([r["loss"][str(n)] for r in runs], "{:.3f}")
+        row["error / variance"] = _span([r["loss"][str(n)] for r in runs], "{:.3f}")
     else:
-        row["error"] = "-"
+        row["error / variance"] = "-"
     row["steps"] = f"{runs[0]['steps']:,}"
     row["seconds"] = _span([r["seconds"] for r in runs], "{:.0f}")
     row["MiB"] = f"{runs[0]['mib']:.0f}"

@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 import deqjax
 
+from puzzles.networks import Automaton
 from puzzles.options import Config
 from puzzles.tasks import Task
 from puzzles.train import TIMES, keyed, score, start
@@ -65,12 +66,13 @@ def diagnosis(model: deqjax.nn.DEQ, task: Task, config: Config) -> deqjax.Diagno
 
 
 def _few(model: deqjax.nn.DEQ, z: Array, given: np.ndarray) -> tuple[Array, PyTree, Callable]:
+    """A few states and inputs, and the cell without anything drawn: all of an automaton fires."""
     cell: Any = paramax.unwrap(model.cell)
     cell = eqx.tree_at(lambda cell: cell.noise, cell, 0.0)
-    x = keyed(jnp.asarray(given[:FEW]), jax.random.key(1), model.indexed)
-    step = (0,) if model.indexed else ()
-    one = lambda z, x: cell(z, x, *step)
-    return z[:FEW], jax.vmap(cell.inject)(x), lambda z, x: jax.vmap(one)(z, x)
+    if isinstance(cell, Automaton):
+        cell = eqx.tree_at(lambda cell: cell.fire, cell, 1.0)
+    x = keyed(jnp.asarray(given[:FEW]), jax.random.key(1), False)
+    return z[:FEW], jax.vmap(cell.inject)(x), lambda z, x: jax.vmap(cell)(z, x)
 
 
 def starts(run: Callable, params: PyTree, task: Task, config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a training step of the automaton asks for, by the number of evaluations."""
+"""What a gradient of the automaton asks for, by the number of evaluations."""
 
 from collections.abc import Callable
 from typing import Any

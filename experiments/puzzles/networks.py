@@ -123,7 +123,7 @@ class Automaton(eqx.Module):
     head: Float[Array, "d labels"] | None
     side: int = eqx.field(static=True)
     noise: float
-    fire: float = eqx.field(static=True)
+    fire: float
 
     def __init__(self, config: Config, task: Task, key: PRNGKeyArray):
         width, hidden = config.width, config.hidden

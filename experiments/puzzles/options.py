@@ -36,9 +36,9 @@ class Config(PuzzleSession, Training):
     clues: Annotated[Count | None, Only("task", SUDOKUS)] = None
     """Cells of a Sudoku that are given: the fewer, the harder."""
     puzzles: Count | None = None
-    """Different puzzles to train on."""
+    """Puzzles to train on, drawn independently: of a small task some are alike."""
     held_out: Count | None = None
-    """Puzzles of other solutions, to test on."""
+    """Puzzles of other solutions, to test on, drawn likewise."""
 
     last: Annotated[tuple[Whole, ...] | None, OWN] = None
     """Evaluations, the last ones, that the gradient goes through: one run each; 0: all of them.

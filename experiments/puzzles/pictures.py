@@ -1,5 +1,6 @@
 """The picture of a run, and the one of the whole table."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def quality(result: dict[str, Any]) -> float:
 
 
 def draw_law(results: list[dict[str, Any]], memory: dict[str, list[float]], runs: Path, to: Path):
-    """Result against the depth of the gradient; memory against evaluations; two strips."""
+    """Result against the depth of the gradient; memory against evaluations; strips of examples."""
     figure: Any = plt.figure(figsize=(13, 4.2), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(4, 3.2, 5))
     _draw_depths(left.subplots(), results)
@@ -33,7 +34,7 @@ def draw_law(results: list[dict[str, Any]], memory: dict[str, list[float]], runs
 
 def _draw_depths(panel: Any, results: list[dict[str, Any]]) -> None:
     cases = dict.fromkeys(r["case"] for r in results)
-    for color, case in zip(COLORS, cases, strict=False):
+    for color, case in zip(itertools.cycle(COLORS), cases, strict=False):
         by_depth: dict[int, list[float]] = {}
         for r in results:
             if r["case"] == case and r["equal"] == "steps":
@@ -47,7 +48,7 @@ def _draw_depths(panel: Any, results: list[dict[str, Any]]) -> None:
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:.0f}")
     panel.set(xlabel="last K evaluations that the gradient goes through", ylim=(-0.03, 1.03))
-    panel.set_ylabel("solved; of growth, 1 - error / variance")
+    panel.set_ylabel("most solved at any depth; of growth, 1 - error / variance")
     _plain(panel)
     panel.legend(fontsize="small")
 
@@ -138,7 +139,7 @@ def draw_runs(results: list[dict[str, Any]], runs: Path, to: Path) -> None:
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
     panel = left.subplots()
     growth = results[0]["task"] == "growth"
-    for color, r in zip(COLORS, results, strict=False):
+    for color, r in zip(itertools.cycle(COLORS), results, strict=False):
         values = r["loss"] if growth else r["solved"]
         at = [int(k) for k in values if int(k)]
         panel.plot(at, [values[str(k)] for k in at], ".-", color=color, label=r["gradient"])

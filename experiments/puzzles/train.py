@@ -88,8 +88,10 @@ def make_loss(static: PyTree, task: Task, config: Config, batch) -> Callable:
 
 
 def make_run(static: PyTree, config: Config, batch, replicated) -> Callable:
-    """`run(params, given, steps, key, z0=None) -> (output, solution)`, without noise, as one
-    program for all numbers of steps to `max(TIMES)` of those of training."""
+    """`run(params, given, steps, key, z0=None) -> (output, solution)`, as one program for all
+    numbers of steps to `max(TIMES)` of those of training. There is no noise; which cells of an
+    automaton fire is still drawn.
+    """
     n = config.evaluations
     assert n
 

@@ -39,6 +39,11 @@ def _resolve(config: Config, alone: bool) -> Config:
             f"Expected --beta between 0 and 1 beside --retention learned, which starts there and "
             f"stays between these, got {config.beta}. Pass another, or leave it out."
         )
+    if config.last is not None and config.last > (config.max_steps or 1):
+        raise SystemExit(
+            f"Expected --last of at most the {config.max_steps} --max-steps, got {config.last}. "
+            f"Pass fewer, or leave it out for all."
+        )
     if (config.epochs is None) == (config.steps is None):
         raise SystemExit(
             f"Expected either --epochs or --steps, got {config.epochs} and {config.steps}. Leave "

@@ -1,4 +1,4 @@
-"""A diagnosis says what is known of a solve from theory, in numbers and in words."""
+"""A diagnosis agrees with theory, in numbers and in words."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,12 @@ def test_an_example_does_not_depend_on_the_others():
 WEIGHT = 0.5 * jnp.linalg.qr(jax.random.normal(KEY, (32, 32)))[0]
 SAYS = {
     "slow": (lambda z: 0.999 * z + 1, PICARD, "falls, but slowly"),
-    "no fixed point": (lambda z: z + 1 / (1 + z**2), PICARD, "falls, but slowly"),
+    "no fixed point": (lambda z: z + 1 / (1 + z**2), PICARD, "may be no fixed point"),
+    "a coarse state": (
+        lambda z: 0.3 * z + 1e-4,
+        deqjax.Reversible(1e-7, 1e-12, beta=0.75, fraction_bits=20),
+        "as small as rounding",
+    ),
     "a cycle": (lambda z: 1 - z, PICARD, "does not fall"),
     "growth": (lambda z: 30 * z + 1, PICARD, "grow without bound"),
     "not finite": (lambda z: jnp.log(z - 1), PICARD, "not finite"),
@@ -64,6 +69,31 @@ def test_it_says_what_is_wrong(case):
     fn, solver, words = SAYS[case]
     found = deqjax.diagnose(lambda z, _: fn(z), solver, jnp.full(32, 0.4), key=KEY, max_steps=40)
     assert words in repr(found), repr(found)
+
+
+SOLVERS = {
+    "anderson": deqjax.Anderson(1e-3, 1e-3),
+    "broyden": deqjax.Broyden(1e-3, 1e-3),
+    "from the solution": PICARD,
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_one_fixed_point_is_not_called_several(name):
+    """Fast solvers of a slow contraction, and a start from which no rate is to be seen."""
+    matrix, one = 1.98 * WEIGHT, jnp.ones(32)
+    at = jnp.linalg.solve(jnp.eye(32) - matrix, one)
+    z0 = at if name == "from the solution" else jnp.zeros(32)
+    fn = lambda z, _: matrix @ z + one
+    found = deqjax.diagnose(fn, SOLVERS[name], z0, key=KEY, max_steps=2000)
+    assert found.result == deqjax.RESULTS.successful
+    assert found.elsewhere == 0 and "several" not in repr(found)
+
+
+def test_nothing_is_said_of_other_starts_if_the_solve_fails():
+    fn = lambda z, _: jnp.where(z < 0, jnp.nan, 0.5 * z + 1)
+    found = deqjax.diagnose(fn, PICARD, jnp.full(3, -1.0), key=KEY)
+    assert jnp.isnan(found.elsewhere) and jnp.isnan(found.agreeing) and "starts" not in repr(found)
 
 
 def test_starts_that_fail_are_not_said_to_end_elsewhere():

@@ -116,6 +116,7 @@ def test_resuming_is_bit_for_bit_and_of_the_same_text(run, default, tmp_path):
     (dict(temperature=-1.0), "Expected --temperature of at least 0"),
     (dict(model="explicit", beta=0.8), "Expected no --beta"),
     (dict(model="explicit", retention="learned"), "Expected no --retention"),
+    (dict(model="reversible", last=9), "Expected --last of at most the 6 --max-steps"),
     (dict(retention="learned", beta=1.25), "Expected --beta between 0 and 1"),
     (dict(log_every=0), "Expected --log-every of at least 1"),
     (dict(name="../there"), "Expected a --name that is that of a folder"),

@@ -11,6 +11,7 @@ from puzzles.config import choose, resolved
 from puzzles.law import CASES
 from puzzles.measure import auc
 from puzzles.options import Config
+from puzzles.split import held_out
 from puzzles.tasks import load
 
 
@@ -22,6 +23,7 @@ def test_a_sudoku_has_one_solution_and_the_test_has_others(side, clues):
         assert np.all(np.count_nonzero(cells, axis=1) == clues)
         for puzzle, solution in zip(cells.tolist(), solutions.tolist(), strict=True):
             assert list(sudoku.solutions(board, puzzle)) == [solution]
+            assert held_out(sudoku.form(board, solution)) == test
             for unit in range(3 * side):
                 inside = [
                     d for d, units in zip(solution, board.units, strict=True) if unit in units
@@ -65,8 +67,9 @@ def test_a_maze_has_one_way_and_the_test_has_other_walls(side):
             assert len(reached) == 2 * rooms - 1
             assert way.sum() == reached[end] + 1  # the shortest way, both ends with it
             assert way[start] and way[end] and not way[grid == mazes.WALL].any()
-        plain = np.where(grids == mazes.WALL, 0, 1)
+        plain = np.where(grids == mazes.WALL, mazes.WALL, mazes.FREE).astype(np.int8)
         walls[test] = {min(x.tobytes() for x in mazes.symmetries(grid)) for grid in plain}
+        assert all(held_out(form) == test for form in walls[test])
     assert not walls[False] & walls[True]
 
 
@@ -80,6 +83,18 @@ def test_running_products():
             for number, expected in zip(word, product, strict=True):
                 five = sequences.PERMUTATIONS[number][five]
                 assert np.array_equal(five, sequences.PERMUTATIONS[expected])
+
+
+def test_words_of_the_test_are_no_renamed_ones_of_the_training():
+    rng, forms = np.random.default_rng(0), {}
+    for test in (False, True):
+        words, products = sequences.permutations(2, 400, test=test, seed=0)
+        renamed, _ = sequences.renamed(words, products, rng)
+        both = {False: words, True: renamed}
+        forms[test] = {x.tobytes() for x in both[test]}
+        parity, _ = sequences.parity(8, 100, test=test, seed=0)
+        assert all(held_out(bits.tobytes()) == test for bits in parity)
+    assert not forms[False] & forms[True] and len(forms[False]) > 300
 
 
 def test_a_batch_is_a_function_of_its_step():
@@ -106,6 +121,8 @@ def test_the_runs_on_record_are_complete_and_have_names_of_their_own():
 
 @pytest.mark.parametrize(("options", "words"), [
     (dict(task="maze", size=8), "Expected an odd --size"),
+    (dict(task="maze", size=5), "of at least 7"),
+    (dict(law=True, noise=0.1), "Expected --law without options"),
     (dict(task="sudoku4", clues=2), "with which none was found in 500"),
     (dict(task="sudoku4", clues=17), "with which none was found in 500"),
     (dict(task="growth", size=12), "multiple of 8"),

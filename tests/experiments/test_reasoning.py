@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import runner
+from processes import finish, runner, start_two
 
 from puzzles.config import resolved
 from puzzles.networks import make_model
@@ -65,6 +65,15 @@ def test_resuming_is_bit_for_bit_on_eight_devices(run, tmp_path):
     ]
     losses = lambda name: [x for x in strip(name) if "loss" in x]
     assert losses("halves") == losses("straight")
+
+
+@pytest.mark.slow
+def test_two_processes_measure_together_what_one_writes(tmp_path):
+    options = "--smoke --task parity --last 1 --segments 2 --name two".split()
+    main, other = finish(start_two(SCRIPT, *options, cwd=tmp_path))
+    assert "one random start" in main and "one random start" not in other
+    result = json.loads((tmp_path / "runs" / "two" / "result.json").read_text())
+    assert result["steps"] == 6 and (tmp_path / "runs" / "two" / "frames.npz").exists()
 
 
 @pytest.mark.slow
