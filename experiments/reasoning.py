@@ -36,13 +36,16 @@ if __name__ == "__main__":  # before the rest, which takes seconds to import
     choose(read(Config))
 
 import json
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jaxtyping import PyTree
 
 from puzzles.config import title
 from puzzles.law import all_runs, rows
@@ -60,17 +63,24 @@ from training.run import RunFolder
 from training.table import ending, table
 
 
-def train(config: Config, task: Task) -> dict[str, Any]:
-    """One run, from its folder to its row of the table."""
-    size, total, n, peak = config.batch_size, config.steps, config.evaluations, config.learning_rate
-    assert size and total and n and peak and config.name and config.weight_decay is not None
-    check_batch(size, config.accumulate, 10**9, "examples")
+class Built(NamedTuple):
+    """What a run is made of before it begins: its compiled step among others."""
 
-    # --- network, optimiser, compiled functions
+    static: PyTree
+    state: TrainState
+    step: Any
+    batch: NamedSharding
+    replicated: NamedSharding
+
+
+def build(config: Config, task: Task) -> Built:
+    """Network, optimiser and compiled step, whose memory can be read."""
+    size, total, peak = config.batch_size, config.steps, config.learning_rate
+    assert size and total and peak and config.weight_decay is not None
+    check_batch(size, config.accumulate, 10**9, "examples")
     model_key, train_key = jax.random.split(jax.random.key(config.seed))
     model = eqx.filter_jit(make_model)(config, task, model_key)
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    folder = RunFolder(RUNS, config.name, recorded(config), resume=config.resume, keep=config.keep)
     warmup = min(config.warmup, total // 10)
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total)
     optimizer = optax.chain(
@@ -78,24 +88,43 @@ def train(config: Config, task: Task) -> dict[str, Any]:
         optax.adamw(rate, weight_decay=config.weight_decay),
     )
     batch, replicated = mesh()
-    step = make_step(make_loss(static, task, config, batch), optimizer, batch, replicated,
-                     accumulate=config.accumulate)  # fmt: skip
-    zero = jnp.zeros((), jnp.int32)
-    carry = empty(model, task, config)
+    loss = make_loss(static, task, config, batch)
+    step = make_step(loss, optimizer, batch, replicated, accumulate=config.accumulate)
+    zero, carry = jnp.zeros((), jnp.int32), empty(model, task, config)
     state = TrainState(params, carry, optimizer.init(params), train_key, zero)
-    state = folder.restore(replicate(state, replicated))
-    examples = lambda step: task.batch(step, size, config.seed)
-    # Compiled ahead, so that the memory it asks for can be read.
-    compiled = step.lower(state, *place(examples(0), batch)).compile()
-    memory: Any = compiled.memory_analysis()
+    state = replicate(state, replicated)
+    example = place(task.batch(0, size, config.seed), batch)
+    return Built(static, state, step.lower(state, *example).compile(), batch, replicated)
+
+
+def clock(configs: list[Config], rounds: int = 7) -> list[float]:
+    """Seconds of a training step of each: the median of rounds in which they take turns."""
+    task, times = load(configs[0]), [[] for _ in configs]
+    built = [build(config, task) for config in configs]
+    states = [b.state for b in built]
+    for _ in range(rounds):
+        for i, (config, b) in enumerate(zip(configs, built, strict=True)):
+            examples = place(task.batch(0, config.batch_size or 1, 0), b.batch)
+            began = time.perf_counter()
+            states[i], _ = jax.block_until_ready(b.step(states[i], *examples))
+            times[i].append(time.perf_counter() - began)
+    return [float(np.median(each)) for each in times]
+
+
+def train(config: Config, task: Task) -> dict[str, Any]:
+    """One run, from its folder to its result."""
+    size, total = config.batch_size, config.steps
+    assert size and total and config.name
+    static, state, step, batch, replicated = build(config, task)
+    folder = RunFolder(RUNS, config.name, recorded(config), resume=config.resume, keep=config.keep)
+    state = folder.restore(state)
     run = make_run(static, config, batch, replicated)
     evaluate = make_evaluate(run, task, config)
-
     state, _ = fit(
         folder,
-        compiled,
+        step,
         state,
-        examples,
+        lambda step: task.batch(step, size, config.seed),
         batch,
         session=config,
         total=total,
@@ -105,7 +134,7 @@ def train(config: Config, task: Task) -> dict[str, Any]:
         unit="examples",
     )
     result = results(config, task, folder, state, run, static)
-    result["mib"] = memory.temp_size_in_bytes / 2**20
+    result["mib"] = step.memory_analysis().temp_size_in_bytes / 2**20
     if is_main():
         name = "cross-entropy, nats" if task.tokens else "squared error over variance"
         plot_curves(folder, f"{config.task}, gradient through {title(config)}", "test", name)
@@ -181,14 +210,19 @@ def more(config: Config, result: dict[str, Any]) -> str:
 
 def law(config: Config) -> None:
     """The table, the picture and all numbers of every task, depth and seed."""
-    found = all_runs(lambda config: train(config, load(config)), config.smoke)
+    found = all_runs(lambda config: train(config, load(config)), clock, config.smoke)
     folder = RUNS / "law"
     folder.mkdir(exist_ok=True)
     memory = measure_memory(16, (4, 8)) if config.smoke else measure_memory()
     draw_law(found, memory, RUNS, folder / "reasoning.png")
     record = {"results": found, "memory": memory}
     (folder / "reasoning.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = ending(rows(found), config.smoke, "The gradient goes through the last K evaluations")
+    about = (
+        "The gradient goes through the last of the evaluations. Mean of the seeds, and range.",
+        "x1, x2, ...: % solved after so many times as many evaluations as in training.",
+        "seconds: of all training steps, by the median of rounds in which the depths take turns.",
+    )
+    text = ending(rows(found), config.smoke, *about)
     text += f"\n\nMiB of a gradient of growth, {SIDE} cells a side\n\n"
     text += table([dict(zip(memory, (f"{x:.0f}" for x in line), strict=True))
                    for line in zip(*memory.values(), strict=True)])  # fmt: skip

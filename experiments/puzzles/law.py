@@ -55,7 +55,11 @@ def finished(config: Config) -> dict[str, Any] | None:
     return json.loads((folder / "result.json").read_text())
 
 
-def all_runs(train: Callable[[Config], dict[str, Any]], smoke: bool) -> list[dict[str, Any]]:
+def all_runs(
+    train: Callable[[Config], dict[str, Any]],
+    clock: Callable[[list[Config]], list[float]],
+    smoke: bool,
+) -> list[dict[str, Any]]:
     """Trains what is not trained yet; the results of all."""
     results, seeds, cases = [], SEEDS, CASES
     if smoke:
@@ -63,23 +67,31 @@ def all_runs(train: Callable[[Config], dict[str, Any]], smoke: bool) -> list[dic
         seeds, cases = SEEDS[:1], [few(CASES[0]), few(CASES[2])]
     for seed in seeds:
         for case in cases:
-            for depth in case.depths:
-                config = case.config(depth, seed, smoke)
-                result = finished(config) or train(config)
-                results.append(result | {"case": case.label, "equal": "steps"})
-            # The first seed says how long it takes, so that all seeds take as many steps.
-            first = [r for r in results if (r["case"], r["equal"]) == (case.label, "steps")]
-            seconds = {r["last"]: r["seconds"] for r in first[: len(case.depths)]}
+            configs = {depth: case.config(depth, seed, smoke) for depth in case.depths}
+            seconds = dict(zip(configs, _clocked(case, clock, [*configs.values()]), strict=True))
+            runs = [(depth, config, "steps") for depth, config in configs.items()]
             for depth in case.timed:
-                config = case.config(depth, seed, smoke)
+                config = configs[depth]
                 assert config.steps
                 steps = max(config.steps, round(config.steps * seconds[0] / seconds[depth], -1))
                 name = f"{config.name}-long"
                 resume = (RUNS / name).exists()
-                config = dataclasses.replace(config, steps=int(steps), name=name, resume=resume)
+                longer = dataclasses.replace(config, steps=int(steps), name=name, resume=resume)
+                runs.append((depth, longer, "time"))
+            for depth, config, equal in runs:
                 result = finished(config) or train(config)
-                results.append(result | {"case": case.label, "equal": "time"})
+                result["seconds"] = result["steps"] * seconds[depth]
+                results.append(result | {"case": case.label, "equal": equal})
     return results
+
+
+def _clocked(case: Case, clock: Callable, configs: list[Config]) -> list[float]:
+    """Seconds of a step of each depth, measured once: all seeds take as many steps."""
+    path = RUNS / "law" / f"seconds of {case.label}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(clock(configs)))
+    return json.loads(path.read_text())
 
 
 def rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -105,7 +117,7 @@ def _row(case: str, equal: str, depth: int, runs: list[dict[str, Any]]) -> dict[
     else:
         row["error / variance"] = "-"
     row["steps"] = f"{runs[0]['steps']:,}"
-    row["seconds"] = _span([r["seconds"] for r in runs], "{:.0f}")
+    row["seconds"] = f"{runs[0]['seconds']:.0f}"
     row["MiB"] = f"{runs[0]['mib']:.0f}"
     row["residual"] = f"{np.mean([r['residual'] for r in runs]):.1e}"
     row["radius"] = f"{np.mean([r['radius'] for r in runs]):.2f}"
