@@ -187,9 +187,10 @@ def strong(tree: PyTree) -> PyTree:
 def attach(out: PyTree, inputs: PyTree, tangent: Callable[[PyTree, PyTree, PyTree], PyTree]):
     """`out`, with the derivative `tangent(out, inputs, tangents of inputs)` and no other one.
 
-    Tangents are None where they are zero. JAX forgets the rule of a `jax.custom_jvp` function in
-    partial evaluation, for instance of `jax.checkpoint` inside a scan, where only the second
-    derivative shows it. A primitive keeps its rule.
+    Tangents are None where they are zero; those returned have the types of `out`, mesh axes too.
+    JAX forgets the rule of a `jax.custom_jvp` function in partial evaluation, for instance of
+    `jax.checkpoint` inside a scan, where only the second derivative shows it. A primitive keeps
+    its rule.
     """
     values, rest = eqx.partition(out, eqx.is_inexact_array)
     values, out_tree = jax.tree.flatten(values)
@@ -201,7 +202,6 @@ def attach(out: PyTree, inputs: PyTree, tangent: Callable[[PyTree, PyTree, PyTre
         out = eqx.combine(out_tree.unflatten(values), rest)
         return out_tree.flatten_up_to(tangent(out, inputs, in_tree.unflatten(moved)[1]))
 
-    values = vary(values, mesh_axes(values, others))
     values = _attach_p.bind(*values, *others, rule=rule, count=len(values))
     return eqx.combine(out_tree.unflatten(values), rest)
 

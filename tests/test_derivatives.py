@@ -96,15 +96,6 @@ def test_an_attached_derivative_of_what_is_mapped_and_what_is_not():
     assert jnp.array_equal(mapped(x)[1], jnp.ones(3, int))
 
 
-def test_an_attached_derivative_inside_shard_map():
-    """The value is the same on all devices, and what its derivative is of is not."""
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    value = lambda x: attach(jnp.ones(1), x, lambda out, x, t: 2 * x * t)
-    split = jax.shard_map(value, mesh=mesh, in_specs=jax.P("d"), out_specs=jax.P("d"))
-    x = jnp.arange(8.0)
-    assert jnp.array_equal(jax.grad(lambda x: jnp.sum(split(x)))(x), 2 * x)
-
-
 def test_an_attached_derivative_of_constants_is_zero():
     out, moved = jax.jvp(lambda x: x * cubed(jnp.ones(())), (jnp.ones(()),), (jnp.ones(()),))
     assert (out, moved) == (1, 1)
