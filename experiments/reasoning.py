@@ -154,7 +154,7 @@ def results(
     at = progress(run, params, task, config)
     _, sol = run(params, task.test[0], config.evaluations, jax.random.key(1))
     result = {name: getattr(config, name) for name in ("task", "size", "evaluations", "seed")}
-    result |= {"gradient": title(config), "last": config.depth, "steps": config.steps}
+    result |= {"gradient": title(config), "last": config.depth, "steps": int(state.step)}
     result |= {"parameters": sum(x.size for x in jax.tree.leaves(params))}
     result |= {
         "solved": at["solved"],

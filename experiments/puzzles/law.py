@@ -52,7 +52,8 @@ def finished(config: Config) -> dict[str, Any] | None:
             f"--law expected {folder} to be of the table's own options, got others of {changed}. "
             f"Move the folder away."
         )
-    return json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
+    return result if result["steps"] == config.steps else None
 
 
 def all_runs(
