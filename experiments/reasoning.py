@@ -64,7 +64,7 @@ from training.table import ending, table
 
 
 class Built(NamedTuple):
-    """What a run is made of before it begins: its compiled step among others."""
+    """The parts of a run before it begins: its compiled step among others."""
 
     static: PyTree
     state: TrainState
@@ -163,14 +163,15 @@ def results(
     }
     result["folder"] = folder.path.name
     result["radius"] = radius(model, sol.value, task.test[0])
-    lines = [line for line in folder.metrics() if "loss" in line]
+    every = folder.metrics()
+    lines = [line for line in every if "loss" in line]
     # What else the machine did is left out; readings of a drawn depth differ by themselves.
     share = 50 if config.random_depth else 90
     speed = np.percentile([line["examples_per_second"] for line in lines], share)
     result["seconds"] = len(lines) * size / speed
     result["curve"] = [
         {k: line[k] for k in ("step", "eval_loss", "eval_accuracy")}
-        for line in folder.metrics() if "eval_loss" in line
+        for line in every if "eval_loss" in line
     ]  # fmt: skip
     # Of all processes: each of these is a computation on all devices.
     shown, save = frames(run, params, task, config), np.savez_compressed

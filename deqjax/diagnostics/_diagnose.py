@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from .._checks import check_int
 from .._fixed_point import fixed_point
 from .._problem import convert, point, precision_of
-from .._solution import RESULTS, counted, span
-from .._tree import as_real, is_traced, per_problem, quotient, stop_gradient, two_norm, widen
+from .._solution import RESULTS, counted, relative_residual, span
+from .._tree import is_traced, per_problem, quotient, stop_gradient, widen
 from ..solvers import AbstractSolver
 from ._jacobian import SpectralRadius, draw, spectral_radius
 from ._residuals import residuals
@@ -164,7 +164,7 @@ def diagnose(
         noise = draw(jax.random.normal, key, sol.value, rank)
         start = per_problem(_start, rank)(noise, sol.value)
         end = fixed_point(fn, solver, start, args, **options)
-        distance = per_problem(_distance, rank)(end.value, sol.value)
+        distance = per_problem(relative_residual, rank)(end.value, sol.value)
         slack = 10 * (end.stats["residual"] + sol.stats["residual"] + floor)
         same = distance <= slack / (1 - jnp.minimum(contraction, 0.999))
         ended = end.result == RESULTS.successful
@@ -198,7 +198,7 @@ def _floor(fn, solver, z0, args, value, rank: int) -> Float[Array, "..."]:
     between = jax.tree.map(lambda x: x * 1.3, value)  # the value itself is on the solver's grid
     rounded = per_problem(lambda solver, z: solver.start(z), rank)(solver, between)
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(value))
-    return jnp.fmax(per_problem(_distance, rank)(rounded, between), eps)
+    return jnp.fmax(per_problem(relative_residual, rank)(rounded, between), eps)
 
 
 def _rate(sizes: Float[Array, "k ..."], floor: Array) -> Float[Array, "..."]:
@@ -225,9 +225,3 @@ def _start(noise: PyTree, value: PyTree) -> PyTree:
         return jnp.where(size > 0, size, 1).astype(noise.real.dtype) * noise
 
     return jax.tree.map(leaf, noise, value)
-
-
-def _distance(end: PyTree, value: PyTree) -> Array:
-    end, value = as_real((end, value))
-    gap = two_norm(jax.tree.map(lambda a, b: widen(a) - widen(b), end, value))
-    return quotient(gap, two_norm(value))

@@ -2,11 +2,10 @@
 
 import dataclasses
 from dataclasses import replace
-from typing import Any
 
-from puzzles.options import SUDOKUS, Config, Name, PuzzleSession
+from puzzles.options import SUDOKUS, Config, Name
 from training.flags import check, check_read
-from training.options import check_names, filled
+from training.options import check_names, filled, recorded
 
 _MIXED = Config(
     mixing="mlp", width=64, hidden=128, evaluations=16, puzzles=3000, held_out=500,
@@ -32,13 +31,11 @@ TASKS: dict[Name, Config] = {
 
 def choose(config: Config) -> list[Config]:
     """The runs that are asked for, each with everything filled in; what does not fit is refused."""
-    if config.law:
-        given = replace(config, **_session(config), smoke=False)
-        if given != replace(Config(law=True), **_session(config)):
-            raise SystemExit(
-                "Expected --law without options of a run, which it has its own of, got some. Leave "
-                "them out."
-            )
+    if config.law and recorded(config) != recorded(Config(law=True, smoke=config.smoke)):
+        raise SystemExit(
+            "Expected --law without options of a run, which it has its own of, got some. Leave "
+            "them out."
+        )
     depths = config.last
     if depths is None:
         depths = (0, 1) if config.adjoint in ("exact", "checkpointed") else (0,)
@@ -96,8 +93,7 @@ def _check_fit(config: Config) -> None:
             f"Expected an odd --size of at least 7 of a maze, whose rooms have walls on both sides "
             f"(those of 5 are all alike), got {size}. Pass such a number."
         )
-    drawn = config.noise > 0 or config.fire < 1
-    if drawn and config.adjoint in ("one-step", "implicit"):
+    if config.draws and config.adjoint in ("one-step", "implicit"):
         raise SystemExit(
             f"Expected --adjoint exact or checkpointed beside --noise and --fire, which draw anew "
             f"in every evaluation, got {config.adjoint}, whose gradient is of a fixed point. Leave "
@@ -113,11 +109,6 @@ def _check_fit(config: Config) -> None:
             f"Expected --last of at most the {n} --evaluations, got {config.depth}. Pass fewer, "
             f"or 0 for all."
         )
-
-
-def _session(config: Config) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(PuzzleSession)}
-    return {name: getattr(config, name) for name in names}
 
 
 def default_name(config: Config) -> str:

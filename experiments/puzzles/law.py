@@ -26,8 +26,12 @@ class Case(NamedTuple):
     def config(self, depth: int, seed: int, smoke: bool) -> Config:
         """The run of a depth and a seed; of a timed one, `steps` is replaced."""
         config = resolved(Config(**self.options, last=(depth,), seed=seed, smoke=smoke))
-        name, resume = f"law-{config.name}", (RUNS / f"law-{config.name}").exists()
-        return dataclasses.replace(config, name=name, resume=resume)
+        return _named(config, f"law-{config.name}")
+
+
+def _named(config: Config, name: str, **changes: Any) -> Config:
+    """The run of this name, which goes on where it was stopped."""
+    return dataclasses.replace(config, name=name, resume=(RUNS / name).exists(), **changes)
 
 
 CASES = (
@@ -75,9 +79,7 @@ def all_runs(
                 config = configs[depth]
                 assert config.steps
                 steps = max(config.steps, round(config.steps * seconds[0] / seconds[depth], -1))
-                name = f"{config.name}-long"
-                resume = (RUNS / name).exists()
-                longer = dataclasses.replace(config, steps=int(steps), name=name, resume=resume)
+                longer = _named(config, f"{config.name}-long", steps=int(steps))
                 runs.append((depth, longer, "time"))
             for depth, config, equal in runs:
                 result = finished(config) or train(config)

@@ -1,4 +1,4 @@
-"""What a trained recursion does with more evaluations, other starts, and damage."""
+"""A trained recursion with more evaluations, from other starts, and after damage."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import paramax
 from jaxtyping import Array, PyTree
+from sklearn.metrics import roc_auc_score
 
 import deqjax
 
 from puzzles.networks import Automaton
 from puzzles.options import Config
 from puzzles.tasks import Task
-from puzzles.train import TIMES, keyed, score, start
+from puzzles.train import TIMES, score, start
 
 FEW = 32  # examples of a Jacobian or of a diagnosis
 
@@ -58,7 +59,7 @@ def radius(model: deqjax.nn.DEQ, z: Array, given: np.ndarray) -> float:
 def diagnosis(model: deqjax.nn.DEQ, task: Task, config: Config) -> deqjax.Diagnosis:
     """`deqjax.diagnose` of a few examples, with a tolerance: does it converge, and to one point?"""
     given = task.test[0]
-    z0 = start(model, keyed(jnp.asarray(given), jax.random.key(1), False))
+    z0 = start(model, (jnp.asarray(given), None))
     z0, x, cell = _few(model, z0, given)
     solver = deqjax.Reversible(rtol=1e-4, atol=1e-4, beta=paramax.unwrap(model.solver).beta)
     most = max(TIMES) * (config.evaluations or 1)
@@ -71,7 +72,7 @@ def _few(model: deqjax.nn.DEQ, z: Array, given: np.ndarray) -> tuple[Array, PyTr
     cell = eqx.tree_at(lambda cell: cell.noise, cell, 0.0)
     if isinstance(cell, Automaton):
         cell = eqx.tree_at(lambda cell: cell.fire, cell, 1.0)
-    x = keyed(jnp.asarray(given[:FEW]), jax.random.key(1), False)
+    x = jnp.asarray(given[:FEW]), None
     return z[:FEW], jax.vmap(cell.inject)(x), lambda z, x: jax.vmap(cell)(z, x)
 
 
@@ -99,16 +100,7 @@ def starts(run: Callable, params: PyTree, task: Task, config: Config) -> dict[st
 
 def auc(score: np.ndarray, right: np.ndarray) -> float | None:
     """The chance that a right answer scores above a wrong one; None if all are alike."""
-    if right.all() or not right.any():
-        return None
-    ranks = np.empty(len(score))
-    order = np.argsort(score, kind="stable")
-    # Equal scores share the mean of their ranks.
-    _, where, counts = np.unique(score[order], return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks[order] = (ends - (counts - 1) / 2)[where]
-    n = int(right.sum())
-    return float((ranks[right].sum() - n * (n + 1) / 2) / (n * (len(right) - n)))
+    return None if right.all() or not right.any() else float(roc_auc_score(right, score))
 
 
 def damage(run: Callable, params: PyTree, task: Task, config: Config) -> dict[str, float]:

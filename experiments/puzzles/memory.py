@@ -1,4 +1,4 @@
-"""What a gradient of the automaton asks for, by the number of evaluations."""
+"""The memory of a gradient of the automaton, by the number of evaluations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from puzzles.config import resolved
 from puzzles.networks import make_model
 from puzzles.options import Config
 from puzzles.tasks import load
-from puzzles.train import keyed, start
+from puzzles.train import start
 
 SIDE = 64
 DEPTHS = (16, 32, 64, 128, 256)
@@ -40,7 +40,7 @@ def _mib(name: str, side: int, evaluations: int) -> float:
     solve = _scanned if name == "stored" else lambda model, x: model.batch(x)[0]
 
     def loss(params, given, wanted):
-        out = solve(eqx.combine(params, static), keyed(given, jax.random.key(0), False))
+        out = solve(eqx.combine(params, static), (given, None))
         return jnp.mean(task.loss(out, wanted))
 
     compiled = jax.jit(jax.grad(loss)).lower(params, *task.train).compile()

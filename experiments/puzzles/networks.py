@@ -189,5 +189,6 @@ def make_model(config: Config, task: Task, key: PRNGKeyArray) -> deqjax.nn.DEQ:
     # Zero tolerances: a recursion of so many evaluations, not a solve.
     solver = deqjax.Reversible(rtol=0.0, atol=0.0, beta=beta, guard_bits=config.guard_bits)
     most = evaluations + (evaluations // 2 if config.random_depth else 0)
-    drawn = config.noise > 0 or config.fire < 1
-    return deqjax.nn.DEQ(kind(config, task, key), solver, adjoint, max_steps=most, indexed=drawn)
+    return deqjax.nn.DEQ(
+        kind(config, task, key), solver, adjoint, max_steps=most, indexed=config.draws
+    )

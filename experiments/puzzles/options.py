@@ -81,5 +81,10 @@ class Config(PuzzleSession, Training):
 
     @property
     def depth(self) -> int:
-        """Of one run: the evaluations that the gradient goes through; 0: all."""
+        """The evaluations that the gradient of one run goes through; 0: all."""
         return (self.last or (0,))[0]
+
+    @property
+    def draws(self) -> bool:
+        """Whether an evaluation draws anything."""
+        return self.noise > 0 or self.fire < 1

@@ -4,13 +4,11 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: a machine without a screen has no other backend
-import matplotlib.pyplot as plt
 import numpy as np
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
+from bench.plotting import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, plain, plt, save
+
+COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY)
 SHOWN = (1, 4, 16, 64)  # evaluations after which a Sudoku is drawn
 
 
@@ -28,8 +26,7 @@ def draw_law(results: list[dict[str, Any]], memory: dict[str, list[float]], runs
     _draw_depths(left.subplots(), results)
     _draw_memory(middle.subplots(), memory)
     _draw_strips(right, results, runs)
-    figure.savefig(to, dpi=150)
-    plt.close(figure)
+    save(figure, to, dpi=150)
 
 
 def _draw_depths(panel: Any, results: list[dict[str, Any]]) -> None:
@@ -49,19 +46,19 @@ def _draw_depths(panel: Any, results: list[dict[str, Any]]) -> None:
     panel.xaxis.set_major_formatter("{x:.0f}")
     panel.set(xlabel="last K evaluations that the gradient goes through", ylim=(-0.03, 1.03))
     panel.set_ylabel("most solved at any depth; of growth, 1 - error / variance")
-    _plain(panel)
+    plain(panel)
     panel.legend(fontsize="small")
 
 
 def _draw_memory(panel: Any, memory: dict[str, list[float]]) -> None:
-    styles = (("stored", COLORS[1]), ("checkpointed", COLORS[6]), ("exact", COLORS[0]))
-    for name, color in (*styles, ("exact, no guard", COLORS[5])):
+    styles = (("stored", RED), ("checkpointed", GREY), ("exact", BLUE))
+    for name, color in (*styles, ("exact, no guard", SKY)):
         panel.loglog(memory["evaluations"], memory[name], ".-", color=color, label=name)
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:.0f}")
     panel.yaxis.set_major_formatter("{x:,.0f}")
     panel.set(xlabel="evaluations, gradient through all", ylabel="temporary memory, MiB")
-    _plain(panel)
+    plain(panel)
     panel.legend(fontsize="small")
 
 
@@ -115,7 +112,7 @@ def _board(panel: Any, side: int, given, digits, sure, right, title: str) -> Non
     for i, digit in enumerate(given):
         number = int(digit or digits[i])
         if number:
-            color = "black" if digit else COLORS[0] if right[i] else COLORS[1]
+            color = "black" if digit else BLUE if right[i] else RED
             alpha = 1.0 if digit else 0.25 + 0.75 * float(sure[i])
             r, c = divmod(i, side)
             panel.text(c + 0.5, r + 0.55, str(number), color=color, alpha=alpha, fontsize=6,
@@ -128,13 +125,8 @@ def _image(panel: Any, image: np.ndarray, title: str) -> None:
     panel.set_title(title, fontsize=7, pad=2)
 
 
-def _plain(panel: Any) -> None:
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-
-
 def draw_runs(results: list[dict[str, Any]], runs: Path, to: Path) -> None:
-    """Of runs that differ in the gradient: solved against evaluations, and one example."""
+    """Draws solved against evaluations for several gradients, and one example each."""
     figure: Any = plt.figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
     panel = left.subplots()
@@ -146,7 +138,7 @@ def draw_runs(results: list[dict[str, Any]], runs: Path, to: Path) -> None:
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:.0f}")
     panel.set(xlabel="evaluations", ylabel="error / variance" if growth else "solved")
-    _plain(panel)
+    plain(panel)
     panel.legend(title="gradient through", fontsize="small")
     drawn = growth or results[0]["task"].startswith("sudoku")
     draw = draw_growth if growth else draw_sudoku
@@ -154,5 +146,4 @@ def draw_runs(results: list[dict[str, Any]], runs: Path, to: Path) -> None:
     for part, r in zip(parts if drawn else (), results, strict=False):
         with np.load(runs / r["folder"] / "frames.npz") as frames:
             draw(part, frames, r)
-    figure.savefig(to, dpi=150)
-    plt.close(figure)
+    save(figure, to, dpi=150)

@@ -44,13 +44,13 @@ def keyed(given: Array, key: PRNGKeyArray, drawn: bool) -> PyTree:
 
 
 def empty(model: deqjax.nn.DEQ, task: Task, config: Config) -> Carry | None:
-    """What the first step goes on with: examples that are too old, all of them."""
+    """The carry of the first step: examples that are too old, all of them."""
     size = config.batch_size
     assert size
     if config.segments == 1:
         return None
     given, wanted = map(jnp.asarray, task.batch(0, size, 0))
-    z = jax.tree.map(jnp.zeros_like, start(model, keyed(given, jax.random.key(0), False)))
+    z = jax.tree.map(jnp.zeros_like, start(model, (given, None)))
     old = jnp.full(size, config.segments)
     return Carry(z, given, wanted, old, jnp.zeros(size, bool))
 
@@ -71,7 +71,7 @@ def make_loss(static: PyTree, task: Task, config: Config, batch) -> Callable:
             fresh = done | (carry.age >= config.segments)
             choose = lambda new, old: jnp.where(fresh.reshape(-1, *[1] * (new.ndim - 1)), new, old)
             given, wanted = choose(given, carry.given), choose(wanted, carry.wanted)
-            z0 = choose(start(model, keyed(given, key, False)), carry.z)
+            z0 = choose(start(model, (given, None)), carry.z)
         x = keyed(given, key, model.indexed)
         out, sol = model.batch(x, z0, steps=steps if config.random_depth else None)
         losses = task.loss(out, wanted)
