@@ -147,7 +147,8 @@ def train(config: Config, corpus: Corpus) -> dict[str, Any]:
     if config.model == "reversible":
         n = config.max_steps or 1
         depths = sorted({1, max(1, n // 2), n, 2 * n, 4 * n})
-        found = {k: evaluate(state, k)["eval_perplexity"] for k in depths}
+        line = lambda k: last if k == n else evaluate(state, k)
+        found = {k: line(k)["eval_perplexity"] for k in depths}
         if is_main():
             with folder.writing("depths.json"):
                 (folder.path / "depths.json").write_text(json.dumps(found) + "\n")

@@ -5,13 +5,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import paramax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 import deqjax
 
 from puzzles.options import Config
 from puzzles.tasks import Task
+from training.depth import learned_beta, most_drawn
 
 # The examples of a batch: what is given, and a key each for what an evaluation draws, or None.
 Given = tuple[Int[Array, "..."], UInt32[Array, " 2"] | None]
@@ -177,9 +177,7 @@ def make_model(config: Config, task: Task, key: PRNGKeyArray) -> deqjax.nn.DEQ:
     kind = Automaton if config.mixing == "automaton" else Mixer
     width, evaluations, last = config.width, config.evaluations, config.depth or None
     assert width and evaluations
-    beta: Any = 0.5
-    if config.retention == "learned":
-        beta = paramax.Parameterize(jax.nn.sigmoid, jnp.zeros(width))
+    beta = learned_beta(0.5, width) if config.retention == "learned" else 0.5
     adjoint = {
         "exact": deqjax.ReversibleAdjoint(last=last),
         "checkpointed": deqjax.RecursiveCheckpointAdjoint(last=last),
@@ -188,7 +186,6 @@ def make_model(config: Config, task: Task, key: PRNGKeyArray) -> deqjax.nn.DEQ:
     }[config.adjoint]
     # Zero tolerances: a recursion of so many evaluations, not a solve.
     solver = deqjax.Reversible(rtol=0.0, atol=0.0, beta=beta, guard_bits=config.guard_bits)
-    most = evaluations + (evaluations // 2 if config.random_depth else 0)
-    return deqjax.nn.DEQ(
-        kind(config, task, key), solver, adjoint, max_steps=most, indexed=config.draws
-    )
+    most = most_drawn(evaluations) if config.random_depth else evaluations
+    cell = kind(config, task, key)
+    return deqjax.nn.DEQ(cell, solver, adjoint, max_steps=most, indexed=config.draws)

@@ -7,10 +7,9 @@ import numpy as np
 from puzzles.split import held_out
 
 PERMUTATIONS = np.array(list(itertools.permutations(range(5))))
-_INDEX = {tuple(p): i for i, p in enumerate(PERMUTATIONS.tolist())}
-_THEN = np.array(
-    [[_INDEX[tuple(q[p].tolist())] for q in PERMUTATIONS] for p in PERMUTATIONS]
-)  # first p, then q
+_PLACES = 5 ** np.arange(4, -1, -1)  # as numbers of five digits they are in ascending order
+# Row p, column q: first p, then q.
+_THEN = np.searchsorted(PERMUTATIONS @ _PLACES, (PERMUTATIONS[:, PERMUTATIONS] @ _PLACES).T)
 _INVERSE = np.argmin(_THEN, 1)  # the identity is the first one
 # Row g: each permutation with the five things renamed by g.
 _RENAMED = np.array([_THEN[_THEN[_INVERSE[g]], g] for g in range(120)])

@@ -1,5 +1,6 @@
 """A task as arrays: what is given, what is to be found, and what counts as found."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,10 +64,15 @@ class Task(NamedTuple):
 
 def load(config: Config) -> Task:
     """The task of a configuration, made from seed 0: runs differ by their training alone."""
-    name, size, clues = config.task, config.size or 0, config.clues or 0
+    sizes = (config.size, config.clues, config.puzzles, config.held_out)
+    return _made(config.task, *(n or 0 for n in sizes))
+
+
+@functools.cache
+def _made(name: str, size: int, clues: int, puzzles: int, held_out: int) -> Task:
     if name == "growth":
         return _growth(size)
-    counts: Any = {False: config.puzzles, True: config.held_out}
+    counts = {False: puzzles, True: held_out}
     shuffle: Any = None
     if name in SUDOKUS:
         side = int(name[-1])

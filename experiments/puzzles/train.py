@@ -15,6 +15,7 @@ from deqjax.nn import shard_solves
 
 from puzzles.options import Config
 from puzzles.tasks import Task
+from training.depth import drawn_steps
 from training.devices import local, place
 from training.fit import TrainState
 from training.solves import solve_metrics
@@ -63,7 +64,7 @@ def make_loss(static: PyTree, task: Task, config: Config, batch) -> Callable:
     def loss_fn(params, carry: Carry | None, key, given, wanted):
         model = shard_solves(eqx.combine(params, static), batch)
         key, depth_key = jax.random.split(key)
-        steps = jax.random.randint(depth_key, (), n - n // 2, n + n // 2 + 1)
+        steps = drawn_steps(depth_key, n) if config.random_depth else None
         z0, fresh = None, None
         if carry is not None:
             # A grown picture has to last; a solved puzzle makes room for another.
@@ -73,7 +74,7 @@ def make_loss(static: PyTree, task: Task, config: Config, batch) -> Callable:
             given, wanted = choose(given, carry.given), choose(wanted, carry.wanted)
             z0 = choose(start(model, (given, None)), carry.z)
         x = keyed(given, key, model.indexed)
-        out, sol = model.batch(x, z0, steps=steps if config.random_depth else None)
+        out, sol = model.batch(x, z0, steps=steps)
         losses = task.loss(out, wanted)
         solved = jax.lax.stop_gradient(task.solved(out, wanted))
         metrics = {"accuracy": jnp.mean(solved, dtype=jnp.float32)}

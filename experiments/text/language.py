@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import paramax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 import deqjax
@@ -19,6 +18,7 @@ from deqjax.nn import shard_solves
 
 from text.corpus import Corpus, windows
 from text.options import Config
+from training.depth import drawn_steps, learned_beta, most_drawn
 from training.devices import local, place
 from training.fit import TrainState
 from training.solves import forward_evaluations, solve_metrics
@@ -38,10 +38,9 @@ def make_model(config: Config, size: int, key: PRNGKeyArray) -> Model:
         return Transformer(size, length, blocks=blocks, **options)
     # Zero tolerances: all windows take the same steps, and the gradient is that of these.
     exact: dict[str, Any] = {"exact": config.exact, "fraction_bits": config.fraction_bits}
-    beta: Any = config.beta
+    beta = config.beta
     if config.retention == "learned":
-        start = jax.scipy.special.logit(jnp.asarray(beta))
-        beta = paramax.Parameterize(jax.nn.sigmoid, jnp.full(config.width, start))
+        beta = learned_beta(beta, options["width"])
     solver = deqjax.Reversible(beta=beta, rtol=0.0, atol=0.0, **exact)
     options["adjoint"] = deqjax.ReversibleAdjoint(last=config.last)
     return ReversibleTransformer(size, length, solver=solver, max_steps=steps, **options)
@@ -66,8 +65,8 @@ def make_loss(static: PyTree, config: Config, batch) -> Callable:
     def loss_fn(params, norms, key, tokens: Int[Array, "b l"]):
         model, steps = eqx.combine(params, static), {}
         if config.random_depth:
-            model = deeper(model, n + n // 2)
-            steps["steps"] = jax.random.randint(key, (), n - n // 2, n + n // 2 + 1)
+            model = deeper(model, most_drawn(n))
+            steps["steps"] = drawn_steps(key, n)
         losses, solves = _losses(shard_solves(model, batch), tokens, **steps)
         metrics = solve_metrics(solves, len(tokens))
         for _, sol in solves:
