@@ -106,7 +106,7 @@ def test_a_step_without_its_row_has_no_gradient():
 
 
 @pytest.mark.parametrize("way", ways.WAYS.values(), ids=ways.WAYS)
-@pytest.mark.parametrize("kind", ["exact", slow("stored")])
+@pytest.mark.parametrize("kind", ["exact", slow("isolated"), slow("float"), slow("stored")])
 def test_under_every_transformation(way, kind):
     solver, beta, adjoint, _ = KINDS[kind]
     args, z0, g = problem((BATCH,))
@@ -123,14 +123,15 @@ def test_under_every_transformation(way, kind):
 
 
 @pytest.mark.parametrize("kind", kinds("isolated", "float", "theirs"))
-def test_each_problem_has_its_own_number(kind):
+@pytest.mark.parametrize("cell", [schedule, slow(noise)])
+def test_each_problem_has_its_own_number(kind, cell):
     """In a batch that stops apart, under `batched` and `vmap`; a schedule has no step -1."""
     solver, beta, adjoint, last = KINDS[kind]
     args, z0, g = problem((BATCH,))
     budget = jnp.asarray([0, 1, 3, 4, 6, 7, 9, 10])
 
     def run(args, z0, budget, batched):
-        fn = over_batch(schedule) if batched else schedule
+        fn = over_batch(cell) if batched else cell
         solve = ft.partial(deqjax.fixed_point, fn, solver, indexed=True, adjoint=adjoint)
         sol = solve(z0, args, max_steps=STEPS, steps=budget, batched=batched)
         return sol.value, (sol.stats["num_steps"], sol.stats["residual"])
@@ -147,13 +148,13 @@ def test_each_problem_has_its_own_number(kind):
     )
     truth, t_pulled = jax.vjp(
         lambda a, z: jnp.stack([
-            steps(schedule, (a[0], x), z, beta, int(k), last)
+            steps(cell, (a[0], x), z, beta, int(k), last)
             for k, x, z in zip(budget, a[1], z, strict=True)
         ]), args, z0,
     )  # fmt: skip
     np.testing.assert_array_equal(n, budget)
     np.testing.assert_array_equal(v_n, budget)
-    fz = over_batch(schedule)(truth, args, budget)
+    fz = over_batch(cell)(truth, args, budget)
     gap = np.linalg.norm(fz - truth, axis=1) / np.linalg.norm(fz, axis=1)
     np.testing.assert_allclose(size, gap, rtol=1e-5)
     np.testing.assert_allclose(v_size, gap, rtol=1e-5)

@@ -54,7 +54,7 @@ def steps(args, z0, beta, n, last):
 
 
 @pytest.mark.parametrize("kind", ["exact", slow("isolated"), "float", slow("short"), "stored"])
-@pytest.mark.parametrize("last", [1, 5, slow(STEPS), 30])
+@pytest.mark.parametrize("last", [1, 5, slow(2), slow(STEPS), 30])
 def test_it_is_stop_gradient(kind, last):
     """Both modes and second derivatives, by args, z0 and a beta per channel."""
     adjoint, options = KINDS[kind]
@@ -78,7 +78,7 @@ def test_it_is_stop_gradient(kind, last):
 
 
 @pytest.mark.parametrize("way", ways.WAYS.values(), ids=ways.WAYS)
-@pytest.mark.parametrize("kind", ["exact", slow("stored")])
+@pytest.mark.parametrize("kind", ["exact", slow("float"), slow("stored")])
 def test_under_every_transformation(way, kind):
     adjoint, options = KINDS[kind]
     args, z0, g = problem(batch=(BATCH,))
